@@ -1,0 +1,1 @@
+"""Celery Beat: the schedule, fired on every live node."""

@@ -1,0 +1,1 @@
+"""Fleets of microVMs for many tenants; every lifecycle operation is a job."""

@@ -1,0 +1,1 @@
+"""The node agent: QUIC with mutual TLS, for what cannot wait in a queue."""

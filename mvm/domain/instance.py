@@ -1,0 +1,104 @@
+"""Instances: one microVM each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from mvm.domain.ids import InstanceRef, JobId, NodeId, Revision
+from mvm.domain.lifecycle import TRANSITIONS, Status, Verb
+
+
+class ProcessIdentity(NamedTuple):
+    """A process: its pid *and* its start time, in clock ticks since boot (field 22 of /proc/PID/stat).
+
+    A pid alone is reused; the pair is not, within one boot.
+    """
+
+    pid: int
+    start_ticks: int
+
+
+class InFlight(NamedTuple):
+    """The job that holds an instance now."""
+
+    job_id: JobId
+    verb: Verb
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """What the node's store says of one instance.
+
+    `generation` grows by one with every write; a write names the generation it read (compare-and-set).
+    `offset` is its place in the tenant's subnet; addresses derive from it.
+    """
+
+    ref: InstanceRef
+    node_id: NodeId
+    offset: int
+    status: Status
+    created_at: datetime
+    generation: int = 0
+    revision: Revision | None = None
+    process: ProcessIdentity | None = None
+    in_flight: InFlight | None = None
+    last_error: str | None = None
+    last_started_at: datetime | None = None
+    last_stopped_at: datetime | None = None
+
+    @property
+    def lands_on(self) -> Status:
+        """Where it rests once its job, if it has one, has succeeded."""
+        if self.in_flight is None:
+            return self.status
+        return TRANSITIONS.get((self.status, self.in_flight.verb), self.status)
+
+    def moved(self, to: Status, **changes: Any) -> Instance:
+        """A copy that rests at `to`, with no job in flight."""
+        return replace(self, status=to, in_flight=None, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as stored."""
+        return {
+            "ref": str(self.ref),
+            "node_id": str(self.node_id),
+            "offset": self.offset,
+            "status": self.status.value,
+            "created_at": self.created_at.isoformat(),
+            "revision": self.revision,
+            "process": list(self.process) if self.process else None,
+            "in_flight": [str(self.in_flight.job_id), self.in_flight.verb.value] if self.in_flight else None,
+            "last_error": self.last_error,
+            "last_started_at": _iso(self.last_started_at),
+            "last_stopped_at": _iso(self.last_stopped_at),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], generation: int) -> Instance:
+        """Inverse of `to_dict`; the generation is a column of its own."""
+        in_flight = data["in_flight"]
+        return cls(
+            ref=InstanceRef.parse(data["ref"]),
+            node_id=NodeId(data["node_id"]),
+            offset=data["offset"],
+            status=Status(data["status"]),
+            created_at=datetime.fromisoformat(data["created_at"]),
+            generation=generation,
+            revision=Revision(data["revision"]) if data["revision"] else None,
+            process=ProcessIdentity(*data["process"]) if data["process"] else None,
+            in_flight=InFlight(JobId(in_flight[0]), Verb(in_flight[1])) if in_flight else None,
+            last_error=data["last_error"],
+            last_started_at=_time(data["last_started_at"]),
+            last_stopped_at=_time(data["last_stopped_at"]),
+        )
+
+
+def _iso(when: datetime | None) -> str | None:
+    return when.isoformat() if when else None
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None

@@ -1,0 +1,175 @@
+"""Jobs: what was asked, by whom, why, and how it went. A *task* is Celery's delivery of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from mvm.domain.ids import JobId, NodeId
+
+
+class JobVerb(StrEnum):
+    """What a job does. The Celery task's name is ``mvm.`` and this: stable, never a module path."""
+
+    TENANT_CREATE = "tenant.create"
+    TENANT_UPDATE = "tenant.update"
+    TENANT_DESTROY = "tenant.destroy"
+    POOL_CREATE = "pool.create"
+    POOL_UPDATE = "pool.update"
+    POOL_BUILD = "pool.build"
+    POOL_SCALE = "pool.scale"
+    POOL_DESTROY = "pool.destroy"
+    INSTANCE_CREATE = "instance.create"
+    INSTANCE_START = "instance.start"
+    INSTANCE_STOP = "instance.stop"
+    INSTANCE_DESTROY = "instance.destroy"
+    SWEEP_STALE_PIDS = "sweep.stale_pids"
+    SWEEP_ORPHANS = "sweep.orphans"
+    SWEEP_RECONCILE = "sweep.reconcile"
+    BULK = "bulk"  # a parent: no task of its own, it ends with its last child
+
+    @property
+    def task_name(self) -> str:
+        """The Celery task's name."""
+        return f"mvm.{self.value}"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether Beat asks for it, on every live node."""
+        return self.value.startswith("sweep.")
+
+
+class JobState(StrEnum):
+    """Where a job is; the last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class Reason(StrEnum):
+    """Why a job was asked for."""
+
+    MANUAL = "manual"
+    RECONCILE = "reconcile"
+    SWEEP = "sweep"
+    SHUTDOWN = "shutdown"
+    URGENT = "urgent"
+
+
+class Lane(StrEnum):
+    """How a job is queued on its node. Urgent work has a worker of its own; bulk gives way."""
+
+    URGENT = "urgent"
+    NORMAL = "normal"
+    BULK = "bulk"
+
+
+_URGENT = frozenset({JobVerb.INSTANCE_STOP, JobVerb.INSTANCE_DESTROY})
+
+
+def lane_of(verb: JobVerb, *, bulk: bool) -> Lane:
+    """Sweeps, and single stops and destroys (they free what others wait for), overtake what is queued."""
+    if bulk:
+        return Lane.BULK
+    return Lane.URGENT if verb.is_sweep or verb in _URGENT else Lane.NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is: steps done of `total`, or children done (and failed among them) of `total`."""
+
+    done: int = 0
+    total: int = 0
+    failed: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON form."""
+        return {"done": self.done, "total": self.total, "failed": self.failed}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job. `params` are JSON values without secrets; `error` is `MvmError.to_dict`'s form."""
+
+    job_id: JobId
+    verb: JobVerb
+    subject: str
+    node_id: NodeId
+    actor: str
+    reason: Reason
+    submitted_at: datetime
+    params: Mapping[str, Any] = field(default_factory=dict)
+    lane: Lane = Lane.NORMAL
+    state: JobState = JobState.QUEUED
+    step: str | None = None
+    progress: Progress = Progress()
+    error: Mapping[str, Any] | None = None
+    result: Mapping[str, Any] | None = None
+    parent: JobId | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    def with_(self, **changes: Any) -> Job:
+        """A copy with `changes`."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: the fields of the command line's contract, and ``params`` and ``lane``."""
+        return {
+            "job_id": str(self.job_id),
+            "verb": self.verb.value,
+            "subject": self.subject,
+            "node_id": str(self.node_id),
+            "actor": self.actor,
+            "reason": self.reason.value,
+            "state": self.state.value,
+            "step": self.step,
+            "progress": self.progress.to_dict(),
+            "error": dict(self.error) if self.error is not None else None,
+            "result": dict(self.result) if self.result is not None else None,
+            "parent": self.parent,
+            "submitted_at": self.submitted_at.isoformat(),
+            "started_at": self.started_at.isoformat() if self.started_at else None,
+            "finished_at": self.finished_at.isoformat() if self.finished_at else None,
+            "params": dict(self.params),
+            "lane": self.lane.value,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Job:
+        """Inverse of `to_dict`."""
+        progress = data.get("progress") or {}
+        return cls(
+            job_id=JobId(data["job_id"]),
+            verb=JobVerb(data["verb"]),
+            subject=data["subject"],
+            node_id=NodeId(data["node_id"]),
+            actor=data["actor"],
+            reason=Reason(data["reason"]),
+            submitted_at=datetime.fromisoformat(data["submitted_at"]),
+            params=data.get("params") or {},
+            lane=Lane(data.get("lane", Lane.NORMAL)),
+            state=JobState(data.get("state", JobState.QUEUED)),
+            step=data.get("step"),
+            progress=Progress(**progress),
+            error=data.get("error"),
+            result=data.get("result"),
+            parent=JobId(data["parent"]) if data.get("parent") else None,
+            started_at=_time(data.get("started_at")),
+            finished_at=_time(data.get("finished_at")),
+        )
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None

@@ -1,0 +1,125 @@
+"""Worker pools: one image, one shape, desired counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from mvm.domain.ids import NodeId, PoolRef, Revision
+from mvm.errors import InvalidInput
+
+MAX_COUNT = 10_000
+
+
+class Profile(StrEnum):
+    """The built-in builder's profiles; ``baseline`` is ``minimal`` by its older name."""
+
+    MINIMAL = "minimal"
+    BASELINE = "baseline"
+    PYTHON = "python"
+
+
+BUILTIN = "builtin:"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """What an image is built from."""
+
+    flake_ref: str
+    profile: str
+
+    def __post_init__(self) -> None:
+        if self.flake_ref != BUILTIN:
+            raise InvalidInput(
+                "pool.unsupported_flake", f"flake {self.flake_ref!r} cannot be built here",
+                hint="allowed: builtin:", field="flake", value=self.flake_ref[:200],
+            )  # fmt: skip
+        if self.profile not in tuple(Profile):
+            raise InvalidInput(
+                "pool.unknown_profile", f"{BUILTIN} has no profile {self.profile!r}",
+                hint=f"allowed: {', '.join(Profile)}", field="profile", value=self.profile[:80],
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceResources:
+    """One instance's shape. Memory and the data disk are in MiB; no data disk when 0."""
+
+    vcpus: int = 1
+    mem_mib: int = 256
+    data_disk_mib: int = 0
+
+    def __post_init__(self) -> None:
+        self._within("vcpus", "cpus", 1, 64)
+        self._within("mem_mib", "mem", 96, 262_144)  # a Linux guest needs 80, measured
+        if self.data_disk_mib:
+            self._within("data_disk_mib", "data-disk", 4, 1_048_576)
+
+    def _within(self, name: str, flag: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not low <= value <= high:
+            raise InvalidInput(
+                "pool.invalid_resources", f"--{flag} is {value}", hint=f"allowed: {low} to {high}",
+                field=name, value=value,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredCounts:
+    """How many instances a pool should have in each place."""
+
+    running: int = 0
+    warm: int = 0
+    sleeping: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("running", "warm", "sleeping"):
+            value = getattr(self, name)
+            if not 0 <= value <= MAX_COUNT:
+                raise InvalidInput(
+                    "pool.invalid_count", f"--{name} is {value}", hint=f"allowed: 0 to {MAX_COUNT}",
+                    field=name, value=value,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPool:
+    """A pool on its node. `desired` is None until somebody scales it: reconcile then leaves it alone."""
+
+    ref: PoolRef
+    source: ImageSource
+    resources: InstanceResources
+    node_id: NodeId
+    created_at: datetime
+    desired: DesiredCounts | None = None
+    revision: Revision | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as stored and exchanged."""
+        return {
+            "ref": str(self.ref),
+            "flake_ref": self.source.flake_ref,
+            "profile": self.source.profile,
+            "resources": asdict(self.resources),
+            "node_id": str(self.node_id),
+            "created_at": self.created_at.isoformat(),
+            "desired": asdict(self.desired) if self.desired else None,
+            "revision": self.revision,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WorkerPool:
+        """Inverse of `to_dict`."""
+        return cls(
+            ref=PoolRef.parse(data["ref"]),
+            source=ImageSource(data["flake_ref"], data["profile"]),
+            resources=InstanceResources(**data["resources"]),
+            node_id=NodeId(data["node_id"]),
+            created_at=datetime.fromisoformat(data["created_at"]),
+            desired=DesiredCounts(**data["desired"]) if data["desired"] else None,
+            revision=Revision(data["revision"]) if data["revision"] else None,
+        )

@@ -1,0 +1,14 @@
+"""Mutual exclusion on one node, between threads and processes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+
+class Locks(Protocol):
+    """Named locks that end with their holder, so a killed process leaves none behind."""
+
+    def hold(self, name: str, *, deadline_s: float) -> AbstractContextManager[None]:
+        """Hold `name`; raises `TimedOut` (``lock.busy``) when another holds it past the deadline."""
+        ...

@@ -1,0 +1,40 @@
+"""The node's side of tenant networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from mvm.domain.addressing import TenantNetwork
+
+
+class HostNetwork(Protocol):
+    """Bridges and TAPs, in the network namespace the node's worker lives in.
+
+    Raises `Failed` (``network.failed``) with the kernel's words, `NotAllowed` (``network.foreign``) when an
+    interface of that name is not of the kind we make.
+    """
+
+    def ensure_bridge(self, network: TenantNetwork) -> None:
+        """The tenant's bridge is up and has the gateway's address."""
+        ...
+
+    def remove_bridge(self, network: TenantNetwork) -> None:
+        """The tenant's bridge is gone."""
+        ...
+
+    def ensure_tap(self, network: TenantNetwork, offset: int) -> None:
+        """The TAP of the guest at `offset` is up, a port of the tenant's bridge (which is made if needed)."""
+        ...
+
+    def remove_taps(self, names: frozenset[str]) -> None:
+        """None of these TAPs is left."""
+        ...
+
+    def taps(self) -> Mapping[str, str | None]:
+        """Every TAP named as ours are (``tn<net>i<offset>``), with the bridge it is a port of."""
+        ...
+
+    def bridges(self) -> frozenset[str]:
+        """Every bridge named as ours are (``br-tenant-<net>``)."""
+        ...

@@ -1,0 +1,22 @@
+"""Handing jobs to nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mvm.domain.ids import NodeId
+from mvm.domain.job import Job, Lane
+
+
+def node_queue(node: NodeId, lane: Lane = Lane.NORMAL) -> str:
+    """The queue of a node's worker, or of its urgent worker."""
+    return f"node.{node}.urgent" if lane is Lane.URGENT else f"node.{node}"
+
+
+class JobQueue(Protocol):
+    """Sends recorded jobs to their nodes. Raises `Unreachable` (``broker.unreachable``) within a second."""
+
+    def send(self, jobs: Sequence[Job], *, expires_s: float | None = None) -> None:
+        """Send each to its node's queue; one that nobody takes within `expires_s` seconds is dropped."""
+        ...

@@ -1,0 +1,103 @@
+"""The node's durable state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
+from mvm.domain.instance import Instance
+from mvm.domain.job import Job
+from mvm.domain.pool import WorkerPool
+from mvm.domain.tenant import Tenant
+
+
+class NodeStore(Protocol):
+    """What this node knows; every write is durable when the call returns.
+
+    Lookups raise `NotFound` (``tenant.not_found``, ``pool.not_found``, ``instance.not_found``). Threads and
+    processes may share it.
+    """
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """All reads and writes of this thread within are one atomic step, seen by others whole or not at all.
+
+        It begins with the write lock, so what it reads stays true until it ends. It does not nest.
+        """
+        ...
+
+    def tenants(self) -> Sequence[Tenant]:
+        """All tenants, by id."""
+        ...
+
+    def tenant(self, tenant: TenantId) -> Tenant:
+        """One tenant."""
+        ...
+
+    def put_tenant(self, tenant: Tenant) -> None:
+        """Insert or replace. Its net id is remembered as given, for ever."""
+        ...
+
+    def delete_tenant(self, tenant: TenantId) -> None:
+        """Forget it, but for its net id."""
+        ...
+
+    def given_net_ids(self) -> frozenset[int]:
+        """Every net id a tenant on this node ever had."""
+        ...
+
+    def pools(self, tenant: TenantId | None = None) -> Sequence[WorkerPool]:
+        """Pools by ref, of one tenant or all."""
+        ...
+
+    def pool(self, ref: PoolRef) -> WorkerPool:
+        """One pool."""
+        ...
+
+    def put_pool(self, pool: WorkerPool) -> None:
+        """Insert or replace."""
+        ...
+
+    def delete_pool(self, ref: PoolRef) -> None:
+        """Forget it."""
+        ...
+
+    def instances(self, tenant: TenantId | None = None, pool: PoolRef | None = None) -> Sequence[Instance]:
+        """Instances by ref, all or of one tenant or pool; destroyed ones are not kept."""
+        ...
+
+    def instance(self, ref: InstanceRef) -> Instance:
+        """One instance."""
+        ...
+
+    def insert_instance(self, instance: Instance) -> None:
+        """Raises `NotAllowed` (``instance.exists``)."""
+        ...
+
+    def save_instance(self, instance: Instance) -> Instance:
+        """Replace the one with the same generation and return it with the next.
+
+        Raises `NotAllowed` (``instance.changed``) when somebody else has written since it was read.
+        """
+        ...
+
+    def delete_instance(self, ref: InstanceRef) -> None:
+        """Forget it."""
+        ...
+
+    def job(self, job_id: JobId) -> Job | None:
+        """The node's record of a job it took, if it did."""
+        ...
+
+    def put_job(self, job: Job) -> None:
+        """Insert or replace."""
+        ...
+
+    def unfinished_jobs(self) -> Sequence[Job]:
+        """Jobs this node began and did not end, oldest first."""
+        ...
+
+    def forget_jobs(self, *, keep: int) -> int:
+        """Drop the oldest finished jobs beyond `keep`; returns how many."""
+        ...

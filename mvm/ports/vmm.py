@@ -1,0 +1,81 @@
+"""Virtual machine monitors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from mvm.domain.ids import InstanceRef
+from mvm.domain.instance import ProcessIdentity
+
+
+class Presence(StrEnum):
+    """Whether an instance's VMM process runs. UNKNOWN (it could not be seen) is never ABSENT."""
+
+    PRESENT = "present"
+    ABSENT = "absent"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """The guest's network card: the host's TAP and the card's MAC."""
+
+    tap: str
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
+class BootSpec:
+    """Everything a cold boot needs. `directory` is the instance's own; sockets and logs go there.
+
+    `rootfs` is the revision's read-only image, `overlay` the instance's own writable layer over it, `data_disk`
+    its lasting disk, if it has one. Memory in MiB.
+    """
+
+    ref: InstanceRef
+    directory: Path
+    kernel: Path
+    initramfs: Path
+    rootfs: Path
+    overlay: Path
+    data_disk: Path | None
+    vcpus: int
+    mem_mib: int
+    nic: Nic
+
+
+class VmmDriver(Protocol):
+    """One VMM process per instance; it outlives the process that started it."""
+
+    name: ClassVar[str]
+
+    def observe(self, ref: InstanceRef, process: ProcessIdentity | None) -> Presence:
+        """Whether the VMM `process` of `ref` runs; a zombie or another process under its pid is ABSENT."""
+        ...
+
+    def boot(self, spec: BootSpec) -> ProcessIdentity:
+        """Start the VMM and return at once; an instance that has a process already keeps it.
+
+        Raises `Failed` (``vmm.start_failed``) with the VMM's own words when it ends at once.
+        """
+        ...
+
+    def wait_gone(self, process: ProcessIdentity, *, deadline_s: float) -> bool:
+        """Wait until `process` has ended; False when the deadline passes first."""
+        ...
+
+    def kill(self, ref: InstanceRef, process: ProcessIdentity | None) -> None:
+        """End every VMM process of `ref` at once and wait until it is gone."""
+        ...
+
+    def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
+        """All VMM processes of this state directory, by the instance they were started for."""
+        ...
+
+    def console_tail(self, directory: Path, *, lines: int) -> str:
+        """The last lines of the guest's console, control characters removed; empty when there is none."""
+        ...
