@@ -1,0 +1,109 @@
+"""Where everything lies below the state directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from mvm.domain.ids import InstanceRef, Revision
+
+STATE_VERSION = 1
+DEFAULT_STATE_DIR = Path("/var/lib/mvm")
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """Paths below `root`, which is absolute. Everything is owned by the node's user, mode 0700 or 0600."""
+
+    root: Path
+
+    @property
+    def version(self) -> Path:
+        """Holds `STATE_VERSION` as text."""
+        return self.root / "VERSION"
+
+    @property
+    def database(self) -> Path:
+        """The node's store."""
+        return self.root / "node.db"
+
+    @property
+    def run(self) -> Path:
+        """Sockets and files of the running stack."""
+        return self.root / "run"
+
+    @property
+    def connection(self) -> Path:
+        """What a command needs to reach the running stack, as JSON: written by ``mvm up``."""
+        return self.run / "connection.json"
+
+    @property
+    def redis_socket(self) -> Path:
+        """The private Redis."""
+        return self.run / "redis.sock"
+
+    @property
+    def redis(self) -> Path:
+        """The private Redis's data."""
+        return self.root / "redis"
+
+    @property
+    def logs(self) -> Path:
+        """One log per process of the stack."""
+        return self.root / "logs"
+
+    @property
+    def certs(self) -> Path:
+        """CA, node and coordinator certificates and keys."""
+        return self.root / "certs"
+
+    @property
+    def ssh_key(self) -> Path:
+        """The operator's ssh key; ``.pub`` beside it."""
+        return self.root / "keys" / "ssh_ed25519"
+
+    @property
+    def flower_password(self) -> Path:
+        """The generated password of Flower's user ``mvm``."""
+        return self.root / "keys" / "flower_password"
+
+    @property
+    def images(self) -> Path:
+        """One directory per revision."""
+        return self.root / "images"
+
+    def revision(self, revision: Revision) -> Path:
+        """The directory of one revision."""
+        return self.images / revision
+
+    @property
+    def package_cache(self) -> Path:
+        """Downloaded Debian packages."""
+        return self.root / "cache" / "debs"
+
+    @property
+    def instances(self) -> Path:
+        """``TENANT/POOL/INSTANCE`` below it."""
+        return self.root / "instances"
+
+    def instance(self, ref: InstanceRef) -> Path:
+        """The directory of one instance."""
+        return self.instances / ref.tenant / ref.pool / ref.instance
+
+    @property
+    def locks(self) -> Path:
+        """Lock files."""
+        return self.root / "locks"
+
+    @property
+    def metrics(self) -> Path:
+        """Samples that the stack's processes share."""
+        return self.run / "metrics"
+
+    @property
+    def default_netns(self) -> str:
+        """``mvm`` for the default state directory, else ``mvm-`` and 8 hex digits of its path's hash."""
+        if self.root == DEFAULT_STATE_DIR:
+            return "mvm"
+        return "mvm-" + sha256(str(self.root).encode()).hexdigest()[:8]

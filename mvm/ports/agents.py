@@ -1,0 +1,25 @@
+"""Asking a node's agent directly, past every queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+
+class NodeAgents(Protocol):
+    """Requests over QUIC with mutual TLS.
+
+    Raises the agent's own `MvmError` when it refuses, `Unreachable` (``agent.unreachable``) when nobody answers
+    at `address` (``HOST:PORT``), `Forbidden` (``agent.refused``) when either side rejects the other's certificate,
+    and `TimedOut` (``agent.timeout``) past the deadline, in seconds.
+    """
+
+    def call(self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        """One request, one answer."""
+        ...
+
+    def stream(
+        self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float | None
+    ) -> Iterator[dict[str, Any]]:
+        """One request, answers as they come until the agent ends the stream. Closing the iterator cancels it."""
+        ...

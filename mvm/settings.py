@@ -1,0 +1,136 @@
+"""Settings: ``MVM_*`` variables over one TOML file over defaults, read once by the process that starts things.
+
+Commands that only talk to a running stack read the small connection file that ``mvm up`` wrote instead.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from mvm.domain.ids import NodeId, node_id_from_hostname
+from mvm.domain.layout import DEFAULT_STATE_DIR, StateLayout
+from mvm.errors import InvalidInput
+
+
+class _TomlFile(PydanticBaseSettingsSource):
+    """The file named by ``MVM_CONFIG``, if any."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise AssertionError("this source answers as a whole")
+
+    def __call__(self) -> dict[str, Any]:
+        config = os.environ.get("MVM_CONFIG")
+        if not config:
+            return {}
+        try:
+            return tomllib.loads(Path(config).read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InvalidInput("settings.unreadable", f"{config}: {error}", field="MVM_CONFIG") from None
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Durations are in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="MVM_", extra="forbid", frozen=True)
+
+    state_dir: Path = DEFAULT_STATE_DIR
+    redis_url: str = ""
+    broker_url: str = ""
+    node_id: str = ""
+    netns: str = ""  # "host" keeps everything in the caller's namespace
+    driver: Literal["qemu", "fake"] = "qemu"
+    log: str = "info"
+    log_format: Literal["text", "json"] = "json"
+    agent_host: str = "127.0.0.1"
+    agent_port: int = Field(4433, ge=1, le=65535)
+    flower_port: int = Field(5555, ge=1, le=65535)
+    metrics_port: int = Field(9464, ge=1, le=65535)
+    worker_threads: int = Field(16, ge=1, le=256)
+    urgent_threads: int = Field(4, ge=1, le=64)
+    parallel_boots: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
+    boot_deadline_s: float = Field(30.0, gt=0, le=600)
+    stop_grace_s: float = Field(10.0, ge=0, le=600)
+    visibility_timeout_s: int = Field(60, ge=5, le=86400)
+    stale_pid_sweep_s: float = Field(10.0, ge=0.5, le=86400)
+    orphan_sweep_s: float = Field(60.0, ge=0.5, le=86400)
+    reconcile_sweep_s: float = Field(15.0, ge=0.5, le=86400)
+    orphan_grace_s: float = Field(60.0, ge=0, le=86400)
+    heartbeat_s: float = Field(3.0, ge=0.2, le=60)
+    keep_jobs: int = Field(10_000, ge=100, le=1_000_000)
+
+    @field_validator("state_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.absolute()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What `load_settings` passes (command-line flags) over the environment over the TOML file."""
+        return init_settings, env_settings, _TomlFile(settings_cls)
+
+    @property
+    def layout(self) -> StateLayout:
+        """Paths below the state directory."""
+        return StateLayout(self.state_dir)
+
+    @property
+    def node(self) -> NodeId:
+        """This node's id; the host's short name unless set."""
+        return NodeId(self.node_id) if self.node_id else node_id_from_hostname(socket.gethostname())
+
+    @property
+    def namespace(self) -> str | None:
+        """The network namespace's name; None for the caller's own."""
+        if self.netns == "host":
+            return None
+        return self.netns or self.layout.default_netns
+
+    @property
+    def redis(self) -> str:
+        """The registry's URL; the private Redis by default."""
+        return self.redis_url or f"unix://{self.layout.redis_socket}"
+
+    @property
+    def broker(self) -> str:
+        """The broker's URL in Celery's spelling; the registry's Redis by default."""
+        url = self.broker_url or self.redis
+        return url.replace("unix://", "redis+socket://", 1)
+
+    def environment(self) -> dict[str, str]:
+        """These settings as ``MVM_*`` variables, for the processes of the stack."""
+        values = self.model_dump(mode="json")
+        return {f"MVM_{name.upper()}": str(value) for name, value in values.items()}
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read the environment and the file named by ``MVM_CONFIG``; `overrides` (command-line flags) win.
+
+    Raises `InvalidInput` (``settings.invalid``) that names the setting.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        settings = Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        raise InvalidInput(
+            "settings.invalid", f"setting {name}: {first['msg']}",
+            hint=f"set by MVM_{name.upper()} or in the file named by MVM_CONFIG", field=name,
+        ) from None  # fmt: skip
+    _ = settings.node  # an unusable id is refused here, not later
+    return settings
