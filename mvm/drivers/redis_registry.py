@@ -12,10 +12,11 @@ from typing import Any
 from mvm.domain.addressing import allocate
 from mvm.domain.ids import JobId, NodeId, PoolRef, TenantId
 from mvm.domain.job import Job, JobState, JobVerb
+from mvm.domain.refusals import job_not_found, tenant_exists
 from mvm.domain.tenant import Quota, Tenant
 from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.redis_scripts import NEXT_CHILDREN, RELEASE, RESERVE_TENANT, UPDATE_JOB
-from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
+from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.registry import NodeRecord
 
 _KEEP_JOB_S = 7 * 86400
@@ -258,16 +259,3 @@ class RedisRegistry:
     def release_sweep(self, verb: str, node: NodeId, job: JobId) -> None:
         """See ports/registry.py."""
         self._link.command("EVAL", RELEASE, 0, f"mvm:sweep:{verb}:{node}", job)
-
-
-def tenant_exists(tenant: TenantId) -> NotAllowed:
-    """The error for a tenant id that is taken."""
-    return NotAllowed(
-        "tenant.exists", f"tenant {tenant} exists already", hint=f"see: mvm tenant info {tenant}",
-        field="tenant", value=str(tenant),
-    )  # fmt: skip
-
-
-def job_not_found(job_id: JobId) -> NotFound:
-    """The error for a job nobody knows."""
-    return NotFound("job.not_found", f"there is no job {job_id}", hint="see: mvm job list", field="job", value=job_id)
