@@ -6,7 +6,7 @@
 ``mvm:net_ids``             set of every net id ever given; never shrinks
 ``mvm:pools``               hash: pool ref -> node id
 ``mvm:job:<id>``            a job's record
-``mvm:jobs``                sorted set of job ids by submission, milliseconds
+``mvm:jobs``                sorted set of job ids by submission, milliseconds; sweeps in ``mvm:sweeps``
 ``mvm:open:<node>``         set of the node's jobs that are queued or running
 ``mvm:events:<id>``         stream that grows with every change of the job
 ``mvm:bulk:<id>``           hash of a bulk job: total, done, failed, parallel
