@@ -64,8 +64,10 @@ class VisibilityHeartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
             timer.cancel()
 
     def _touch(self, consumer: Any) -> None:
-        channel = consumer.task_consumer.channel if consumer.task_consumer else None
-        tags = list(channel.qos._delivered) if channel is not None else []
+        if consumer.task_consumer is None:
+            return
+        channel = consumer.task_consumer.channel
+        tags = list(channel.qos._delivered)
         if not tags:
             return
         try:
