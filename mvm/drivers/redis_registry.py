@@ -92,7 +92,8 @@ class RedisRegistry:
             ("HSETNX", "mvm:tenants", t.id, json.dumps(t.to_dict())) for t in tenants
         ]
         commands += [("HSETNX", "mvm:pools", str(ref), node) for ref, node in pools.items()]
-        commands += [("SADD", "mvm:net_ids", *sorted(net_ids))] if net_ids else []
+        given = net_ids | {t.network.net_id for t in tenants}
+        commands += [("SADD", "mvm:net_ids", *sorted(given))] if given else []
         if commands:
             self._link.pipeline(commands)
 

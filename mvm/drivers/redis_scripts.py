@@ -50,6 +50,7 @@ announce(ARGV[1])
 if ARGV[6] == '' then return '' end
 local bulk = 'mvm:bulk:' .. ARGV[6]
 if redis.call('EXISTS', bulk) == 0 then return '' end
+if ARGV[3] == 'cancelled' then redis.call('LREM', bulk .. ':held', 1, ARGV[1]) end
 local done = redis.call('HINCRBY', bulk, 'done', 1)
 local failed = redis.call('HINCRBY', bulk, 'failed', ARGV[3] == 'succeeded' and 0 or 1)
 local total = tonumber(redis.call('HGET', bulk, 'total'))
