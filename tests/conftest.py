@@ -23,5 +23,7 @@ def redis_server(redis_session: RedisServer) -> RedisServer:
     """The session's redis-server, emptied."""
     if redis_session.process is None:
         redis_session.start()
-    RedisLink(redis_session.url, code="x").command("FLUSHALL")
+    link = RedisLink(redis_session.url, code="x")
+    link.command("FLUSHALL")
+    link.close()
     return redis_session

@@ -87,6 +87,13 @@ class RedisLink:
                 raise Failed("redis.refused", f"Redis refused a command: {reply}")
         return replies
 
+    def close(self) -> None:
+        """Close the calling thread's connection; the next command opens another."""
+        connection = self._connection
+        if connection is not None:
+            connection.sock.close()
+            self._local.connection = None
+
     @property
     def _connection(self) -> _Connection | None:
         connection: _Connection | None = getattr(self._local, "connection", None)

@@ -58,6 +58,7 @@ def test_a_message_is_what_celery_would_send(redis_server: RedisServer, lane: La
         k: v for k, v in theirs["headers"].items() if k not in varying
     }
     app.close()
+    link.close()
 
 
 def test_no_broker_is_a_clear_error(tmp_path: Any) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from mvm.drivers.clock import SystemClock
@@ -11,9 +13,12 @@ from tests.support.redis_server import RedisServer
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.redis)])
-def registry(request: pytest.FixtureRequest) -> Registry:
+def registry(request: pytest.FixtureRequest) -> Iterator[Registry]:
     """An empty registry."""
     if request.param == "memory":
-        return MemoryRegistry(SystemClock())
+        yield MemoryRegistry(SystemClock())
+        return
     server: RedisServer = request.getfixturevalue("redis_server")
-    return RedisRegistry(RedisLink(server.url, code="registry.unreachable"))
+    link = RedisLink(server.url, code="registry.unreachable")
+    yield RedisRegistry(link)
+    link.close()

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from mvm.drivers.redis_link import RedisLink
+from mvm.errors import MvmError
 from tests.support.waiting import until
 
 
@@ -33,10 +34,13 @@ class RedisServer:
 
     def answers(self) -> bool:
         """Whether it answers a PING."""
+        link = RedisLink(self.url, code="x")
         try:
-            return RedisLink(self.url, code="x").command("PING") == b"PONG"
-        except Exception:  # noqa: BLE001
+            return link.command("PING") == b"PONG"
+        except MvmError:
             return False
+        finally:
+            link.close()
 
     def kill(self) -> None:
         """End it with SIGKILL."""
