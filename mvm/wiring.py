@@ -128,6 +128,7 @@ def open_node(settings: Settings) -> NodeServices:
 def open_ports(settings: Settings) -> NodePorts:
     """The drivers that `settings` names."""
     from mvm.drivers.celery_queue import CeleryQueue
+    from mvm.drivers.clock import SystemClock
     from mvm.drivers.redis_link import RedisLink
     from mvm.drivers.redis_registry import RedisRegistry
     from mvm.drivers.sqlite_store import SqliteStore
@@ -139,7 +140,7 @@ def open_ports(settings: Settings) -> NodePorts:
     if settings.driver == "fake":
         from mvm.drivers.fake import FakeHost
 
-        host = FakeHost()
+        host = FakeHost(SystemClock())
         return NodePorts(
             store,
             registry,
@@ -152,7 +153,6 @@ def open_ports(settings: Settings) -> NodePorts:
             host.storage,
             host.images,
         )
-    from mvm.drivers.clock import SystemClock
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import VirtioSerialChannel
     from mvm.drivers.images_builtin import BuiltinImageBuilder
