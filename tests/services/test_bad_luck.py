@@ -7,7 +7,7 @@ import pytest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, TimedOut
+from mvm.errors import Failed, Unreachable
 from tests.services.conftest import NODE, Node
 
 V = JobVerb
@@ -283,8 +283,6 @@ def test_an_unexpected_error_ends_the_job_without_its_details(node: Node, monkey
 
 
 def test_the_registry_may_be_away_while_a_job_runs(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mvm.errors import Unreachable
-
     node.pool()
     (ref,) = node.create()
     job = node.submit(V.INSTANCE_START, ref)
@@ -302,7 +300,8 @@ def test_the_registry_may_be_away_while_a_job_runs(node: Node, monkeypatch: pyte
     assert node.services.jobs.job(job.job_id).state is JobState.SUCCEEDED, "a sweep publishes what was missed"
 
 
-def test_a_busy_instance_is_waited_for_within_a_deadline(node: Node) -> None:
+def test_a_busy_instance_is_waited_for_within_a_deadline(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mvm.services.lifecycle._LOCK_S", 0.05)
     node.pool()
     (ref,) = node.create()
     with node.host.locks.hold(f"instance {ref}", deadline_s=1):
@@ -315,4 +314,3 @@ def test_jobs_keep_their_words(node: Node) -> None:
     job = node.submit(V.TENANT_CREATE, "acme")
     assert Job.from_dict(job.to_dict()) == job
     assert job.node_id == NODE
-    _ = TimedOut

@@ -53,9 +53,7 @@ def test_an_instance_from_creation_to_destruction(node: Node) -> None:
 def test_a_bulk_start_has_a_child_per_instance_and_bounds_how_many_run(node: Node) -> None:
     node.pool()
     refs = node.create(5)
-    parent = node.services.jobs.submit_bulk(
-        JobVerb.INSTANCE_START, refs, lambda _: NODE, parallel=2, actor="test"
-    )
+    parent = node.services.jobs.submit_bulk(JobVerb.INSTANCE_START, refs, lambda _: NODE, parallel=2, actor="test")
     assert len(node.queue.waiting("node.n1")) == 2
     node.drain()
     done = node.services.jobs.job(parent.job_id)
