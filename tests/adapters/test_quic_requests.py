@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from base64 import b64decode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -149,12 +148,10 @@ def test_the_deadline_ends_a_call(agent: Agent) -> None:
 
 
 def test_nobody_there_is_known_at_once(agent: Agent) -> None:
-    call(agent, "node.ping")
-    begun = time.process_time()
     with pytest.raises(Unreachable) as caught:
         agent.agents.call(f"127.0.0.1:{free_udp_port()}", "node.ping", {}, deadline_s=600)
     assert caught.value.code == "agent.unreachable"
-    assert time.process_time() - begun < 10
+    assert "refused" in caught.value.message  # told by the network, not by a clock
 
 
 @pytest.mark.parametrize("address", ["", "localhost", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", ":4433", "a:b"])
