@@ -66,7 +66,7 @@ def _settle(tree: Tree, image: Path, shell: Shell) -> None:
     commands = []
     for path, entry in [("", Entry(stat.S_IFDIR | 0o755)), ("lost+found", Entry(stat.S_IFDIR | 0o700)), *tree.items()]:
         fields = {"uid": "0", "gid": "0", "mode": f"0{entry.mode:o}", "generation": "0"}
-        fields |= {name: f"@{EPOCH}" for name in _TIMES} | {f"{name}_extra": "0" for name in _TIMES}
+        fields |= dict.fromkeys(_TIMES, f"@{EPOCH}") | {f"{name}_extra": "0" for name in _TIMES}
         commands += [f'sif "/{path}" {name} {value}' for name, value in fields.items()]
     commands.append("ssv kbytes_written 0")
     result = shell.run(["debugfs", "-w", "-f", "-", str(image)], stdin="\n".join(commands) + "\n", env=_ENV)
