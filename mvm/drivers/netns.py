@@ -59,3 +59,17 @@ def _setns(fd: int, path: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, _CLONE_NEWNET):
         raise Failed("netns.refused", f"cannot enter network namespace {path}: {os.strerror(ctypes.get_errno())}")
+
+
+def is_used(name: str) -> bool:
+    """Whether any process lives in the namespace."""
+    wanted = path_of(name).stat()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                found = (entry / "ns/net").stat()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    return False

@@ -146,9 +146,7 @@ class Supervisor:
         self._layout = layout
         self._shell = shell
 
-    def start(
-        self, programs: Sequence[Program], environment: Mapping[str, str], *, netns: Path | None = None
-    ) -> None:
+    def start(self, programs: Sequence[Program], environment: Mapping[str, str], *, netns: Path | None = None) -> None:
         """Start it with these programs and wait until it answers.
 
         Raises `NotAllowed` (``stack.already_up``) and `Failed` (``stack.start_failed``) with its last words.
@@ -196,10 +194,16 @@ class Supervisor:
 
     def pids(self) -> frozenset[int]:
         """supervisord and every process of its session, also those that outlived it."""
+        session = self._session()
+        return self._pids(session) if session else frozenset()
+
+    def _session(self) -> int | None:
         try:
-            session = int(_pidfile(self._layout).read_text())
+            return int(_pidfile(self._layout).read_text())
         except (FileNotFoundError, ValueError):
-            return frozenset()
+            return None
+
+    def _pids(self, session: int) -> frozenset[int]:
         marks = (os.fsencode(f"SUPERVISOR_SERVER_URL=unix://{_socket(self._layout)}"), os.fsencode(str(self._conf())))
         return frozenset(pid for pid in _session(session) if _marked(pid, marks))
 
@@ -208,24 +212,25 @@ class Supervisor:
 
         Raises `TimedOut` (``stack.stop_timeout``) when the kernel does not even end killed processes.
         """
-        pids = self.pids()
+        session = self._session()
+        if session is None:
+            return
         patience = _MORE_S
         try:
             patience += self._patience()
             self._call("shutdown")
         except Unreachable:  # it is gone: the parts were signalled when it went
-            _signal(pids, signal.SIGTERM)
-        if not self._gone(pids, patience):
-            _signal(self.pids(), signal.SIGKILL)
-            if not self._gone(self.pids(), _MORE_S):
-                raise TimedOut("stack.stop_timeout", f"processes do not end: {sorted(self.pids())}")
+            _signal(self._pids(session), signal.SIGTERM)
+        if not self._gone(session, patience):
+            _signal(self._pids(session), signal.SIGKILL)
+            if not self._gone(session, _MORE_S):
+                raise TimedOut("stack.stop_timeout", f"processes do not end: {sorted(self._pids(session))}")
         for path in (_pidfile(self._layout), _socket(self._layout)):
             path.unlink(missing_ok=True)
 
-    def _gone(self, pids: Iterable[int], within_s: float) -> bool:
+    def _gone(self, session: int, within_s: float) -> bool:
         deadline = monotonic() + within_s
-        left = frozenset(pids)
-        while left:
+        while left := self._pids(session):
             fds = [fd for fd in map(_pidfd, left) if fd is not None]
             try:
                 if fds and not _wait(fds, deadline - monotonic()):
@@ -235,7 +240,6 @@ class Supervisor:
                     os.close(fd)
             if monotonic() > deadline:
                 return False
-            left = self.pids()
         return True
 
     def _patience(self) -> float:
