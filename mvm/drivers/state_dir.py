@@ -27,7 +27,8 @@ def check_version(layout: StateLayout) -> str | None:
         if layout.version.exists():
             found = layout.version.read_text().strip()
         else:
-            strangers = {p.name for p in layout.root.iterdir()} - _FOREIGN_OK - _own_names(layout)
+            names = {p.name for p in layout.root.iterdir() if not p.name.startswith(f".{layout.version.name}.")}
+            strangers = names - _FOREIGN_OK - _own_names(layout)
             if strangers:
                 raise NotAllowed(
                     "state.foreign", f"{layout.root} is not a state directory: it holds {min(strangers)!r}",
@@ -79,12 +80,13 @@ def held(layout: StateLayout) -> Iterator[None]:
     except PermissionError:
         raise denied(layout.root) from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NotAllowed(
+                "stack.busy", f"another mvm up or mvm down of {layout.root} is at work", hint="see: mvm status"
+            ) from None
         yield
-    except BlockingIOError:
-        raise NotAllowed(
-            "stack.busy", f"another mvm up or mvm down of {layout.root} is at work", hint="see: mvm status"
-        ) from None
     finally:
         os.close(fd)
 

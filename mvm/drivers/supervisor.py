@@ -192,6 +192,14 @@ class Supervisor:
             )
         return found
 
+    def wait(self) -> None:
+        """Wait until supervisord has ended."""
+        session = self._session()
+        fd = _pidfd(session) if session else None
+        if fd is not None:
+            with os.fdopen(fd):
+                _wait([fd], None)
+
     def pids(self) -> frozenset[int]:
         """supervisord and every process of its session, also those that outlived it."""
         session = self._session()
@@ -330,12 +338,12 @@ def _pidfd(pid: int) -> int | None:
         return None
 
 
-def _wait(fds: Sequence[int], within_s: float) -> bool:
+def _wait(fds: Sequence[int], within_s: float | None) -> bool:
     """Whether one of these became readable in time."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
-    return bool(poll.poll(max(0, within_s) * 1000))
+    return bool(poll.poll(None if within_s is None else max(0, within_s) * 1000))
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:
