@@ -6,7 +6,7 @@
 ``mvm:net_ids``             set of every net id ever given; never shrinks
 ``mvm:pools``               hash: pool ref -> node id
 ``mvm:job:<id>``            a job's record
-``mvm:jobs``                sorted set of job ids by submission, milliseconds
+``mvm:jobs``                sorted set of job ids by submission, milliseconds; sweeps in ``mvm:sweeps``
 ``mvm:open:<node>``         set of the node's jobs that are queued or running
 ``mvm:events:<id>``         stream that grows with every change of the job
 ``mvm:bulk:<id>``           hash of a bulk job: total, done, failed, parallel
@@ -50,6 +50,7 @@ announce(ARGV[1])
 if ARGV[6] == '' then return '' end
 local bulk = 'mvm:bulk:' .. ARGV[6]
 if redis.call('EXISTS', bulk) == 0 then return '' end
+if ARGV[3] == 'cancelled' then redis.call('LREM', bulk .. ':held', 1, ARGV[1]) end
 local done = redis.call('HINCRBY', bulk, 'done', 1)
 local failed = redis.call('HINCRBY', bulk, 'failed', ARGV[3] == 'succeeded' and 0 or 1)
 local total = tonumber(redis.call('HGET', bulk, 'total'))

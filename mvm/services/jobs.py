@@ -69,6 +69,17 @@ class Jobs:
         self._send([child for child in children if child.job_id not in hold], None)
         return parent
 
+    def sweep(self, verb: JobVerb, *, every_s: float) -> Sequence[Job]:
+        """Ask every live node that has none of this kind queued or running for a sweep."""
+        sent = []
+        for node in self._registry.live_nodes(self._clock.now() - timedelta(seconds=NODE_LIVE_S)):
+            job = self.new(verb, str(node), node, reason=Reason.SWEEP, actor="beat")
+            if self._registry.claim_sweep(verb.value, node, job.job_id, ttl_s=max(30.0, 5 * every_s)):
+                self._registry.record([job])
+                self._send([job], 4 * every_s)
+                sent.append(job)
+        return sent
+
     def _send(self, jobs: Sequence[Job], expires_s: float | None) -> None:
         try:
             self._queue.send(jobs, expires_s=expires_s)

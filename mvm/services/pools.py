@@ -52,8 +52,13 @@ class Pools:
                 self._store.put_pool(pool)
             else:
                 if known.created_at != job.submitted_at:  # else: ours, left by a crash
-                    raise NotAllowed("pool.exists", f"pool {pool.ref} exists already",
-                                     hint=f"see: mvm pool info {pool.ref}", field="pool", value=str(pool.ref))  # fmt: skip
+                    raise NotAllowed(
+                        "pool.exists",
+                        f"pool {pool.ref} exists already",
+                        hint=f"see: mvm pool info {pool.ref}",
+                        field="pool",
+                        value=str(pool.ref),
+                    )
         self._registry.place_pool(pool.ref, pool.node_id)
         return pool_view(self._store, pool)
 

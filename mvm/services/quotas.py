@@ -56,7 +56,7 @@ def admit_instances(store: NodeStore, tenant: Tenant, pool: WorkerPool, count: i
                 len(store.instances(pool=pool.ref)),
                 count,
                 tenant.quota.max_instances_per_pool,
-            ),  # fmt: skip
+            ),
             Limit("max_disk_gib", _gib(used.disk_mib), _gib(disk) - _gib(used.disk_mib), tenant.quota.max_disk_gib),
         ),
     )

@@ -83,6 +83,8 @@ class Runner:
                 return known
             final = self._run_once(known or job)
             self._publish(final)
+            if job.verb.is_sweep:
+                self._release_sweep(job)
             for observe in self._observers:
                 observe(final)
             return final
@@ -140,6 +142,12 @@ class Runner:
                 self._jobs.release_children(job.parent)
             except Unreachable as error:
                 log.warning("siblings wait", error=error.message)
+
+    def _release_sweep(self, job: Job) -> None:
+        try:
+            self._registry.release_sweep(job.verb.value, job.node_id, job.job_id)
+        except Unreachable as error:  # its claim ends by itself after a while
+            log.warning("sweep not released", error=error.message)
 
     def _tell(self, job: Job) -> bool:
         try:
