@@ -23,7 +23,7 @@ def loopback_listeners(port: int, *, namespaced: bool) -> list[socket.socket]:
     found = [_listen(port)]
     outside = Path(f"/proc/{os.getppid()}/ns/net")
     if namespaced and outside.readlink() != Path("/proc/thread-self/ns/net").readlink():
-        with netns.inside(outside):
+        with netns.entered(outside):
             found.append(_listen(port))
     return found
 

@@ -1,75 +1,102 @@
-"""Named network namespaces."""
+"""Named network namespaces, and a thread's visit to one."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mvm.errors import Failed
+from mvm.errors import Failed, Forbidden, InvalidInput, NotFound
 from mvm.ports.shell import Shell
 
+_DIRECTORY = Path("/run/netns")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def path_of(name: str) -> Path:
-    """Where a named namespace is mounted."""
-    return Path("/run/netns") / name
+    """Where the namespace `name` can be opened. Raises `InvalidInput` (``netns.invalid_name``)."""
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            "netns.invalid_name", f"{name!r} is no name for a network namespace",
+            hint="allowed: 1 to 64 of letters, digits, _, . and -, beginning with a letter or digit",
+            field="netns", value=name[:80],
+        )  # fmt: skip
+    return _DIRECTORY / name
 
 
 def exists(name: str) -> bool:
-    """Whether there is such a namespace."""
-    return os.path.ismount(path_of(name))
+    """Whether there is a namespace `name`; a file left over from one is none."""
+    return os.path.ismount(path_of(name))  # noqa: PTH114 - Path.is_mount knows directories only
 
 
-def create(shell: Shell, name: str) -> None:
-    """The namespace exists, with its loopback up."""
-    if not exists(name):
+def create(shell: Shell, name: str) -> bool:
+    """The namespace `name` exists and its loopback is up; returns whether it was made here and now.
+
+    In one made here nothing is forwarded between interfaces until somebody says so; another's is left as it is.
+    Raises `Failed` (``shell.failed``).
+    """
+    made = not exists(name)
+    if made:
+        path_of(name).unlink(missing_ok=True)  # what a crash left: a file without a namespace
         shell.run(["ip", "netns", "add", name])
-    shell.run(["ip", "-n", name, "link", "set", "lo", "up"])
+    try:
+        if made:
+            with entered(path_of(name)):
+                Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
+        shell.run(["ip", "-n", name, "link", "set", "lo", "up"])
+    except BaseException:
+        if made:
+            delete(shell, name)
+        raise
+    return made
 
 
 def delete(shell: Shell, name: str) -> None:
-    """The name is gone, and the namespace with its last process."""
-    if path_of(name).exists():
+    """The namespace `name` is gone; the kernel keeps its interfaces until the last process in it has ended."""
+    if exists(name):
         shell.run(["ip", "netns", "delete", name])
 
 
 @contextmanager
-def inside(path: Path | None) -> Iterator[None]:
-    """Run the calling thread inside the namespace at `path` (None: where it is) and return to the former one."""
-    if path is None:
-        yield
-        return
-    with Path("/proc/thread-self/ns/net").open() as former:
+def entered(path: Path) -> Iterator[None]:
+    """Run the calling thread (and what it starts) in the network namespace at `path`, then where it was before.
+
+    Raises `NotFound` (``netns.not_found``), `Forbidden` (``netns.forbidden``) without the right to, and `Failed`
+    (``netns.failed``) for a path that is no network namespace.
+    """
+    former = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
         try:
-            with path.open() as target:
-                _setns(target.fileno(), path)
+            target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise Failed("netns.missing", f"network namespace {path}: {error.strerror}") from None
+            raise _error(path, error.errno) from None
+        try:
+            _enter(target, path)
+        finally:
+            os.close(target)
         try:
             yield
         finally:
-            _setns(former.fileno(), path)
+            _enter(former, path)
+    finally:
+        os.close(former)
 
 
-def _setns(fd: int, path: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, _CLONE_NEWNET):
-        raise Failed("netns.refused", f"cannot enter network namespace {path}: {os.strerror(ctypes.get_errno())}")
+def _enter(fd: int, path: Path) -> None:
+    if _libc.setns(fd, _CLONE_NEWNET) != 0:
+        raise _error(path, ctypes.get_errno())
 
 
-def is_used(name: str) -> bool:
-    """Whether any process lives in the namespace."""
-    wanted = path_of(name).stat()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                found = (entry / "ns/net").stat()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
-    return False
+def _error(path: Path, number: int | None) -> NotFound | Forbidden | Failed:
+    message = f"network namespace {path}: {os.strerror(number or 0)}"
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return NotFound("netns.not_found", message, hint="is the stack up? see: mvm status", path=str(path))
+    if number in (errno.EPERM, errno.EACCES):
+        return Forbidden("netns.forbidden", message, hint="run it as root", path=str(path))
+    return Failed("netns.failed", message, hint="see: ip netns list", path=str(path))

@@ -6,6 +6,7 @@ import base64
 import http.client
 import socket
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from mvm.drivers import netns
@@ -51,8 +52,12 @@ class Probes:
         except OSError as error:
             return error.strerror or str(error)
 
+    @staticmethod
+    def _inside(namespace: Path | None) -> AbstractContextManager[None]:
+        return netns.entered(namespace) if namespace else nullcontext()
+
     def _redis(self) -> str | None:
-        with netns.inside(self._namespace):
+        with self._inside(self._namespace):
             reply = RedisLink(self._settings.redis, code="redis.unreachable", timeout_s=_ANSWER_S).command("PING")
         return None if reply == b"PONG" else f"unexpected reply {reply!r}"
 
@@ -64,7 +69,7 @@ class Probes:
         app = Celery("mvm-probe", broker=self._settings.broker, set_as_current=False)
         app.conf.update(broker_connection_max_retries=0, broker_transport_options={"max_retries": 0})
         try:
-            with netns.inside(self._namespace), app.connection_for_write() as connection:
+            with self._inside(self._namespace), app.connection_for_write() as connection:
                 replies = app.control.broadcast(
                     "ping", destination=[node], reply=True, limit=1, timeout=_ANSWER_S, connection=connection
                 )
@@ -85,7 +90,7 @@ class Probes:
         from mvm.drivers.quic.client import QuicAgents
 
         def make_socket() -> socket.socket:
-            with netns.inside(self._namespace):
+            with self._inside(self._namespace):
                 return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
         agents = QuicAgents(self._settings.layout.certs, make_socket)
@@ -102,7 +107,7 @@ class Probes:
         """From the stack's namespace and from the caller's: both must do."""
         for where in {self._namespace, None}:
             headers = {"Authorization": authorization} if authorization else {}
-            with netns.inside(where):
+            with self._inside(where):
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_S)
                 try:
                     connection.request("GET", path, headers=headers)

@@ -201,7 +201,7 @@ class Stack:
         mark = _namespace_mark(self._layout)
         former = mark.read_text().strip() if mark.exists() else ""
         if former and former != name and netns.exists(former):
-            if netns.is_used(former):
+            if _is_used(former):
                 raise NotAllowed(
                     "stack.other_netns", f"instances of this state directory run in network namespace {former}",
                     hint=f"use --netns {former}, or stop them first", netns=former,
@@ -270,11 +270,25 @@ class Stack:
         mark = _namespace_mark(self._layout)
         if mark.exists():
             name = mark.read_text().strip()
-            if netns.exists(name) and netns.is_used(name):
+            if netns.exists(name) and _is_used(name):
                 report(f"instances run on; network namespace {name} stays")
                 return
             netns.delete(self._shell, name)
             mark.unlink()
+
+
+def _is_used(namespace: str) -> bool:
+    """Whether any process lives in it."""
+    wanted = netns.path_of(namespace).stat()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                found = (entry / "ns/net").stat()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    return False
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from socket import socket
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -70,11 +70,3 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = host, port
         self.setup_environ()
         self.set_app(make_wsgi_app(_registry()))
-
-
-def series() -> Sequence[str]:
-    """The names of all series, for the docs and their test."""
-    return tuple(
-        metric.describe()[0].name + ("_total" if isinstance(metric, Counter) else "")
-        for metric in (JOBS, JOB_SECONDS, INSTANCES, SWEEP_FINDINGS, BOOT_RETRIES, AGENT_REQUESTS)
-    )
