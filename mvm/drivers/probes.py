@@ -89,11 +89,10 @@ class Probes:
     def _agent(self) -> str | None:
         from mvm.drivers.quic.client import QuicAgents
 
-        def make_socket() -> socket.socket:
-            with self._inside(self._namespace):
-                return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-
-        agents = QuicAgents(self._settings.layout.certs, make_socket)
+        agents = QuicAgents(
+            self._settings.layout.certs,
+            lambda: netns.socket_in(self._namespace, socket.AF_INET, socket.SOCK_DGRAM),
+        )
         agents.call(agent_address(self._settings), "node.ping", {}, deadline_s=_ANSWER_S)
         return None
 

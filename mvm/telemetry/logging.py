@@ -10,12 +10,13 @@ import re
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import structlog
 
 from mvm.domain.job import Job
 from mvm.errors import InvalidInput
+from mvm.settings import Settings
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _SECRET_NAME = re.compile(r"password|passwd|secret|token|private|authorization|credential", re.IGNORECASE)
@@ -41,9 +42,9 @@ def parse_filter(text: str) -> dict[str, int]:
     return levels
 
 
-def configure(log_filter: str, log_format: Literal["text", "json"], stream: IO[str] | None = None) -> None:
-    """Route everything that is logged in this process; may be called again."""
-    levels = parse_filter(log_filter)
+def configure(settings: Settings, stream: IO[str] | None = None) -> None:
+    """Route everything that is logged in this process, as the settings say; may be called again."""
+    levels = parse_filter(settings.log)
     out = sys.stderr if stream is None else stream
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -53,7 +54,7 @@ def configure(log_filter: str, log_format: Literal["text", "json"], stream: IO[s
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    if log_format == "json":
+    if settings.log_format == "json":
         render: list[structlog.typing.Processor] = [
             structlog.processors.dict_tracebacks,
             _hide_secrets,

@@ -17,6 +17,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from mvm.domain.job import Job
+
 JOBS = Counter("mvm_jobs_total", "Jobs ended, by verb and final state.", ["verb", "state"])
 JOB_SECONDS = Histogram(
     "mvm_job_seconds", "How long jobs ran, in seconds.", ["verb"],
@@ -26,6 +28,14 @@ INSTANCES = Gauge("mvm_instances", "Instances of this node, by status.", ["statu
 SWEEP_FINDINGS = Counter("mvm_sweep_findings_total", "What sweeps found and put right.", ["sweep"])
 BOOT_RETRIES = Counter("mvm_boot_retries_total", "Boots that hung and were tried again.")
 AGENT_REQUESTS = Counter("mvm_agent_requests_total", "Requests to the agent.", ["method", "outcome"])
+
+
+def observe_job(job: Job) -> None:
+    """Count a job that ended, with how long it ran."""
+    if job.state.final:
+        JOBS.labels(job.verb.value, job.state.value).inc()
+        if job.started_at and job.finished_at:
+            JOB_SECONDS.labels(job.verb.value).observe((job.finished_at - job.started_at).total_seconds())
 
 
 def serve(sockets: Iterable[socket]) -> Callable[[], None]:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,11 +51,13 @@ class Issued:
 
 
 def init(layout: StateLayout, node_id: NodeId, ca: Path | None = None) -> None:
-    """Make what is missing, damaged, another node's or about to expire; a usable set stays as it is.
+    """Make what is missing, and leaves anew that are damaged, another node's or about to expire.
 
+    A usable set stays as it is, and a CA that is there is never replaced unless `ca` is given.
     `ca` is a PEM file with a CA certificate and its key, which then issues; what another CA issued is replaced.
-    Raises `InvalidInput` (``certs.damaged``) for it, and `Failed`: ``certs.no_ca_key`` when a certificate is needed
-    and only the CA's certificate is here, ``certs.unwritable`` when the directory cannot be written.
+
+    Raises `InvalidInput` (``certs.damaged``) for an unusable CA, and `Failed`: ``certs.no_ca_key`` when a
+    certificate is needed and only the CA's own is here, ``certs.unwritable`` when the directory cannot be written.
     """
     directory = layout.certs
     with _locked(directory):
@@ -82,10 +84,8 @@ def status(layout: StateLayout, node_id: NodeId | None = None) -> list[dict[str,
         row: dict[str, Any] = {
             "name": str(name), "path": str(path), "subject": "", "sans": [], "not_after": None, "days_left": None,
         }  # fmt: skip
-        try:
+        with suppress(MvmError):  # the same error is the row's problem
             row |= _describe(load_certificates(path)[0])
-        except MvmError:
-            pass  # the same error is the row's problem
         problem = _ca_problem(layout.certs) if name == "ca" else _leaf_problem(layout.certs, Role(name), node_id)
         rows.append(row | {"ok": not problem, "problem": problem})
     return rows
@@ -143,13 +143,17 @@ def _authority(directory: Path, bundle: Path | None) -> Issued | None:
         if _ca_problem(directory) or load_certificates(directory / "ca.pem")[0] != given.certificate:
             _write_pair(directory, "ca", given)
         return given
-    if (directory / "ca.pem").exists() and not (directory / "ca.key").exists():
-        return None
-    if not _ca_problem(directory):
-        return Issued(load_certificates(directory / "ca.pem")[0], load_key(directory / "ca.key"))
-    made = issue(None, f"CA {secrets.token_hex(4)}", days=CA_DAYS)
-    _write_pair(directory, "ca", made)
-    return made
+    certificate, key = directory / "ca.pem", directory / "ca.key"
+    if not certificate.exists():
+        made = issue(None, f"CA {secrets.token_hex(4)}", days=CA_DAYS)
+        _write_pair(directory, "ca", made)
+        return made
+    if key.exists():
+        key.chmod(0o600)
+    problem = _ca_problem(directory)
+    if problem:  # others may trust this CA: it is not replaced behind their backs
+        raise damaged(certificate, problem)
+    return Issued(load_certificates(certificate)[0], load_key(key)) if key.exists() else None
 
 
 def _ca_problem(directory: Path) -> str:

@@ -237,9 +237,7 @@ class Connection:
     def _too_late(self) -> MvmError:
         if self._heard is None:
             return _unreachable(self._address, "no answer")
-        return TimedOut(
-            "agent.timeout", f"the agent at {self._address} did not answer in time", address=self._address
-        )
+        return TimedOut("agent.timeout", f"the agent at {self._address} did not answer in time", address=self._address)
 
 
 def _answer(message: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _HEADER = 4
 
 def encode(message: Mapping[str, Any]) -> bytes:
     """One frame. Raises `InvalidInput` (``agent.frame_too_large``)."""
-    body = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
+    body = json.dumps(message, separators=(",", ":")).encode()
     if len(body) > MAX_FRAME:
         raise _too_large(len(body))
     return len(body).to_bytes(_HEADER, "big") + body

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -29,10 +30,11 @@ class heavy_imports_deferred:  # noqa: N801 - reads as a with statement
     def __enter__(self) -> None:
         for name in _HEAVY:
             if name not in sys.modules:
-                sys.modules[name] = _Deferred(name)
-        crypto = _Deferred("OpenSSL.crypto")
-        if isinstance(sys.modules["OpenSSL"], _Deferred):
-            sys.modules["OpenSSL"].__dict__["crypto"] = crypto
+                spec = find_spec(name)
+                sys.modules[name] = stub = _Deferred(name)
+                # What `from OpenSSL import crypto` asks a package for.
+                stub.__path__ = list(spec.submodule_search_locations or ()) if spec else []
+                stub.__dict__["crypto"] = _Deferred(f"{name}.crypto")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for name in _HEAVY:

@@ -7,10 +7,12 @@ places where aioquic's TLS state machine handles each message; the release is pi
 
 from __future__ import annotations
 
+import logging
+import ssl
 from typing import TYPE_CHECKING, Any
 
 from aioquic import tls
-from aioquic.buffer import Buffer
+from aioquic._buffer import Buffer
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection
 
@@ -19,6 +21,8 @@ from mvm.drivers.quic.identity import Credentials, Peer, Refused, verify_client,
 
 if TYPE_CHECKING:
     from cryptography.x509.verification import Store
+
+logging.getLogger("quic").addHandler(logging.NullHandler())  # every refusal is an error or a log line of ours
 
 IDLE_S = 15.0  # both sides; whoever waits pings more often
 CRYPTO_ERROR = 0x100  # a QUIC close code is this plus the TLS alert
@@ -80,7 +84,7 @@ class _Verified(QuicConnection):
 
     def _initialize(self, peer_cid: bytes) -> None:
         super()._initialize(peer_cid)
-        self.tls.__class__ = self.context  # type: ignore[assignment]
+        self.tls.__class__ = self.context
         self.tls.store = self.store
         self.tls._request_client_certificate = True
         # A ticket would admit its holder without a certificate, and 0-RTT data with it.
@@ -123,8 +127,6 @@ def server_configuration(credentials: Credentials) -> QuicConfiguration:
 
 
 def _configuration(credentials: Credentials, *, is_client: bool) -> QuicConfiguration:
-    import ssl
-
     options: dict[str, Any] = {}
     if is_client:
         # A first packet lost costs two or three of these. aioquic's own check of the certificate is off because
