@@ -47,7 +47,7 @@ def examine(settings: Settings, shell: Shell | None = None) -> list[Check]:
         _root(),
         _tun(),
         _qemu(shell),
-        _accelerator(),
+        _accelerator(settings, shell),
         *(_program(name, package) for name, package in _PROGRAMS.items()),
         _apt_lists(),
         _disk(settings),
@@ -76,10 +76,10 @@ def _qemu(shell: Shell) -> Check:
     return Check("qemu", "ok", version[0] if version else _QEMU)
 
 
-def _accelerator() -> Check:
-    from mvm.drivers.qemu.accel import detect
+def _accelerator(settings: Settings, shell: Shell) -> Check:
+    from mvm.drivers.qemu.driver import QemuDriver
 
-    found = detect()
+    found = QemuDriver(settings.layout, shell).accelerator()
     if found.name == "kvm":
         return Check("accelerator", "ok", f"kvm: {found.reason}")
     return Check("accelerator", "warn", f"{found.name}: {found.reason}", "guests run, but slower than with KVM")

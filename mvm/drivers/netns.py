@@ -33,7 +33,7 @@ def path_of(name: str) -> Path:
 
 def exists(name: str) -> bool:
     """Whether there is a namespace `name`; a file left over from one is none."""
-    return os.path.ismount(path_of(name))  # noqa: PTH114 - Path.is_mount knows directories only
+    return os.path.ismount(path_of(name))
 
 
 def create(shell: Shell, name: str) -> bool:
