@@ -20,6 +20,32 @@ from mvm.errors import Failed, InvalidInput, Unreachable
 _CONNECT_S = 0.9  # "down" must be known within a second
 
 
+class _Connection:
+    """A socket and its parser; closed with the thread (or link) that owns it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.reader = hiredis.Reader()
+        self.owner = os.getpid()  # a forked child shares no connection
+
+    def __del__(self) -> None:
+        self.sock.close()
+
+    def exchange(self, packed: bytes, count: int, timeout_s: float) -> list[Any]:
+        """Send packed commands and read `count` replies."""
+        self.sock.settimeout(timeout_s)
+        self.sock.sendall(packed)
+        return [self._reply() for _ in range(count)]
+
+    def _reply(self) -> Any:
+        while (reply := self.reader.gets()) is False:
+            data = self.sock.recv(1 << 16)
+            if not data:
+                raise ConnectionResetError("Redis closed the connection")
+            self.reader.feed(data)
+        return reply
+
+
 class RedisLink:
     """Commands to one Redis. URLs: ``unix:///PATH``, ``redis://[user:password@]host:port/db``, ``rediss://``.
 
@@ -46,57 +72,55 @@ class RedisLink:
     ) -> list[Any]:
         """Commands sent together, and their replies."""
         packed = b"".join(hiredis.pack_command(cast("Any", tuple(words))) for words in commands)
-        fresh = getattr(self._local, "link", None) is None or self._local.owner != os.getpid()
+        fresh = self._connection is None
         try:
             replies = self._exchange(packed, len(commands), timeout_s)
         except OSError as error:
-            self._close()
             if fresh:
                 raise self._unreachable(error) from None
             try:
                 replies = self._exchange(packed, len(commands), timeout_s)
             except OSError as again:
-                self._close()
                 raise self._unreachable(again) from None
         for reply in replies:
             if isinstance(reply, hiredis.HiredisError):
                 raise Failed("redis.refused", f"Redis refused a command: {reply}")
         return replies
 
+    def close(self) -> None:
+        """Close the calling thread's connection; the next command opens another."""
+        connection = self._connection
+        if connection is not None:
+            connection.sock.close()
+            self._local.connection = None
+
+    @property
+    def _connection(self) -> _Connection | None:
+        connection: _Connection | None = getattr(self._local, "connection", None)
+        return connection if connection is not None and connection.owner == os.getpid() else None
+
     def _exchange(self, packed: bytes, count: int, timeout_s: float | None) -> list[Any]:
-        sock, reader = self._connected()
-        sock.settimeout(timeout_s or self._timeout_s)
-        sock.sendall(packed)
-        return [self._reply(sock, reader) for _ in range(count)]
+        connection = self._connection or self._open()
+        self._local.connection = None  # a failure in the middle leaves replies that nobody waits for
+        replies = connection.exchange(packed, count, timeout_s or self._timeout_s)
+        self._local.connection = connection
+        return replies
+
+    def _open(self) -> _Connection:
+        connection = _Connection(self._connect())
+        if self._url.password:
+            user = (unquote(self._url.username),) if self._url.username else ()
+            self._hello(connection, "AUTH", *user, unquote(self._url.password))
+        db = self._url.path.strip("/") if self._url.scheme != "unix" else ""
+        if db and db != "0":
+            self._hello(connection, "SELECT", db)
+        return connection
 
     @staticmethod
-    def _reply(sock: socket.socket, reader: hiredis.Reader) -> Any:
-        while (reply := reader.gets()) is False:
-            data = sock.recv(1 << 16)
-            if not data:
-                raise ConnectionResetError("Redis closed the connection")
-            reader.feed(data)
-        return reply
-
-    def _connected(self) -> tuple[socket.socket, hiredis.Reader]:
-        link: tuple[socket.socket, hiredis.Reader] | None = getattr(self._local, "link", None)
-        if link is None or self._local.owner != os.getpid():  # a forked child shares no connection
-            link = (self._connect(), hiredis.Reader())
-            self._local.link, self._local.owner = link, os.getpid()
-            hello: list[tuple[str, ...]] = []
-            if self._url.password:
-                user = (unquote(self._url.username),) if self._url.username else ()
-                hello.append(("AUTH", *user, unquote(self._url.password)))
-            db = self._url.path.strip("/") if self._url.scheme != "unix" else ""
-            if db and db != "0":
-                hello.append(("SELECT", db))
-            for words in hello:
-                link[0].sendall(hiredis.pack_command(cast("Any", words)))
-                reply = self._reply(*link)
-                if isinstance(reply, hiredis.HiredisError):
-                    self._close()
-                    raise Failed("redis.refused", f"Redis refused {words[0]}: {reply}")
-        return link
+    def _hello(connection: _Connection, *words: str) -> None:
+        (reply,) = connection.exchange(hiredis.pack_command(cast("Any", words)), 1, _CONNECT_S)
+        if isinstance(reply, hiredis.HiredisError):
+            raise Failed("redis.refused", f"Redis refused {words[0]}: {reply}")
 
     def _connect(self) -> socket.socket:
         if self._url.scheme == "unix":
@@ -116,12 +140,6 @@ class RedisLink:
 
             sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
         return sock
-
-    def _close(self) -> None:
-        link = getattr(self._local, "link", None)
-        if link is not None:
-            link[0].close()
-            self._local.link = None
 
     def _unreachable(self, error: OSError) -> Unreachable:
         where = self._url.path if self._url.scheme == "unix" else self._url.hostname

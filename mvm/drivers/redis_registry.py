@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,13 +13,16 @@ from typing import Any
 from mvm.domain.addressing import allocate
 from mvm.domain.ids import JobId, NodeId, PoolRef, TenantId
 from mvm.domain.job import Job, JobState, JobVerb
+from mvm.domain.refusals import job_not_found, tenant_exists
 from mvm.domain.tenant import Quota, Tenant
 from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.redis_scripts import NEXT_CHILDREN, RELEASE, RESERVE_TENANT, UPDATE_JOB
-from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
+from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.registry import NodeRecord
 
 _KEEP_JOB_S = 7 * 86400
+_KEEP_SWEEP_S = 3600
+_PAGE = 500
 _BLOCK_S = 2.0
 _RESERVE_TRIES = 64
 
@@ -126,7 +130,12 @@ class RedisRegistry:
         for job in jobs:
             commands += [
                 ("SET", f"mvm:job:{job.job_id}", json.dumps(job.to_dict()), "EX", 4 * _KEEP_JOB_S),
-                ("ZADD", "mvm:jobs", int(job.submitted_at.timestamp() * 1000), job.job_id),
+                (
+                    "ZADD",
+                    "mvm:sweeps" if job.verb.is_sweep else "mvm:jobs",
+                    int(job.submitted_at.timestamp() * 1000),
+                    job.job_id,
+                ),
                 ("SADD", f"mvm:open:{job.node_id}", job.job_id),
             ]
             if job.verb is JobVerb.BULK:
@@ -137,8 +146,9 @@ class RedisRegistry:
                 commands.append(("RPUSH", f"mvm:bulk:{job.parent}:children", job.job_id))
                 if job.job_id in hold:
                     commands.append(("RPUSH", f"mvm:bulk:{job.parent}:held", job.job_id))
-        oldest = int((datetime.now(UTC).timestamp() - _KEEP_JOB_S) * 1000)
-        commands.append(("ZREMRANGEBYSCORE", "mvm:jobs", "-inf", oldest))
+        now = datetime.now(UTC).timestamp()
+        for index, keep in (("mvm:jobs", _KEEP_JOB_S), ("mvm:sweeps", _KEEP_SWEEP_S)):
+            commands.append(("ZREMRANGEBYSCORE", index, "-inf", int((now - keep) * 1000)))
         self._link.pipeline([("MULTI",), *commands, ("EXEC",)])
 
     def job(self, job_id: JobId) -> Job | None:
@@ -148,16 +158,22 @@ class RedisRegistry:
 
     def jobs(self, *, state: JobState | None = None, subject: str | None = None, limit: int = 200) -> Sequence[Job]:
         """See ports/registry.py. Reads in pages, so a filter costs as many pages as it skips."""
-        found: list[Job] = []
-        for start in range(0, 1_000_000, 500):
-            ids = self._link.command("ZREVRANGE", "mvm:jobs", start, start + 499)
-            for job in self._get(ids):
-                below = subject is None or job.subject == subject or job.subject.startswith(subject + "/")
-                if below and (state is None or job.state is state):
-                    found.append(job)
-            if len(found) >= limit or len(ids) < 500:
-                break
-        return found[:limit]
+        found = self._matching(self._get(self._link.command("ZREVRANGE", "mvm:sweeps", 0, -1)), state, subject)
+        for start in itertools.count(0, _PAGE):
+            ids = self._link.command("ZREVRANGE", "mvm:jobs", start, start + _PAGE - 1)
+            found += self._matching(self._get(ids), state, subject)
+            if len(found) >= limit or len(ids) < _PAGE:
+                return sorted(found, key=lambda job: job.job_id, reverse=True)[:limit]
+        raise AssertionError("unreachable: the pages end")
+
+    @staticmethod
+    def _matching(jobs: Sequence[Job], state: JobState | None, subject: str | None) -> list[Job]:
+        return [
+            job
+            for job in jobs
+            if state in (None, job.state)
+            and (subject is None or job.subject == subject or job.subject.startswith(subject + "/"))
+        ]
 
     def children(self, parent: JobId) -> Sequence[Job]:
         """See ports/registry.py."""
@@ -259,16 +275,3 @@ class RedisRegistry:
     def release_sweep(self, verb: str, node: NodeId, job: JobId) -> None:
         """See ports/registry.py."""
         self._link.command("EVAL", RELEASE, 0, f"mvm:sweep:{verb}:{node}", job)
-
-
-def tenant_exists(tenant: TenantId) -> NotAllowed:
-    """The error for a tenant id that is taken."""
-    return NotAllowed(
-        "tenant.exists", f"tenant {tenant} exists already", hint=f"see: mvm tenant info {tenant}",
-        field="tenant", value=str(tenant),
-    )  # fmt: skip
-
-
-def job_not_found(job_id: JobId) -> NotFound:
-    """The error for a job nobody knows."""
-    return NotFound("job.not_found", f"there is no job {job_id}", hint="see: mvm job list", field="job", value=job_id)

@@ -19,8 +19,9 @@ from mvm.domain.instance import Instance
 from mvm.domain.job import Job
 from mvm.domain.layout import STATE_VERSION
 from mvm.domain.pool import WorkerPool
+from mvm.domain.refusals import not_found
 from mvm.domain.tenant import Tenant
-from mvm.errors import Failed, NotAllowed, NotFound
+from mvm.errors import Failed, NotAllowed
 
 _SCHEMA = """
 CREATE TABLE tenants (id TEXT PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID;
@@ -230,11 +231,3 @@ class SqliteStore:
         return self._write(
             "DELETE FROM jobs WHERE final = 1 AND id NOT IN (SELECT id FROM jobs ORDER BY id DESC LIMIT ?)", keep
         )
-
-
-def not_found(what: str, name: object) -> NotFound:
-    """The error for a subject that does not exist: ``<what>.not_found``."""
-    lists = {"tenant": "mvm tenant list", "pool": "mvm pool list", "instance": "mvm instance list"}
-    return NotFound(
-        f"{what}.not_found", f"there is no {what} {name}", hint=f"see: {lists[what]}", field=what, value=str(name)
-    )

@@ -9,20 +9,16 @@ from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.redis_registry import RedisRegistry
 from mvm.ports.registry import Registry
-from tests.support.redis_server import redis_server
-
-
-@pytest.fixture(scope="session")
-def redis_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisLink]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as link:
-        yield link
+from tests.support.redis_server import RedisServer
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.redis)])
-def registry(request: pytest.FixtureRequest) -> Registry:
+def registry(request: pytest.FixtureRequest) -> Iterator[Registry]:
     """An empty registry."""
     if request.param == "memory":
-        return MemoryRegistry(SystemClock())
-    link: RedisLink = request.getfixturevalue("redis_link")
-    link.command("FLUSHALL")
-    return RedisRegistry(link)
+        yield MemoryRegistry(SystemClock())
+        return
+    server: RedisServer = request.getfixturevalue("redis_server")
+    link = RedisLink(server.url, code="registry.unreachable")
+    yield RedisRegistry(link)
+    link.close()

@@ -1,38 +1,55 @@
-"""A private redis-server for tests."""
+"""A private redis-server on a Unix socket, for one test or one session."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
-from threading import Event
-from time import monotonic
 
 from mvm.drivers.redis_link import RedisLink
-from mvm.errors import Unreachable
+from mvm.errors import MvmError
+from tests.support.waiting import until
 
 
-@contextmanager
-def redis_server(directory: Path) -> Iterator[RedisLink]:
-    """A redis-server on a Unix socket in `directory`, without files, until the end of the block."""
-    path = directory / "redis.sock"
-    argv = ["redis-server", "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(directory)]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as server:
+class RedisServer:
+    """Starts on construction; `restart` keeps the data (append-only file)."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="mvm-redis-"))
+        self.socket = self.directory / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory),
+                 "--appendonly", "yes", "--save", "", "--daemonize", "no"],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        until(self.answers, 10, "redis-server answers")
+
+    def answers(self) -> bool:
+        """Whether it answers a PING."""
+        link = RedisLink(self.url, code="x")
         try:
-            link = RedisLink(f"unix://{path}", code="registry.unreachable")
-            _wait_until_it_answers(link, deadline=monotonic() + 20)
-            yield link
-            link._close()
+            return link.command("PING") == b"PONG"
+        except MvmError:
+            return False
         finally:
-            server.kill()
+            link.close()
 
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
-def _wait_until_it_answers(link: RedisLink, deadline: float) -> None:
-    while True:
-        try:
-            assert link.command("PING") in (b"PONG", "PONG")
-            return
-        except Unreachable:
-            assert monotonic() < deadline, "redis-server did not come up"
-        Event().wait(0.02)
+    def close(self) -> None:
+        """End it and remove its data."""
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
