@@ -66,12 +66,12 @@ class Client:
     @cached_property
     def agents(self) -> NodeAgents:
         """The nodes' agents, reached from inside the stack's network namespace."""
-        from mvm.drivers.netns import namespace_path, socket_in
+        from mvm.drivers.netns import path_of, socket_in
         from mvm.drivers.quic.client import QuicAgents
 
         netns = self.connection.get("netns")
         make: Callable[[], socket.socket] = lambda: socket_in(  # noqa: E731
-            namespace_path(netns) if netns else None, socket.AF_INET, socket.SOCK_DGRAM
+            path_of(netns) if netns else None, socket.AF_INET, socket.SOCK_DGRAM
         )
         return QuicAgents(self.layout.certs, make)
 

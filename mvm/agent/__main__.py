@@ -10,8 +10,10 @@ import structlog
 
 from mvm.agent.methods import NodeApi, method_table
 from mvm.agent.server import listen, serve
+from mvm.drivers.listeners import loopback_listeners
 from mvm.errors import MvmError
 from mvm.settings import Settings, load_settings
+from mvm.telemetry.logging import configure
 
 
 async def run(settings: Settings, api: NodeApi) -> None:
@@ -27,9 +29,16 @@ def main() -> int:
     """The exit code: 0 after a signal, else the error's."""
     try:
         settings = load_settings()
+        configure(settings)
+        from mvm.telemetry import metrics
         from mvm.wiring import open_node
 
-        asyncio.run(run(settings, open_node(settings).views))
+        listeners = loopback_listeners(settings.metrics_port, namespaced=settings.namespace is not None)
+        stop_metrics = metrics.serve(listeners)
+        try:
+            asyncio.run(run(settings, open_node(settings).view))
+        finally:
+            stop_metrics()
     except MvmError as error:
         structlog.get_logger(__name__).error("agent.failed", **error.to_dict())
         return error.exit_code

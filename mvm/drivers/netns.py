@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +32,8 @@ def path_of(name: str) -> Path:
 
 
 def exists(name: str) -> bool:
-    """Whether there is a namespace `name`; a file that one was mounted on is none."""
-    try:
-        return path_of(name).stat().st_dev != _DIRECTORY.stat().st_dev
-    except FileNotFoundError:
-        return False
+    """Whether there is a namespace `name`; a file left over from one is none."""
+    return os.path.ismount(path_of(name))
 
 
 def create(shell: Shell, name: str) -> bool:
@@ -89,6 +87,14 @@ def entered(path: Path) -> Iterator[None]:
             _enter(former, path)
     finally:
         os.close(former)
+
+
+def socket_in(path: Path | None, family: int, kind: int) -> socket.socket:
+    """A socket that belongs to the namespace at `path`; None: to the caller's."""
+    if path is None:
+        return socket.socket(family, kind)
+    with entered(path):
+        return socket.socket(family, kind)
 
 
 def _enter(fd: int, path: Path) -> None:
