@@ -225,9 +225,8 @@ def build_node(
     }.items():
         runner.register(verb, handler)
     view = NodeView(
-        store=p.store, storage=p.storage, guest=p.guest, clock=p.clock, node_id=node, address=address,
-        driver=p.vmm.name,
-    )  # fmt: skip
+        store=p.store, storage=p.storage, guest=p.guest, vmm=p.vmm, clock=p.clock, node_id=node, address=address
+    )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,
         facts={"driver": p.vmm.name},

@@ -11,7 +11,7 @@ from aioquic import tls
 from cryptography import x509
 
 from mvm.agent import endpoint
-from mvm.drivers.quic.certs import CLIENT, SERVER, Issued, issue
+from mvm.drivers.quic.certs import SERVER, Issued, issue
 from mvm.drivers.quic.client import Connection
 from mvm.drivers.quic.frames import encode
 from mvm.drivers.quic.tls import _ClientTls
@@ -127,9 +127,7 @@ def test_a_handshake_that_leaves_something_out_is_refused(agent: Agent, cheat: t
     assert agent.node.calls == before
 
 
-def test_an_unfinished_handshake_ends_at_its_deadline(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unfinished_handshake_ends_at_its_deadline(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "HANDSHAKE_S", 0.3)
     before = list(agent.node.calls)
     connection = agent.connect(coordinator(agent.ca))
