@@ -62,9 +62,9 @@ class LinuxNetwork:
             return
         self._apply(missing)
 
-    def remove_bridge(self, network: TenantNetwork) -> None:
+    def remove_bridges(self, names: frozenset[str]) -> None:
         """See ports/network.py."""
-        self._remove(_is_bridge, frozenset({network.bridge}))
+        self._remove(_is_bridge, names)
 
     def remove_taps(self, names: frozenset[str]) -> None:
         """See ports/network.py."""

@@ -72,8 +72,9 @@ def test_a_bridge_is_made_and_removed_however_often(side: Side) -> None:
         side.network.ensure_bridge(ACME)
         side.network.ensure_bridge(BETA)
         assert side.network.bridges() == {"br-tenant-7", "br-tenant-4095"}
+    side.network.remove_bridges(frozenset())
     for _ in range(2):
-        side.network.remove_bridge(ACME)
+        side.network.remove_bridges(frozenset({ACME.bridge, "br-tenant-9"}))
         assert side.network.bridges() == {"br-tenant-4095"}
 
 
@@ -100,7 +101,7 @@ def test_taps_are_removed_together_and_only_they(side: Side) -> None:
 
 def test_a_tap_outlives_its_bridge_and_joins_the_next(side: Side) -> None:
     side.network.ensure_tap(ACME, 3)
-    side.network.remove_bridge(ACME)
+    side.network.remove_bridges(frozenset({ACME.bridge}))
     assert side.network.taps() == {"tn7i3": None}
     side.network.ensure_tap(ACME, 3)
     assert side.network.taps() == {"tn7i3": "br-tenant-7"}
@@ -112,7 +113,7 @@ def test_a_bridges_name_that_a_stranger_has_is_refused(side: Side, kind: str) ->
     for attempt in (
         lambda: side.network.ensure_bridge(ACME),
         lambda: side.network.ensure_tap(ACME, 3),
-        lambda: side.network.remove_bridge(ACME),
+        lambda: side.network.remove_bridges(frozenset({ACME.bridge})),
     ):
         with pytest.raises(NotAllowed) as refused:
             attempt()
