@@ -66,12 +66,12 @@ class Client:
     @cached_property
     def agents(self) -> NodeAgents:
         """The nodes' agents, reached from inside the stack's network namespace."""
-        from mvm.drivers.netns import namespace_path, socket_in
+        from mvm.drivers.netns import path_of, socket_in
         from mvm.drivers.quic.client import QuicAgents
 
         netns = self.connection.get("netns")
         make: Callable[[], socket.socket] = lambda: socket_in(  # noqa: E731
-            namespace_path(netns) if netns else None, socket.AF_INET, socket.SOCK_DGRAM
+            path_of(netns) if netns else None, socket.AF_INET, socket.SOCK_DGRAM
         )
         return QuicAgents(self.layout.certs, make)
 
@@ -128,6 +128,7 @@ def open_node(settings: Settings) -> NodeServices:
 def open_ports(settings: Settings) -> NodePorts:
     """The drivers that `settings` names."""
     from mvm.drivers.celery_queue import CeleryQueue
+    from mvm.drivers.clock import SystemClock
     from mvm.drivers.redis_link import RedisLink
     from mvm.drivers.redis_registry import RedisRegistry
     from mvm.drivers.sqlite_store import SqliteStore
@@ -139,7 +140,7 @@ def open_ports(settings: Settings) -> NodePorts:
     if settings.driver == "fake":
         from mvm.drivers.fake import FakeHost
 
-        host = FakeHost()
+        host = FakeHost(SystemClock())
         return NodePorts(
             store,
             registry,
@@ -152,7 +153,6 @@ def open_ports(settings: Settings) -> NodePorts:
             host.storage,
             host.images,
         )
-    from mvm.drivers.clock import SystemClock
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import VirtioSerialChannel
     from mvm.drivers.images_builtin import BuiltinImageBuilder
@@ -225,9 +225,8 @@ def build_node(
     }.items():
         runner.register(verb, handler)
     view = NodeView(
-        store=p.store, storage=p.storage, guest=p.guest, clock=p.clock, node_id=node, address=address,
-        driver=p.vmm.name,
-    )  # fmt: skip
+        store=p.store, storage=p.storage, guest=p.guest, vmm=p.vmm, clock=p.clock, node_id=node, address=address
+    )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,
         facts={"driver": p.vmm.name},

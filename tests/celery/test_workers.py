@@ -18,8 +18,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.timeout(180)]
 
 def ended(fleet: Jobs, *ids: JobId, deadline_s: float = 60) -> dict[JobId, Job]:
     """The jobs once all are final."""
-    last = {job.job_id: job for job in fleet.follow(ids, deadline_s=deadline_s)}
-    return last
+    return {job.job_id: job for job in fleet.follow(ids, deadline_s=deadline_s)}
 
 
 def live(fleet: Jobs) -> None:

@@ -1,0 +1,101 @@
+"""Processes of this host, known by pid and start time, through /proc and pidfds."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from mvm.domain.instance import ProcessIdentity
+
+_PROC = Path("/proc")
+
+
+class _Stat(NamedTuple):
+    state: str
+    start_ticks: int
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """The process that has `pid` now, which may be a zombie."""
+    stat = _stat(pid)
+    return ProcessIdentity(pid, stat.start_ticks) if stat else None
+
+
+def runs(process: ProcessIdentity) -> bool:
+    """Whether it has not ended; a zombie of ours is reaped. Raises `PermissionError` when it cannot be seen."""
+    stat = _stat(process.pid)
+    if stat is None or stat.start_ticks != process.start_ticks:
+        return False
+    if stat.state in "ZX":
+        _reap(process.pid)
+        return False
+    return True
+
+
+def arguments(pid: int) -> list[str]:
+    """Its command line; empty when it has ended, is ending, or is the kernel's."""
+    try:
+        data = (_PROC / str(pid) / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [os.fsdecode(word) for word in data.split(b"\0")[:-1]]
+
+
+def pids() -> Iterator[int]:
+    """Every pid in use."""
+    for entry in os.scandir(_PROC):
+        if entry.name.isdecimal():
+            yield int(entry.name)
+
+
+def wait_gone(process: ProcessIdentity, deadline_s: float) -> bool:
+    """Wait until it has ended; False when it has not within `deadline_s` seconds."""
+    end = time.monotonic() + deadline_s
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        # Opened before it is identified, the descriptor can only mean the process that `runs` looked at or a later
+        # one under its pid, and then `runs` says so.
+        while runs(process):
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            poll.poll(left * 1000)
+        return True
+    finally:
+        os.close(pidfd)
+
+
+def kill(process: ProcessIdentity) -> None:
+    """Send SIGKILL to this very process, if it runs."""
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            if runs(process):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+
+
+def _stat(pid: int) -> _Stat | None:
+    try:
+        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before may hold anything; these are fields 3 and on
+    return _Stat(fields[0], int(fields[19]))
+
+
+def _reap(pid: int) -> None:
+    with suppress(ChildProcessError):  # somebody else's child
+        os.waitpid(pid, os.WNOHANG)

@@ -1,0 +1,83 @@
+"""Running programs on this host. The only module that imports subprocess."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from mvm.domain.instance import ProcessIdentity
+from mvm.drivers import processes
+from mvm.errors import Failed, TimedOut
+from mvm.ports.shell import Completed
+
+_KEPT = 4000  # characters of a failed program's stderr
+
+
+class LocalShell:
+    """`Shell` on this host, in the caller's namespaces.
+
+    Who spawns reaps: `processes.reap` takes the exit status of a program that `spawn` started and that has ended.
+    """
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: str = "",
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout_s: float = 60.0,
+    ) -> Completed:
+        """Run to the end; `env` adds to the caller's environment."""
+        try:
+            done = subprocess.run(
+                argv, input=stdin, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout_s,
+                capture_output=True, encoding="utf-8", errors="replace", check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as expired:
+            raise TimedOut(
+                "shell.timed_out", f"{argv[0]} did not end within {timeout_s:g} s",
+                stdout=_text(expired.stdout), stderr=_text(expired.stderr),
+            ) from None  # fmt: skip
+        except OSError as error:
+            raise _not_started(argv[0], error) from None
+        if done.returncode:
+            raise Failed(
+                "shell.failed", f"{argv[0]} failed with {done.returncode}: {done.stderr.strip()[-500:]}",
+                exit_code=done.returncode, stdout=done.stdout[-_KEPT:], stderr=done.stderr[-_KEPT:],
+            )  # fmt: skip
+        return Completed(done.stdout, done.stderr)
+
+    def spawn(self, argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = ()) -> ProcessIdentity:
+        """Start a program that goes on when we end; it keeps the descriptors `pass_fds` under their numbers."""
+        with ExitStack() as stack:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, output)
+            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, null)
+            moves = [(null, 0), (output, 1), (output, 2), *((fd, fd) for fd in pass_fds)]  # onto itself: stays open
+            try:
+                pid = os.posix_spawnp(
+                    argv[0], list(argv), os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves],
+                    setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+                )  # fmt: skip
+            except OSError as error:
+                raise _not_started(argv[0], error) from None
+        identity = processes.identify(pid)
+        if identity is None:
+            raise Failed("shell.failed", f"{argv[0]} cannot be seen in /proc", hint="mount /proc without hidepid")
+        return identity
+
+
+def _not_started(program: str, error: OSError) -> Failed:
+    if isinstance(error, FileNotFoundError):
+        return Failed("shell.missing", f"there is no program {program}", hint=f"install {program}", program=program)
+    return Failed("shell.failed", f"{program} could not be started: {error.strerror}", program=program)
+
+
+def _text(data: str | bytes | None) -> str:
+    return data[-_KEPT:].decode(errors="replace") if isinstance(data, bytes) else (data or "")[-_KEPT:]
