@@ -18,7 +18,6 @@ class JobVerb(StrEnum):
     TENANT_UPDATE = "tenant.update"
     TENANT_DESTROY = "tenant.destroy"
     POOL_CREATE = "pool.create"
-    POOL_UPDATE = "pool.update"
     POOL_BUILD = "pool.build"
     POOL_SCALE = "pool.scale"
     POOL_DESTROY = "pool.destroy"

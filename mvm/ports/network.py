@@ -19,8 +19,8 @@ class HostNetwork(Protocol):
         """The tenant's bridge is up and has the gateway's address."""
         ...
 
-    def remove_bridge(self, network: TenantNetwork) -> None:
-        """The tenant's bridge is gone."""
+    def remove_bridges(self, names: frozenset[str]) -> None:
+        """None of these bridges is left."""
         ...
 
     def ensure_tap(self, network: TenantNetwork, offset: int) -> None:

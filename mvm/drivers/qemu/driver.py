@@ -128,6 +128,16 @@ class QemuDriver:
             return ""
         return "\n".join(_NOT_TEXT.sub("", text).strip().splitlines()[-lines:]) if lines > 0 else ""
 
+    def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
+        """See the port."""
+        try:
+            with (directory / argv.CONSOLE_LOG).open("rb") as file:
+                file.seek(offset)
+                data = file.read(_TAIL_BYTES)
+        except FileNotFoundError:
+            return "", offset
+        return data.decode(errors="replace"), offset + len(data)
+
     def _of(self, ref: InstanceRef) -> tuple[ProcessIdentity, ...]:
         return self.processes().get(ref, ())
 

@@ -1,0 +1,54 @@
+"""The schedule, and how a tick becomes a job on every live node and only there."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import structlog
+from celery.beat import PersistentScheduler, ScheduleEntry
+
+from mvm.domain.job import JobVerb
+from mvm.errors import MvmError
+from mvm.services.jobs import Jobs
+from mvm.settings import Settings, load_settings
+from mvm.wiring import open_jobs
+
+log = structlog.get_logger("mvm.beat")
+
+
+def schedule(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Celery's ``beat_schedule``: each sweep with its period."""
+    periods = {
+        JobVerb.SWEEP_STALE_PIDS: settings.stale_pid_sweep_s,
+        JobVerb.SWEEP_RECONCILE: settings.reconcile_sweep_s,
+        JobVerb.SWEEP_ORPHANS: settings.orphan_sweep_s,
+    }
+    return {
+        verb.value: {"task": verb.task_name, "schedule": timedelta(seconds=period)} for verb, period in periods.items()
+    }
+
+
+class FleetScheduler(PersistentScheduler):  # type: ignore[misc]
+    """Fans each due entry out to the live nodes.
+
+    A node that still has this sweep queued or running gets no second one, and a message nobody takes expires: so
+    nothing piles up when a node is slow or away.
+    """
+
+    @cached_property
+    def _jobs(self) -> Jobs:
+        return open_jobs(load_settings())
+
+    def apply_async(self, entry: ScheduleEntry, producer: Any = None, advance: bool = True, **_: Any) -> None:
+        """Send `entry` to every live node."""
+        if advance:
+            self.reserve(entry)
+        verb = JobVerb(entry.task.removeprefix("mvm."))
+        try:
+            sent = self._jobs.sweep(verb, every_s=entry.schedule.run_every.total_seconds())
+        except MvmError as error:
+            log.warning("could not send", sweep=verb.value, code=error.code, error=error.message)
+            return
+        log.debug("sent", sweep=verb.value, nodes=[str(job.node_id) for job in sent])

@@ -1,0 +1,204 @@
+"""Runs requests in threads and carries their answers back to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import closing
+from typing import Any, Protocol
+
+import structlog
+
+from mvm.agent.methods import Call, Method, accept
+from mvm.drivers.quic.frames import encode
+from mvm.drivers.quic.identity import Peer
+from mvm.errors import Failed, InvalidInput, MvmError, QuotaExceeded, Unreachable
+
+log = structlog.get_logger(__name__)
+
+SHORT_THREADS, LONG_THREADS = 8, 32
+BACKLOG = 128  # of short requests waiting for a thread; long ones do not wait
+UNSENT = 256 * 1024  # bytes that one answer may have waiting for the network
+
+
+class Outlet(Protocol):
+    """The sending side of one stream. Only the event loop's thread calls it."""
+
+    def write(self, data: bytes, *, end: bool) -> None:
+        """Queue bytes; `end` closes this side of the stream."""
+        ...
+
+    def unsent(self) -> int:
+        """Bytes queued that have not left yet."""
+        ...
+
+
+class Reply:
+    """The answer to one request: its thread sends, the event loop writes, and either may end it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, outlet: Outlet, ended: Callable[[Reply], None]) -> None:
+        self._loop = loop
+        self._outlet = outlet
+        self._ended = ended
+        self._gone = False
+        self._begun = False
+        self._stopping = False
+        self._room: Future[bool] | None = None
+
+    def send(self, frame: bytes) -> bool:
+        """One part, from the request's thread; waits for room and is False when nobody listens any more."""
+        room: Future[bool] = Future()
+        return self._soon(self._write, frame, room) and room.result()
+
+    def finish(self, frame: bytes) -> None:
+        """The last part, from any thread; it may be empty."""
+        self._soon(self._finish, frame)
+
+    def cancel(self) -> None:
+        """Nobody listens any more. From the event loop."""
+        self._gone = True
+        self.check_room()
+
+    def stop(self) -> None:
+        """End an answer that comes in parts with an error; one that has not begun may still come whole."""
+        self._stopping = True
+        if self._begun and not self._gone:
+            self._outlet.write(error_frame(_stopping()), end=True)
+            self.cancel()
+
+    def check_room(self) -> None:
+        """Let the thread go on when there is room. From the event loop, after it has sent something."""
+        if self._room is not None and (self._gone or self._outlet.unsent() < UNSENT):
+            room, self._room = self._room, None
+            room.set_result(not self._gone)
+
+    def _soon(self, function: Callable[..., None], *args: object) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop is closed: the agent has stopped
+            return False
+        return True
+
+    def _write(self, frame: bytes, room: Future[bool]) -> None:
+        self._room = room
+        if not self._gone:
+            self._outlet.write(frame, end=False)
+            self._begun = True
+        if self._stopping:
+            self.stop()
+        self.check_room()
+
+    def _finish(self, frame: bytes) -> None:
+        if not self._gone:
+            self._outlet.write(frame, end=True)
+        self._ended(self)
+
+
+class Dispatcher:
+    """Accepts requests by the method table and runs them, a bounded number at once."""
+
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        self._methods = methods
+        self._short = _Threads("short", SHORT_THREADS, BACKLOG)
+        self._long = _Threads("long", LONG_THREADS, 0)
+        self.stopping = False
+
+    def begin(self, peer: Peer, message: Mapping[str, Any], reply: Reply) -> None:
+        """Start answering; what cannot start is answered with its error."""
+        try:
+            if self.stopping:
+                raise _stopping()
+            call = accept(self._methods, peer, message)
+            threads = self._long if call.method.long else self._short
+            threads.submit(lambda: _run(peer, call, reply))
+        except MvmError as error:
+            log.info("agent.request_refused", peer=str(peer), code=error.code)
+            reply.finish(error_frame(error))
+
+    def close(self) -> None:
+        """Let the threads end; those at work are not waited for."""
+        self._short.close()
+        self._long.close()
+
+
+def error_frame(error: MvmError) -> bytes:
+    """The frame that tells `error`, whatever its fields hold."""
+    try:
+        return encode({"error": json.loads(json.dumps(error.to_dict(), default=str))})
+    except InvalidInput:  # too long for a frame
+        return encode({"error": MvmError(error.code, error.message[:4096]).to_dict()})
+
+
+def _stopping() -> Unreachable:
+    return Unreachable("agent.stopping", "this agent is stopping", hint="try again in a moment")
+
+
+def _run(peer: Peer, call: Call, reply: Reply) -> None:
+    held = b""  # the last part of a short answer leaves together with the stream's end
+    try:
+        with closing(call.run()) as parts:
+            for part in parts:
+                frame = _part_frame(part)
+                if call.method.long:
+                    heard = reply.send(frame)
+                else:
+                    heard = not held or reply.send(held)
+                    held = frame
+                if not heard:
+                    log.debug("agent.request_abandoned", peer=str(peer), method=call.name, request=call.id)
+                    break
+    except MvmError as error:
+        held = error_frame(error)
+        log.info("agent.request_failed", peer=str(peer), method=call.name, request=call.id, code=error.code)
+    except Exception:  # a defect: the caller learns that there is one, the log learns which
+        log.exception("agent.request_crashed", peer=str(peer), method=call.name, request=call.id)
+        held = error_frame(
+            MvmError("internal", "the agent failed to answer", hint="its log has the details", request=call.id)
+        )
+    reply.finish(held)
+
+
+def _part_frame(part: Mapping[str, Any]) -> bytes:
+    try:
+        return encode({"ok": dict(part)})
+    except InvalidInput as error:
+        raise Failed("agent.answer_too_large", f"the answer has {error.message}") from None
+
+
+class _Threads:
+    """A fixed number of daemon threads; `backlog` more pieces of work may wait for one."""
+
+    def __init__(self, name: str, count: int, backlog: int) -> None:
+        self._count = count
+        self._limit = count + backlog
+        self._taken = 0
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        for number in range(count):
+            threading.Thread(target=self._serve, name=f"agent-{name}-{number}", daemon=True).start()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Raises `QuotaExceeded` (``agent.busy``)."""
+        with self._lock:
+            if self._taken >= self._limit:
+                raise QuotaExceeded(
+                    "agent.busy", f"this agent is answering {self._taken} such requests", hint="try again in a moment"
+                )
+            self._taken += 1
+        self._queue.put(work)
+
+    def close(self) -> None:
+        for _ in range(self._count):
+            self._queue.put(None)
+
+    def _serve(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                work()
+            finally:
+                with self._lock:
+                    self._taken -= 1

@@ -1,0 +1,207 @@
+"""The agent's QUIC endpoint: nothing reaches the dispatcher before the peer's certificate is verified."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+
+import structlog
+from aioquic.asyncio.protocol import QuicConnectionProtocol
+from aioquic.asyncio.server import QuicServer
+from aioquic.quic import events
+from aioquic.quic.connection import NetworkAddress, QuicConnection
+from cryptography.x509.verification import Store
+
+from mvm.agent.dispatch import Dispatcher, Reply, error_frame
+from mvm.drivers.quic.frames import FrameReader
+from mvm.drivers.quic.identity import Credentials, Peer
+from mvm.drivers.quic.tls import ServerQuic, server_configuration
+from mvm.errors import InvalidInput
+
+log = structlog.get_logger(__name__)
+
+HANDSHAKE_S = 5.0
+MAX_CONNECTIONS = 256
+MAX_UNVERIFIED = 64  # of them in the middle of a handshake
+MAX_HELD = 4 << 20  # bytes of unfinished requests on one connection
+_UNIDIRECTIONAL = 2  # this bit of a stream's id
+_GIVEN_UP = 1  # application code of a stream we no longer read
+
+
+class _Peering(QuicConnectionProtocol):
+    """One connection."""
+
+    def __init__(self, quic: QuicConnection, endpoint: Endpoint) -> None:
+        self._guarded = ServerQuic.adopt(quic, endpoint.store)
+        super().__init__(quic)
+        self._endpoint = endpoint
+        self._requests: dict[int, _Incoming] = {}
+        self._replies: dict[int, Reply] = {}
+        self._deaf: set[int] = set()  # answered before the request had ended; the rest is not read
+        self._limit = self._loop.call_later(HANDSHAKE_S, partial(self._expire, "no handshake in time"))
+        self.peer: Peer | None = None
+
+    def quic_event_received(self, event: events.QuicEvent) -> None:
+        match event:
+            case events.HandshakeCompleted():
+                self._verified()
+            case events.StreamDataReceived() if self.peer is not None:
+                self._take(self.peer, event)
+            case events.StreamReset() | events.StopSendingReceived():
+                self._cancel(event.stream_id)
+            case events.ConnectionTerminated():
+                self._ended(event)
+
+    def transmit(self) -> None:
+        super().transmit()
+        for reply in list(self._replies.values()):
+            reply.check_room()
+
+    def answered(self, stream: int, reply: Reply) -> None:
+        """The reply's thread has ended."""
+        self._replies.pop(stream, None)
+        self._endpoint.answering.discard(reply)
+        self._endpoint.changed.set()
+
+    def _verified(self) -> None:
+        self._limit.cancel()
+        self.peer = self._guarded.peer
+        if self.peer is None:  # the guards let nobody come so far
+            self._expire("unverified")
+            return
+        # A certificate is looked at once; no connection outlives it.
+        left = (self.peer.not_after - datetime.now(UTC)).total_seconds()
+        self._limit = self._loop.call_later(max(left, 0.0), partial(self._expire, "the certificate has expired"))
+
+    def _take(self, peer: Peer, event: events.StreamDataReceived) -> None:
+        stream = event.stream_id
+        if stream & _UNIDIRECTIONAL:
+            self._expire("unidirectional streams are not used")
+            return
+        if stream in self._deaf:
+            if event.end_stream:
+                self._deaf.discard(stream)
+            return
+        incoming = self._requests.setdefault(stream, _Incoming())
+        incoming.held += len(event.data)
+        if sum(request.held for request in self._requests.values()) > MAX_HELD:
+            self._expire("too many unfinished requests")
+            return
+        try:
+            incoming.messages += incoming.reader.feed(event.data)
+            if not event.end_stream and len(incoming.messages) <= 1:
+                return
+            if incoming.reader.pending or len(incoming.messages) != 1:
+                raise InvalidInput("agent.bad_frame", "a request is one frame and then the stream's end")
+        except InvalidInput as error:
+            if not event.end_stream:
+                self._deaf.add(stream)
+                self._quic.stop_stream(stream, _GIVEN_UP)
+            self._begin(stream).finish(error_frame(error))
+        else:
+            self._endpoint.dispatcher.begin(peer, incoming.messages[0], self._begin(stream))
+
+    def _begin(self, stream: int) -> Reply:
+        self._requests.pop(stream, None)
+        reply = Reply(self._loop, _Outlet(self, self._quic, stream), partial(self.answered, stream))
+        self._replies[stream] = reply
+        self._endpoint.answering.add(reply)
+        return reply
+
+    def _cancel(self, stream: int) -> None:
+        self._requests.pop(stream, None)
+        self._deaf.discard(stream)
+        if stream in self._replies:
+            self._replies[stream].cancel()
+
+    def _expire(self, why: str) -> None:
+        if self._quic._close_event is None:
+            log.info("agent.connection_closed", peer=str(self.peer), why=why)
+        self.close(reason_phrase=why)
+
+    def _ended(self, event: events.ConnectionTerminated) -> None:
+        self._limit.cancel()
+        self._endpoint.connections.discard(self)
+        if self.peer is None:
+            log.info("agent.peer_refused", code=hex(event.error_code), why=event.reason_phrase)
+        self._requests.clear()
+        for reply in self._replies.values():
+            reply.cancel()
+
+
+class _Incoming:
+    """A request that has not come whole."""
+
+    def __init__(self) -> None:
+        self.reader = FrameReader()
+        self.messages: list[dict[str, object]] = []
+        self.held = 0
+
+
+class _Outlet:
+    """The sending side of one stream of a connection."""
+
+    def __init__(self, peering: _Peering, quic: QuicConnection, stream: int) -> None:
+        self._peering = peering
+        self._quic = quic
+        self._stream = stream
+        self._written = 0
+
+    def write(self, data: bytes, *, end: bool) -> None:
+        if self._quic._close_event is None and self._quic._stream_can_send(self._stream):
+            self._quic.send_stream_data(self._stream, data, end_stream=end)
+            self._written += len(data)
+            self._peering.transmit()
+
+    def unsent(self) -> int:
+        stream = self._quic._streams.get(self._stream)
+        return self._written - stream.sender.highest_offset if stream is not None else 0
+
+
+class Endpoint(QuicServer):
+    """All connections of one UDP socket, a bounded number, each address proven (retry) before it costs memory."""
+
+    def __init__(self, credentials: Credentials, dispatcher: Dispatcher) -> None:
+        super().__init__(configuration=server_configuration(credentials), create_protocol=self._connect, retry=True)
+        self.store: Store = credentials.store
+        self.dispatcher = dispatcher
+        self.connections: set[_Peering] = set()
+        self.answering: set[Reply] = set()
+        self.changed = asyncio.Event()
+
+    def datagram_received(self, data: bytes | str, addr: NetworkAddress) -> None:
+        """Drop what would open one connection too many."""
+        assert isinstance(data, bytes)
+        if self._opens(data) and self._full():
+            return
+        super().datagram_received(data, addr)
+
+    async def drain(self, *, grace_s: float) -> None:
+        """Take no new requests, end the streams, give the others `grace_s` to finish, and close."""
+        self.dispatcher.stopping = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace_s
+        for reply in list(self.answering):
+            reply.stop()
+        while self.answering and loop.time() < deadline:
+            self.changed.clear()
+            try:
+                await asyncio.wait_for(self.changed.wait(), deadline - loop.time())
+            except TimeoutError:
+                log.warning("agent.requests_abandoned", count=len(self.answering))
+        self.close()
+
+    def _opens(self, data: bytes) -> bool:
+        """Whether this datagram, with a long header, is of a connection we do not know."""
+        return len(data) > 6 and data[0] & 0x80 != 0 and data[6 : 6 + data[5]] not in self._protocols
+
+    def _full(self) -> bool:
+        unverified = sum(connection.peer is None for connection in self.connections)
+        return len(self.connections) >= MAX_CONNECTIONS or unverified >= MAX_UNVERIFIED
+
+    def _connect(self, quic: QuicConnection, stream_handler: Callable[..., None] | None = None) -> _Peering:
+        peering = _Peering(quic, self)
+        self.connections.add(peering)
+        return peering

@@ -1,0 +1,218 @@
+"""What the agent can be asked, by whom, and with which words: one table."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mvm.domain.ids import InstanceRef, PoolRef, TenantId
+from mvm.domain.lifecycle import Status
+from mvm.drivers.quic.frames import CHUNK
+from mvm.drivers.quic.identity import Peer, Role
+from mvm.errors import Forbidden, InvalidInput
+from mvm.ports.guest import ExecResult
+
+_ITEMS = 50  # of a list in one part of its answer: 20 KiB each fit into a frame
+_CHARACTERS = 1 << 16  # of a text in one part; JSON needs up to 12 bytes for one
+_BYTES = CHUNK // 4 * 3  # whole groups of base64, so that the parts can be joined as text
+Parts = Generator[Mapping[str, Any], None, None]  # of one answer; most have one
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+class NodeApi(Protocol):
+    """This node, as its agent shows it. Mappings are ready for JSON; errors are `MvmError`. Called from threads."""
+
+    def node_info(self) -> Mapping[str, Any]:
+        """The node's fields as the command line prints them."""
+        ...
+
+    def node_stats(self) -> Mapping[str, Any]:
+        """Load, memory, disk and counts, now."""
+        ...
+
+    def tenants(self) -> Sequence[Mapping[str, Any]]:
+        """All tenants on this node."""
+        ...
+
+    def pools(self, tenant: TenantId | None) -> Sequence[Mapping[str, Any]]:
+        """Pools, of one tenant or all."""
+        ...
+
+    def instances(
+        self, tenant: TenantId | None, pool: PoolRef | None, status: Status | None
+    ) -> Sequence[Mapping[str, Any]]:
+        """Instances, narrowed by what is given."""
+        ...
+
+    def instance(self, ref: InstanceRef) -> Mapping[str, Any]:
+        """One instance."""
+        ...
+
+    def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
+        """Run a command in the guest."""
+        ...
+
+    def logs(self, ref: InstanceRef, *, follow: bool) -> Generator[str, None, None]:
+        """The console's text so far and, with `follow`, what comes.
+
+        While nothing comes it yields an empty text at least once a second: that is when a caller who has gone is
+        noticed. Closing the generator ends it.
+        """
+        ...
+
+
+class _Params(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Nothing(_Params):
+    pass
+
+
+class _Pools(_Params):
+    tenant: str | None = None
+
+
+class _Instances(_Pools):
+    pool: str | None = None
+    status: str | None = None
+
+
+class _Instance(_Params):
+    ref: str
+
+
+class _Exec(_Instance):
+    command: Annotated[str, Field(min_length=1, max_length=128 * 1024)]
+    deadline_s: Annotated[float, Field(gt=0, le=86400)]
+
+
+class _Logs(_Instance):
+    follow: bool = False
+
+
+class _Request(_Params):
+    id: Annotated[str, Field(max_length=64, pattern=r"^[\w-]*$")]
+    method: Annotated[str, Field(max_length=64)]
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row: who may call it, its parameters, and the function that yields its answer in parts.
+
+    `long` ones may wait (for a guest, for more text) and have threads of their own.
+    """
+
+    roles: frozenset[Role]
+    params: type[BaseModel]
+    handler: Callable[[Any], Parts]
+    long: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that may run."""
+
+    id: str
+    name: str
+    method: Method
+    params: BaseModel
+
+    def run(self) -> Parts:
+        """The answer's parts."""
+        return self.method.handler(self.params)
+
+
+def accept(methods: Mapping[str, Method], peer: Peer, message: Mapping[str, Any]) -> Call:
+    """The call that `message` asks for.
+
+    Raises `InvalidInput` (``agent.bad_request``, ``agent.unknown_method``, ``agent.invalid_params``), which names
+    the field, and `Forbidden` (``agent.forbidden``).
+    """
+    request = _validate(_Request, message, "agent.bad_request", "request")
+    method = methods.get(request.method)
+    if method is None:
+        raise InvalidInput(
+            "agent.unknown_method", f"this agent has no method {request.method!r}",
+            hint="the agent may be older than its caller", field="method", value=request.method,
+        )  # fmt: skip
+    if peer.role not in method.roles:
+        raise Forbidden(
+            "agent.forbidden", f"{peer} may not call {request.method}", peer=str(peer), method=request.method
+        )
+    params = _validate(method.params, request.params, "agent.invalid_params", request.method)
+    return Call(request.id, request.method, method, params)
+
+
+def method_table(api: NodeApi) -> dict[str, Method]:
+    """Every method of the agent over `api`. Roles match exactly: what is not listed is refused."""
+    coordinator = frozenset({Role.COORDINATOR})
+
+    def one(answer: Callable[[Any], Mapping[str, Any]]) -> Callable[[Any], Parts]:
+        def parts(params: Any) -> Parts:
+            yield answer(params)
+
+        return parts
+
+    return {
+        "node.ping": Method(coordinator, _Nothing, one(lambda _: {})),
+        "node.info": Method(frozenset(Role), _Nothing, one(lambda _: api.node_info())),
+        "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats())),
+        "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
+        "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
+        "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),
+        "instance.info": Method(coordinator, _Instance, one(lambda p: api.instance(InstanceRef.parse(p.ref)))),
+        "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), long=True),
+        "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), long=True),
+    }
+
+
+def _instances(api: NodeApi, params: _Instances) -> Sequence[Mapping[str, Any]]:
+    if params.status is not None and params.status not in set(Status):
+        raise InvalidInput(
+            "instance.invalid_status", f"{params.status!r} is not a status",
+            hint=f"allowed: {', '.join(Status)}", field="status", value=params.status[:80],
+        )  # fmt: skip
+    return api.instances(
+        _maybe(TenantId, params.tenant), _maybe(PoolRef.parse, params.pool), _maybe(Status, params.status)
+    )
+
+
+def _items(items: Sequence[Mapping[str, Any]]) -> Parts:
+    for start in range(0, max(len(items), 1), _ITEMS):
+        yield {"items": list(items[start : start + _ITEMS])}
+
+
+def _execute(api: NodeApi, params: _Exec) -> Parts:
+    result = api.execute(InstanceRef.parse(params.ref), params.command, deadline_s=params.deadline_s)
+    for name, data in (("stdout_b64", result.stdout), ("stderr_b64", result.stderr)):
+        for start in range(0, max(len(data), 1), _BYTES):
+            yield {name: b64encode(data[start : start + _BYTES]).decode()}
+    yield {"exit_code": result.exit_code, "truncated": result.truncated}
+
+
+def _logs(api: NodeApi, params: _Logs) -> Parts:
+    with closing(api.logs(InstanceRef.parse(params.ref), follow=params.follow)) as texts:
+        for text in texts:
+            for start in range(0, max(len(text), 1), _CHARACTERS):
+                yield {"text": text[start : start + _CHARACTERS]}
+
+
+def _maybe(parse: Callable[[str], T], text: str | None) -> T | None:
+    return None if text is None else parse(text)
+
+
+def _validate(model: type[M], data: Mapping[str, Any], code: str, what: str) -> M:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(code, f"{what}: {field}: {first['msg']}", field=field) from None

@@ -1,0 +1,159 @@
+"""``mvm up``, ``down``, ``status`` and ``doctor``."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mvm.drivers.stack import Stack
+    from mvm.settings import Settings
+
+_UNREACHABLE = 6
+
+
+def _output(command: Callable[..., Any]) -> Callable[..., Any]:
+    choice = click.Choice(["table", "json", "yaml"])
+    return click.option("-o", "--output", type=choice, default="table", help="How to print the result.")(command)
+
+
+@click.command()
+@click.option("--detach", is_flag=True, help="Return once every part answers; mvm down ends it.")
+@click.option("--netns", metavar="NAME", help="Network namespace; 'host' uses the caller's own.")
+@click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances.")
+@click.option("--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback.")
+@_output
+@click.pass_context
+def up(
+    ctx: click.Context, detach: bool, netns: str | None, driver: str | None, flower_port: int | None, output: str
+) -> None:
+    """Start the stack on this machine; without --detach stay until Ctrl-C. Instances go on either way."""
+    from mvm.drivers.stack import connection
+
+    settings = _settings(ctx, netns=netns, driver=driver, flower_port=flower_port)
+    stack = _stack(settings)
+    with _interrupts_as_keyboard():
+        stack.up(_say)
+        try:
+            facts = connection(settings)
+            rows = [{"what": name, "where": value} for name, value in facts.items()]
+            _show(facts, rows, output)
+            _say(f"up; Flower's user is mvm, its password in {settings.layout.flower_password}")
+            if detach:
+                return
+            _say("Ctrl-C stops the stack; instances go on")
+            stack.watch()
+        except KeyboardInterrupt:
+            _down(stack)
+        except BaseException:
+            _down(stack)
+            raise
+
+
+@click.command()
+@click.option("--instances", is_flag=True, help="Stop all running instances first.")
+@_output
+@click.pass_context
+def down(ctx: click.Context, instances: bool, output: str) -> None:
+    """Stop the stack and wait until it is gone. Instances go on unless --instances is given."""
+    from mvm.drivers.stack import running_settings
+
+    settings = running_settings(_settings(ctx))
+    if instances:
+        from mvm.cli.stop_all import stop_instances
+
+        stop_instances(settings, _say)
+    _stack(settings).down(_say)
+    if output == "table":
+        _say("down")
+    else:
+        _show({"state": "down"}, [], output)
+
+
+@click.command()
+@_output
+@click.pass_context
+def status(ctx: click.Context, output: str) -> None:
+    """Show every part of the stack; exit 0 when all of them answer, else 6."""
+    from mvm.drivers.stack import running_settings
+
+    parts = _stack(running_settings(_settings(ctx))).status()
+    rows = [part.to_dict() for part in parts]
+    _show(rows, [{**row, "answers": "yes" if row["answers"] else "no"} for row in rows], output)
+    if all(part.state == "stopped" for part in parts):
+        _say("not running; start it with: mvm up --detach")
+    if not all(part.answers for part in parts):
+        ctx.exit(_UNREACHABLE)
+
+
+@click.command()
+@_output
+@click.pass_context
+def doctor(ctx: click.Context, output: str) -> None:
+    """Check what mvm needs of this machine; exit 1 when something is missing."""
+    from mvm.drivers.doctor import examine
+
+    checks = [check.to_dict() for check in examine(_settings(ctx))]
+    _show(checks, checks, output)
+    if any(check["result"] == "fail" for check in checks):
+        ctx.exit(1)
+
+
+def _settings(ctx: click.Context, **flags: object) -> Settings:
+    from mvm.settings import load_settings
+
+    return load_settings(state_dir=ctx.meta.get("mvm.state_dir"), **flags)
+
+
+def _stack(settings: Settings) -> Stack:
+    from mvm.drivers.shell import LocalShell
+    from mvm.drivers.stack import Stack
+
+    return Stack(settings, LocalShell())
+
+
+def _down(stack: Stack) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    stack.down(_say)
+
+
+@contextmanager
+def _interrupts_as_keyboard() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command the way Ctrl-C does: in order."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    former = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _show(data: Any, rows: Sequence[Mapping[str, Any]], output: str) -> None:
+    if output == "json":
+        click.echo(json.dumps(data, indent=2))
+    elif output == "yaml":
+        import yaml
+
+        click.echo(yaml.safe_dump(data, sort_keys=False), nl=False)
+    elif rows:
+        cells = [list(rows[0]), *([str(v) if v is not None else "-" for v in row.values()] for row in rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        for i, line in enumerate(cells):
+            words = [word.upper() for word in line] if i == 0 else line
+            click.echo("  ".join(word.ljust(width) for word, width in zip(words, widths, strict=True)).rstrip())

@@ -1,0 +1,28 @@
+"""Errors that more than one room raises, so that each has one wording."""
+
+from __future__ import annotations
+
+from mvm.domain.ids import JobId, TenantId
+from mvm.errors import NotAllowed, NotFound
+
+_LISTS = {"tenant": "mvm tenant list", "pool": "mvm pool list", "instance": "mvm instance list"}
+
+
+def not_found(what: str, name: object) -> NotFound:
+    """A ``tenant``, ``pool`` or ``instance`` that does not exist: ``<what>.not_found``."""
+    return NotFound(
+        f"{what}.not_found", f"there is no {what} {name}", hint=f"see: {_LISTS[what]}", field=what, value=str(name)
+    )
+
+
+def job_not_found(job_id: JobId) -> NotFound:
+    """A job nobody knows."""
+    return NotFound("job.not_found", f"there is no job {job_id}", hint="see: mvm job list", field="job", value=job_id)
+
+
+def tenant_exists(tenant: TenantId) -> NotAllowed:
+    """A tenant id that is taken."""
+    return NotAllowed(
+        "tenant.exists", f"tenant {tenant} exists already", hint=f"see: mvm tenant info {tenant}",
+        field="tenant", value=str(tenant),
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""The fake host's VMMs and the guests in them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from mvm.domain.ids import InstanceRef
+from mvm.domain.instance import ProcessIdentity
+from mvm.drivers.fake.sh import run_command
+from mvm.drivers.fake.state import Machine, Part, point
+from mvm.errors import Failed, TimedOut, Unreachable
+from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity
+from mvm.ports.vmm import BootSpec, Presence
+
+
+class FakeVmm(Part):
+    """ports/vmm.py."""
+
+    name: ClassVar[str] = "fake"
+
+    @point("vmm.observe")
+    def observe(self, ref: InstanceRef, process: ProcessIdentity | None) -> Presence:
+        """See ports/vmm.py."""
+        if ref in self._host.unseen:
+            return Presence.UNKNOWN
+        machine = self._host.machines.get(ref)
+        runs = machine is not None and process in (None, machine.process)
+        return Presence.PRESENT if runs else Presence.ABSENT
+
+    @point("vmm.boot")
+    def boot(self, spec: BootSpec) -> ProcessIdentity:
+        """See ports/vmm.py. It needs the TAP and the overlay that a real VMM would open."""
+        host, ref = self._host, spec.ref
+        if ref in host.machines:
+            return host.machines[ref].process
+        files = host.files.get(ref)
+        if spec.nic.tap not in host.taps or files is None or spec.overlay.name not in files.runtime:
+            raise Failed("vmm.start_failed", f"the VMM ended at once: no {spec.nic.tap} or no {spec.overlay.name}")
+        machine = Machine(spec, host.next_process(), host.clock.monotonic(), hung=host.hangs[ref] > 0)
+        host.hangs[ref] -= machine.hung
+        host.machines[ref] = machine
+        files.runtime |= {"agent.sock", "qmp.sock", "vmm.pid"}
+        host.consoles[spec.directory] = deque(["Linux version 6.1.0-fake", "mvm: guest agent ready"], maxlen=1000)
+        if host.panics[ref] > 0:
+            host.panic_guest(ref, times=0)
+        return machine.process
+
+    @point("vmm.wait_gone")
+    def wait_gone(self, process: ProcessIdentity, *, deadline_s: float) -> bool:
+        """See ports/vmm.py. Only somebody else's act ends a process here, so it is not waited for."""
+        gone = all(machine.process != process for machine in self._host.machines.values())
+        if not gone:
+            self._host.pass_time(deadline_s)
+        return gone
+
+    @point("vmm.kill")
+    def kill(self, ref: InstanceRef, process: ProcessIdentity | None) -> None:
+        """See ports/vmm.py."""
+        self._host.kill_process(ref)
+
+    @point("vmm.processes")
+    def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
+        """See ports/vmm.py."""
+        return {ref: (machine.process,) for ref, machine in self._host.machines.items()}
+
+    @point("vmm.console_tail")
+    def console_tail(self, directory: Path, *, lines: int) -> str:
+        """See ports/vmm.py."""
+        kept = list(self._host.consoles.get(directory, ()))
+        return "\n".join(kept[max(0, len(kept) - lines) :])
+
+    @point("vmm.console")
+    def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
+        """See ports/vmm.py."""
+        text = "".join(line + "\n" for line in self._host.consoles.get(directory, ()))[offset:]
+        return text, offset + len(text)
+
+
+class FakeGuest(Part):
+    """ports/guest.py. A guest that hangs is silent at once; a manual clock moves by the caller's deadline."""
+
+    def _machine(self, ref: InstanceRef, deadline_s: float) -> Machine:
+        machine = self._host.machines.get(ref)
+        if machine is None:
+            raise Unreachable("guest.gone", f"{ref} has no VMM that runs", hint=f"see: mvm instance logs {ref}")
+        if machine.hung:
+            self._host.pass_time(deadline_s)
+            raise TimedOut(
+                "guest.silent", f"the guest of {ref} did not answer within {deadline_s:g} s",
+                hint=f"see: mvm instance logs {ref}",
+            )  # fmt: skip
+        return machine
+
+    def _uptime(self, machine: Machine) -> float:
+        return self._host.clock.monotonic() - machine.booted_at
+
+    @point("guest.hello")
+    def hello(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> GuestHello:
+        """See ports/guest.py."""
+        return GuestHello(1, self._uptime(self._machine(ref, deadline_s)), "6.1.0-fake")
+
+    @point("guest.configure")
+    def configure(self, ref: InstanceRef, directory: Path, identity: GuestIdentity, *, deadline_s: float) -> None:
+        """See ports/guest.py."""
+        self._machine(ref, deadline_s).identity = identity
+
+    @point("guest.ping")
+    def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:
+        """See ports/guest.py."""
+        return self._uptime(self._machine(ref, deadline_s))
+
+    @point("guest.execute")
+    def execute(self, ref: InstanceRef, directory: Path, command: str, *, deadline_s: float) -> ExecResult:
+        """See ports/guest.py; `run_command` says what the guest knows."""
+        identity = self._machine(ref, deadline_s).identity
+        return run_command(command, identity.hostname if identity else "localhost")
+
+    @point("guest.shutdown")
+    def shutdown(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See ports/guest.py."""
+        machine = self._machine(ref, deadline_s)
+        self._host.consoles[machine.spec.directory].append("reboot: Power down")
+        self._host.kill_process(ref)

@@ -1,0 +1,181 @@
+"""The fake host's network, files, images and locks."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+from mvm.domain.addressing import TenantNetwork
+from mvm.domain.ids import InstanceRef, Revision
+from mvm.domain.pool import ImageSource
+from mvm.drivers.fake.state import POINTS, Files, Part, point
+from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
+from mvm.ports.images import ProgressReport
+from mvm.ports.storage import InstanceKeys, RevisionFiles
+
+BRIDGE_PORTS = 1024
+POINTS.add("locks.hold")
+
+
+class FakeNetwork(Part):
+    """ports/network.py. Names in the host's `foreign` are interfaces somebody else made."""
+
+    def _check(self, *names: str) -> None:
+        for name in self._host.foreign.intersection(names):
+            raise NotAllowed(
+                "network.foreign", f"interface {name} was not made by mvm", hint=f"see: ip link show {name}",
+                interface=name,
+            )  # fmt: skip
+
+    @point("network.ensure_bridge")
+    def ensure_bridge(self, network: TenantNetwork) -> None:
+        """See ports/network.py."""
+        self._check(network.bridge)
+        self._host.bridges.add(network.bridge)
+
+    @point("network.remove_bridges")
+    def remove_bridges(self, names: frozenset[str]) -> None:
+        """See ports/network.py."""
+        self._check(*names)
+        self._host.bridges -= names
+        for tap, bridge in self._host.taps.items():
+            self._host.taps[tap] = None if bridge in names else bridge
+
+    @point("network.ensure_tap")
+    def ensure_tap(self, network: TenantNetwork, offset: int) -> None:
+        """See ports/network.py."""
+        taps, tap, bridge = self._host.taps, network.tap(offset), network.bridge
+        self._check(bridge, tap)
+        self._host.bridges.add(bridge)
+        if taps.get(tap) != bridge and sum(master == bridge for master in taps.values()) >= BRIDGE_PORTS:
+            raise Failed(
+                "network.failed", f"bridge {bridge} is full: Exchange full",
+                hint=f"a bridge has {BRIDGE_PORTS} ports, so a tenant has at most as many instances on a node",
+            )  # fmt: skip
+        taps[tap] = bridge
+
+    @point("network.remove_taps")
+    def remove_taps(self, names: frozenset[str]) -> None:
+        """See ports/network.py."""
+        self._check(*names)
+        for name in names:
+            self._host.taps.pop(name, None)
+
+    @point("network.taps")
+    def taps(self) -> Mapping[str, str | None]:
+        """See ports/network.py."""
+        return dict(self._host.taps)
+
+    @point("network.bridges")
+    def bridges(self) -> frozenset[str]:
+        """See ports/network.py."""
+        return frozenset(self._host.bridges)
+
+
+class FakeStorage(Part):
+    """ports/storage.py. Paths lie below the host's layout; there is nothing at them."""
+
+    def _files(self, ref: InstanceRef) -> Files:
+        if ref not in self._host.files:
+            raise Failed("storage.failed", f"{self.directory(ref)}: No such file or directory")
+        return self._host.files[ref]
+
+    def directory(self, ref: InstanceRef) -> Path:
+        """See ports/storage.py."""
+        return self._host.layout.instance(ref)
+
+    @point("storage.prepare")
+    def prepare(self, ref: InstanceRef, *, data_disk_mib: int) -> None:
+        """See ports/storage.py."""
+        if ref not in self._host.files:
+            private = self._host.clock.random(64)
+            keys = InstanceKeys(f"ssh-ed25519 {b64encode(private[32:]).decode()}", private)
+            self._host.files[ref] = Files(keys, data_disk=False)
+        self._host.files[ref].data_disk |= data_disk_mib > 0
+
+    @point("storage.keys")
+    def keys(self, ref: InstanceRef) -> InstanceKeys:
+        """See ports/storage.py."""
+        return self._files(ref).keys
+
+    @point("storage.data_disk")
+    def data_disk(self, ref: InstanceRef) -> Path | None:
+        """See ports/storage.py."""
+        files = self._host.files.get(ref)
+        return self.directory(ref) / "data.img" if files and files.data_disk else None
+
+    @point("storage.fresh_overlay")
+    def fresh_overlay(self, ref: InstanceRef, rootfs: Path) -> Path:
+        """See ports/storage.py."""
+        self._files(ref).runtime.add("overlay.qcow2")
+        return self.directory(ref) / "overlay.qcow2"
+
+    @point("storage.clean_runtime")
+    def clean_runtime(self, ref: InstanceRef) -> None:
+        """See ports/storage.py."""
+        if ref in self._host.files:
+            self._host.files[ref].runtime.clear()
+
+    @point("storage.remove")
+    def remove(self, ref: InstanceRef) -> None:
+        """See ports/storage.py."""
+        self._host.files.pop(ref, None)
+        self._host.consoles.pop(self.directory(ref), None)
+
+    @point("storage.instances")
+    def instances(self) -> frozenset[InstanceRef]:
+        """See ports/storage.py."""
+        return frozenset(self._host.files)
+
+    @point("storage.leftovers")
+    def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
+        """See ports/storage.py."""
+        return {ref: sorted(files.runtime) for ref, files in self._host.files.items() if files.runtime}
+
+    @point("storage.revision")
+    def revision(self, revision: Revision) -> RevisionFiles:
+        """See ports/storage.py."""
+        if revision not in self._host.revisions:
+            raise NotFound(
+                "revision.not_found", f"revision {revision.short} is not on this node", hint="build it again"
+            )
+        if revision in self._host.damaged:
+            raise Failed("revision.damaged", f"revision {revision.short}: rootfs.ext4 differs from its manifest")
+        at = self._host.layout.revision(revision)
+        return RevisionFiles(at / "vmlinux", at / "initramfs.cpio", at / "rootfs.ext4")
+
+
+class FakeImages(Part):
+    """ports/images.py: the revision is the hash of the source's name."""
+
+    @point("images.build")
+    def build(self, source: ImageSource, report: ProgressReport) -> Revision:
+        """See ports/images.py."""
+        for step in ("download packages", "build kernel", "build rootfs"):
+            report(step)
+        revision = Revision(sha256(f"{source.flake_ref} {source.profile}".encode()).hexdigest())
+        self._host.revisions.add(revision)
+        return revision
+
+
+class FakeLocks(Part):
+    """ports/locks.py between threads. The deadline is real time: it is other threads that are waited for."""
+
+    @contextmanager
+    def hold(self, name: str, *, deadline_s: float) -> Iterator[None]:
+        """See ports/locks.py."""
+        held, lock = self._host.held, self._host.lock
+        with lock:
+            self._host.meet("locks.hold")
+            if not lock.wait_for(lambda: name not in held, deadline_s):
+                raise TimedOut("lock.busy", f"{name} is busy", hint="another operation holds it; try again", lock=name)
+            held.add(name)
+        try:
+            yield
+        finally:
+            with lock:
+                held.discard(name)
+                lock.notify_all()

@@ -1,0 +1,45 @@
+"""What a fake guest's ``sh`` understands."""
+
+from __future__ import annotations
+
+import shlex
+
+from mvm.ports.guest import ExecResult
+
+
+def run_command(command: str, hostname: str) -> ExecResult:
+    """Run echo, exit, hostname, cat /etc/hostname, true and false, with ``;`` between them and ``>&2`` behind."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=";")
+    lexer.whitespace_split = True
+    streams = {1: "", 2: ""}
+    code = 0
+    for words in _split(list(lexer)):
+        stream = 2 if ">&2" in words else 1
+        match [word for word in words if word != ">&2"]:
+            case ["exit", *rest]:
+                return _result(int(rest[0]) & 0xFF if rest else code, streams)
+            case ["echo", *rest]:
+                code, streams[stream] = 0, streams[stream] + " ".join(rest) + "\n"
+            case ["hostname"] | ["cat", "/etc/hostname"]:
+                code, streams[stream] = 0, streams[stream] + hostname + "\n"
+            case ["true"]:
+                code = 0
+            case ["false"]:
+                code = 1
+            case [name, *_]:
+                code, streams[2] = 127, streams[2] + f"sh: {name}: not found\n"
+    return _result(code, streams)
+
+
+def _result(code: int, streams: dict[int, str]) -> ExecResult:
+    return ExecResult(code, streams[1].encode(), streams[2].encode())
+
+
+def _split(words: list[str]) -> list[list[str]]:
+    commands: list[list[str]] = [[]]
+    for word in words:
+        if word == ";":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands

@@ -1,0 +1,155 @@
+"""What the fake host has, and how its parts reach it and fail."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import wraps
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+from threading import Condition, RLock
+from typing import Concatenate, ParamSpec, TypeVar
+
+from mvm.domain.ids import InstanceRef, Revision
+from mvm.domain.instance import ProcessIdentity
+from mvm.domain.layout import StateLayout
+from mvm.errors import MvmError
+from mvm.ports.clock import Clock
+from mvm.ports.guest import GuestIdentity
+from mvm.ports.storage import InstanceKeys
+from mvm.ports.vmm import BootSpec
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+POINTS: set[str] = set()
+"""Where a fake host can be made to fail: ``<part>.<method>``."""
+
+
+class ManualClock:
+    """ports/clock.py for tests: time passes by `advance` alone; random bytes are the same in every run."""
+
+    def __init__(self, start: datetime = datetime(2026, 1, 1, tzinfo=UTC)) -> None:
+        self._start, self._elapsed = start, 0.0
+        self._draws = count()
+
+    def now(self) -> datetime:
+        """The wall time, in UTC."""
+        return self._start + timedelta(seconds=self._elapsed)
+
+    def monotonic(self) -> float:
+        """Seconds since it was made."""
+        return self._elapsed
+
+    def random(self, count: int) -> bytes:
+        """`count` bytes, others with every call."""
+        blocks = (sha256(f"{next(self._draws)}".encode()).digest() for _ in range(count // 32 + 1))
+        return b"".join(blocks)[:count]
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` pass."""
+        self._elapsed += seconds
+
+
+@dataclass
+class Machine:
+    """A VMM process and its guest."""
+
+    spec: BootSpec
+    process: ProcessIdentity
+    booted_at: float
+    hung: bool
+    identity: GuestIdentity | None = None
+
+
+@dataclass
+class Files:
+    """One instance's directory."""
+
+    keys: InstanceKeys
+    data_disk: bool
+    runtime: set[str] = field(default_factory=set)
+
+
+class HostState:
+    """Everything the parts share. Whoever reads or writes it holds `lock`."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock: Clock = clock or ManualClock()
+        self.layout = StateLayout(Path("/fake"))
+        self.lock = Condition(RLock())
+        self.machines: dict[InstanceRef, Machine] = {}
+        self.consoles: dict[Path, deque[str]] = {}
+        self.taps: dict[str, str | None] = {}
+        self.bridges: set[str] = set()
+        self.foreign: set[str] = set()
+        self.files: dict[InstanceRef, Files] = {}
+        self.revisions: set[Revision] = set()
+        self.damaged: set[Revision] = set()
+        self.unseen: set[InstanceRef] = set()
+        self.held: set[str] = set()
+        self.hangs: Counter[InstanceRef] = Counter()
+        self.panics: Counter[InstanceRef] = Counter()
+        self._faults: dict[str, deque[MvmError]] = {}
+        self._pids = count(1000)
+
+    def meet(self, point: str) -> None:
+        """Raise what `fail` prepared for `point`, if anything."""
+        faults = self._faults.get(point)
+        if faults:
+            raise faults.popleft()
+
+    def pass_time(self, seconds: float) -> None:
+        """Somebody waited in vain; a manual clock moves."""
+        if isinstance(self.clock, ManualClock):
+            self.clock.advance(seconds)
+
+    def next_process(self) -> ProcessIdentity:
+        """A pid never used before."""
+        pid = next(self._pids)
+        return ProcessIdentity(pid, pid * 100)
+
+    def kill_process(self, ref: InstanceRef) -> None:
+        """The VMM process ends at once and leaves everything else as it was."""
+        with self.lock:
+            self.machines.pop(ref, None)
+
+    def panic_guest(self, ref: InstanceRef, times: int = 1) -> None:
+        """The guest's kernel panics, which ends its VMM; if it does not run, in its next `times` boots."""
+        with self.lock:
+            machine = self.machines.get(ref)
+            if machine is None:
+                self.panics[ref] += times
+                return
+            self.panics[ref] -= self.panics[ref] > 0
+            self.consoles[machine.spec.directory].append("Kernel panic - not syncing: Attempted to kill init!")
+            self.kill_process(ref)
+
+
+class Part:
+    """One port's side of the host."""
+
+    def __init__(self, host: HostState) -> None:
+        self._host = host
+
+
+S = TypeVar("S", bound=Part)
+
+
+def point(name: str) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
+    """The method fails here when told to (see `FakeHost.fail`), and has the host to itself while it runs."""
+    POINTS.add(name)
+
+    def decorate(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+        @wraps(method)
+        def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            with self._host.lock:
+                self._host.meet(name)
+                return method(self, *args, **kwargs)
+
+        return run
+
+    return decorate

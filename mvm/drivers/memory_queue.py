@@ -1,0 +1,62 @@
+"""A job queue of one process, in memory: for tests and the fake driver."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from mvm.domain.ids import NodeId
+from mvm.domain.job import Job, Lane
+from mvm.errors import Unreachable
+from mvm.ports.clock import Clock
+from mvm.ports.queue import node_queue
+
+_ORDER = (Lane.URGENT, Lane.NORMAL, Lane.BULK)
+
+
+class MemoryQueue:
+    """ports/queue.py without a broker: `drain` delivers. While `down` is set, sending fails."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.down = False
+        self._clock = clock
+        self._lock = Lock()
+        self._sent: dict[tuple[NodeId, Lane], deque[tuple[Job, float | None]]] = {}
+
+    def send(self, jobs: Sequence[Job], *, expires_s: float | None = None) -> None:
+        """See ports/queue.py."""
+        if self.down:
+            raise Unreachable("broker.unreachable", "the broker does not answer", hint="see: mvm status")
+        expires = None if expires_s is None else self._clock.monotonic() + expires_s
+        with self._lock:
+            for job in jobs:
+                self._sent.setdefault((job.node_id, job.lane), deque()).append((job, expires))
+
+    def waiting(self, queue: str) -> Sequence[Job]:
+        """What lies in `queue` (see `node_queue`), expired or not, in the order it will be taken."""
+        with self._lock:
+            return [job for key in self._keys() if node_queue(*key) == queue for job, _ in self._sent[key]]
+
+    def drain(self, run: Callable[[Job], object], *, node: NodeId | None = None) -> int:
+        """Deliver to `run` until nothing is left (for `node`, if given), also what `run` sends; returns how many.
+
+        Urgent jobs come first and bulk ones last, as a node's workers take them.
+        """
+        delivered = 0
+        while (job := self._take(node)) is not None:
+            run(job)
+            delivered += 1
+        return delivered
+
+    def _keys(self) -> Sequence[tuple[NodeId, Lane]]:
+        return sorted(self._sent, key=lambda key: _ORDER.index(key[1]))
+
+    def _take(self, node: NodeId | None) -> Job | None:
+        with self._lock:
+            for key in self._keys():
+                while self._sent[key] and node in (None, key[0]):
+                    job, expires = self._sent[key].popleft()
+                    if expires is None or self._clock.monotonic() < expires:
+                        return job
+            return None

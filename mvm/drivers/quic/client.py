@@ -1,0 +1,256 @@
+"""The agents' client: aioquic's connection, which does no I/O itself, over a connected UDP socket and poll().
+
+No event loop, and nothing heavy imported before the first request: this is on the way of ``mvm instance list``. A
+connected socket hears at once (ECONNREFUSED) when nobody listens.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mvm.drivers.quic.frames import FrameReader, encode, join
+from mvm.errors import Failed, Forbidden, InvalidInput, MvmError, TimedOut, Unreachable, error_from_dict
+
+if TYPE_CHECKING:
+    from mvm.drivers.quic.identity import Credentials
+
+CONNECT_S = 3.0  # an agent that has not shaken hands by then is not there
+PING_S = 2.0  # how long silence lasts before we ask; also how soon a killed agent is noticed
+MAX_PARTS = 1024  # of one answer
+_REFUSALS = frozenset({*range(42, 50), 51, 116})  # TLS alerts about certificates
+
+
+def udp_socket() -> socket.socket:
+    """An IPv4 UDP socket in the caller's network namespace."""
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+
+class QuicAgents:
+    """`mvm.ports.agents.NodeAgents`, one connection per request.
+
+    `certs_dir` holds ``ca.pem`` and the certificate and key named `identity`; they are read at the first request.
+    `make_socket` makes the UDP socket, in another network namespace if need be. Threads may share an object.
+    """
+
+    def __init__(
+        self,
+        certs_dir: Path,
+        make_socket: Callable[[], socket.socket] = udp_socket,
+        *,
+        identity: str = "coordinator",
+    ) -> None:
+        self._certs_dir = certs_dir
+        self._make_socket = make_socket
+        self._identity = identity
+        self._credentials: Credentials | None = None
+
+    def call(self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        """One request, one answer; parts of a long answer are joined. See the port for errors."""
+        parts: list[dict[str, Any]] = []
+        for part in self.stream(address, method, params, deadline_s=deadline_s):
+            parts.append(part)
+            if len(parts) > MAX_PARTS:
+                raise Failed("agent.protocol", f"the answer of the agent at {address} does not end")
+        return parts[0] if len(parts) == 1 else join(parts)
+
+    def stream(
+        self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float | None
+    ) -> Iterator[dict[str, Any]]:
+        """One request, sent with the first `next`; answers as they come. Closing the iterator cancels it."""
+        request = encode({"id": os.urandom(8).hex(), "method": method, "params": dict(params)})
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        connection = open_connection(address, self._load(), self._make_socket, deadline)
+        try:
+            yield from connection.request(request)
+        finally:
+            connection.close()
+
+    def _load(self) -> Credentials:
+        if self._credentials is None:
+            from mvm.drivers.quic.quick_import import heavy_imports_deferred
+
+            with heavy_imports_deferred():
+                from mvm.drivers.quic import tls  # noqa: F401 - imported here, used below
+            from mvm.drivers.quic.identity import load_credentials
+
+            self._credentials = load_credentials(self._certs_dir, self._identity)
+        return self._credentials
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """``HOST:PORT``. Raises `InvalidInput` (``agent.invalid_address``)."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidInput(
+            "agent.invalid_address", f"{address!r} is not an agent's address", hint="write HOST:PORT",
+            field="node", value=address[:80],
+        )  # fmt: skip
+    return host, int(port)
+
+
+def open_connection(
+    address: str,
+    credentials: Credentials,
+    make_socket: Callable[[], socket.socket] = udp_socket,
+    deadline: float | None = None,
+) -> Connection:
+    """A connection that has not spoken yet; `deadline` is on the monotonic clock.
+
+    Raises `InvalidInput` for the address and `Unreachable` when there is no way to it.
+    """
+    host, port = parse_address(address)
+    sock = make_socket()
+    try:
+        sock.setblocking(False)
+        sock.connect((host, port))
+    except OSError as error:
+        sock.close()
+        raise _unreachable(address, error.strerror or str(error)) from None
+    return Connection(address, sock, credentials, deadline)
+
+
+class Connection:
+    """One QUIC connection for one request. Errors are those of the port."""
+
+    def __init__(self, address: str, sock: socket.socket, credentials: Credentials, deadline: float | None) -> None:
+        from mvm.drivers.quic.tls import ClientQuic
+
+        self._address = address
+        self._socket = sock
+        self._peer_address = sock.getpeername()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._begun = time.monotonic()
+        self._deadline = deadline
+        self._heard: float | None = None  # when the last datagram came
+        self._asked = self._begun
+        self._quic = ClientQuic(credentials)
+        self._quic.connect(self._peer_address, now=self._begun)
+
+    def request(self, frame: bytes) -> Iterator[dict[str, Any]]:
+        """Send one request and yield what is answered until the agent ends the stream."""
+        from aioquic.quic.events import StreamDataReceived, StreamReset
+
+        stream = self._quic.get_next_available_stream_id()
+        self._quic.send_stream_data(stream, frame, end_stream=True)  # leaves with the end of the handshake
+        reader = FrameReader()
+        while True:
+            while (event := self._quic.next_event()) is not None:
+                if isinstance(event, StreamReset):
+                    raise Failed("agent.protocol", f"the agent at {self._address} broke its answer off")
+                if not isinstance(event, StreamDataReceived) or event.stream_id != stream:
+                    continue
+                for message in self._feed(reader, event.data):
+                    yield _answer(message)
+                if event.end_stream:
+                    if reader.pending:
+                        raise Failed("agent.protocol", f"the agent at {self._address} ended within an answer")
+                    return
+            self._check_closed()
+            self._exchange()
+
+    def close(self) -> None:
+        """Tell the agent and be gone; nobody waits for its consent."""
+        self._quic.close()
+        try:
+            self._send()
+        except MvmError:
+            pass  # it is gone already
+        finally:
+            self._socket.close()
+
+    def _feed(self, reader: FrameReader, data: bytes) -> list[dict[str, Any]]:
+        try:
+            return reader.feed(data)
+        except InvalidInput as error:
+            raise Failed("agent.protocol", f"the agent at {self._address} sent {error.message}") from None
+
+    def _exchange(self) -> None:
+        """Send what is due, wait for the next datagram, timer or deadline, and take in what came."""
+        self._send()
+        now = time.monotonic()
+        until = [t for t in (self._quic.get_timer(), self._deadline, self._patience()) if t is not None]
+        if self._poll.poll(max(0.0, min(until) - now) * 1000):
+            self._receive()
+        now = time.monotonic()
+        if self._heard is None and now >= self._begun + CONNECT_S:
+            raise _unreachable(self._address, f"no answer within {CONNECT_S:g} s")
+        if self._deadline is not None and now >= self._deadline:
+            raise self._too_late()
+        if now >= self._patience():
+            self._asked = now
+            self._quic.send_ping(0)
+        timer = self._quic.get_timer()
+        if timer is not None and now >= timer:
+            self._quic.handle_timer(now)
+
+    def _patience(self) -> float:
+        return self._begun + CONNECT_S if self._heard is None else max(self._heard, self._asked) + PING_S
+
+    def _send(self) -> None:
+        for data, _ in self._quic.datagrams_to_send(time.monotonic()):
+            try:
+                self._socket.send(data)
+            except BlockingIOError:
+                return  # as if the network had lost it
+            except OSError as error:
+                raise _unreachable(self._address, error.strerror or str(error)) from None
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise _unreachable(self._address, error.strerror or str(error)) from None
+            self._heard = time.monotonic()
+            self._quic.receive_datagram(data, self._peer_address, now=self._heard)
+
+    def _check_closed(self) -> None:
+        # aioquic reports the end of a connection only after it has drained; the cause is known at once.
+        ended = self._quic._close_event
+        if ended is None:
+            return
+        from mvm.drivers.quic.tls import CRYPTO_ERROR
+
+        alert = ended.error_code - CRYPTO_ERROR
+        if alert in _REFUSALS:
+            ours = self._quic._state.name != "DRAINING"
+            raise Forbidden(
+                "agent.refused",
+                f"the agent's certificate at {self._address} was refused: {ended.reason_phrase}" if ours
+                else f"the agent at {self._address} refused this certificate: {ended.reason_phrase}",
+                hint="both certificates must come from one CA and be valid now: mvm agent certs status",
+                address=self._address, alert=alert,
+            )  # fmt: skip
+        if 0 <= alert < 0x100:
+            raise Failed("agent.protocol", f"no QUIC handshake with {self._address}: {ended.reason_phrase}")
+        raise _unreachable(self._address, ended.reason_phrase or "the agent closed the connection")
+
+    def _too_late(self) -> MvmError:
+        if self._heard is None:
+            return _unreachable(self._address, "no answer")
+        return TimedOut("agent.timeout", f"the agent at {self._address} did not answer in time", address=self._address)
+
+
+def _answer(message: dict[str, Any]) -> dict[str, Any]:
+    error, ok = message.get("error"), message.get("ok")
+    if isinstance(error, dict):
+        raise error_from_dict(error)
+    if not isinstance(ok, dict):
+        raise Failed("agent.protocol", "the agent's answer has neither result nor error")
+    return ok
+
+
+def _unreachable(address: str, why: str) -> Unreachable:
+    return Unreachable(
+        "agent.unreachable", f"no agent answers at {address}: {why}", hint="mvm status shows what runs",
+        address=address,
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The registry's atomic steps, as Lua run inside Redis. Keys begin with ``mvm:``.
+
+==========================  =======================================================================
+``mvm:nodes``               hash: node id -> record
+``mvm:tenants``             hash: tenant id -> record
+``mvm:net_ids``             set of every net id ever given; never shrinks
+``mvm:pools``               hash: pool ref -> node id
+``mvm:job:<id>``            a job's record
+``mvm:jobs``                sorted set of job ids by submission, milliseconds; sweeps in ``mvm:sweeps``
+``mvm:open:<node>``         set of the node's jobs that are queued or running
+``mvm:events:<id>``         stream that grows with every change of the job
+``mvm:bulk:<id>``           hash of a bulk job: total, done, failed, parallel
+``mvm:bulk:<id>:children``  its children in order; ``:held`` those not yet sent
+``mvm:cancel:<id>``         somebody asked the job to end
+``mvm:sweep:<verb>:<node>`` the sweep that is queued or running
+==========================  =======================================================================
+"""
+
+# ARGV: tenant id, record, net id, number of tenants the choice was made among
+RESERVE_TENANT = """
+if redis.call('HEXISTS', 'mvm:tenants', ARGV[1]) == 1 then return 'exists' end
+if redis.call('SISMEMBER', 'mvm:net_ids', ARGV[3]) == 1 then return 'taken' end
+if redis.call('HLEN', 'mvm:tenants') ~= tonumber(ARGV[4]) then return 'moved' end
+redis.call('SADD', 'mvm:net_ids', ARGV[3])
+redis.call('HSET', 'mvm:tenants', ARGV[1], ARGV[2])
+return 'ok'
+"""
+
+# ARGV: job id, record, state, "1" if final, node, parent or "", now (ISO), seconds to keep a final job
+# Returns the parent's record when this update ended it, "" when nothing else ended, false when dropped.
+UPDATE_JOB = """
+local key = 'mvm:job:' .. ARGV[1]
+local known = redis.call('GET', key)
+local function final(state) return state == 'succeeded' or state == 'failed' or state == 'cancelled' end
+if known and final(cjson.decode(known).state) then return false end
+local function announce(id)
+  redis.call('XADD', 'mvm:events:' .. id, 'MAXLEN', '~', 32, '*', 'c', '1')
+  redis.call('EXPIRE', 'mvm:events:' .. id, ARGV[8])
+end
+redis.call('SET', key, ARGV[2])
+if ARGV[4] ~= '1' then
+  if not known then redis.call('SADD', 'mvm:open:' .. ARGV[5], ARGV[1]) end
+  announce(ARGV[1])
+  return ''
+end
+redis.call('EXPIRE', key, ARGV[8])
+redis.call('SREM', 'mvm:open:' .. ARGV[5], ARGV[1])
+announce(ARGV[1])
+if ARGV[6] == '' then return '' end
+local bulk = 'mvm:bulk:' .. ARGV[6]
+if redis.call('EXISTS', bulk) == 0 then return '' end
+if ARGV[3] == 'cancelled' then redis.call('LREM', bulk .. ':held', 1, ARGV[1]) end
+local done = redis.call('HINCRBY', bulk, 'done', 1)
+local failed = redis.call('HINCRBY', bulk, 'failed', ARGV[3] == 'succeeded' and 0 or 1)
+local total = tonumber(redis.call('HGET', bulk, 'total'))
+local raw = redis.call('GET', 'mvm:job:' .. ARGV[6])
+if not raw then return '' end
+local parent = cjson.decode(raw)
+if final(parent.state) then return '' end
+parent.progress = {done = done, total = total, failed = failed}
+if done < total then
+  redis.call('SET', 'mvm:job:' .. ARGV[6], cjson.encode(parent))
+  announce(ARGV[6])
+  return ''
+end
+parent.state = failed == 0 and 'succeeded' or 'failed'
+parent.finished_at = ARGV[7]
+if failed > 0 then
+  parent.error = {kind = 'failed', code = 'bulk.failed', message = failed .. ' of ' .. total .. ' failed',
+    hint = 'see: mvm job show ' .. ARGV[6], fields = {failed = failed, total = total}}
+end
+raw = cjson.encode(parent)
+redis.call('SET', 'mvm:job:' .. ARGV[6], raw, 'EX', ARGV[8])
+for _, part in ipairs({'', ':children', ':held'}) do redis.call('EXPIRE', bulk .. part, ARGV[8]) end
+redis.call('SREM', 'mvm:open:' .. parent.node_id, ARGV[6])
+announce(ARGV[6])
+return raw
+"""
+
+# ARGV: parent id. Returns the ids of held children that may be sent now.
+NEXT_CHILDREN = """
+local bulk = 'mvm:bulk:' .. ARGV[1]
+local total = tonumber(redis.call('HGET', bulk, 'total') or '0')
+local done = tonumber(redis.call('HGET', bulk, 'done') or '0')
+local parallel = tonumber(redis.call('HGET', bulk, 'parallel') or '0')
+local out = {}
+while true do
+  local held = redis.call('LLEN', bulk .. ':held')
+  if held == 0 or total - done - held >= parallel then break end
+  out[#out + 1] = redis.call('LPOP', bulk .. ':held')
+end
+return out
+"""
+
+# ARGV: key, value. Deletes the key if it still has the value.
+RELEASE = """
+if redis.call('GET', ARGV[1]) == ARGV[2] then return redis.call('DEL', ARGV[1]) end
+return 0
+"""

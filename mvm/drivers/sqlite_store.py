@@ -1,0 +1,233 @@
+"""The node's store: SQLite in WAL mode, fully synchronous (0.2 ms a commit where it was measured).
+
+Records are JSON documents; the columns beside them are what is looked up by. One connection per thread.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
+from mvm.domain.instance import Instance
+from mvm.domain.job import Job
+from mvm.domain.layout import STATE_VERSION
+from mvm.domain.pool import WorkerPool
+from mvm.domain.refusals import not_found
+from mvm.domain.tenant import Tenant
+from mvm.errors import Failed, NotAllowed
+
+_SCHEMA = """
+CREATE TABLE tenants (id TEXT PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE net_ids (net_id INTEGER PRIMARY KEY);
+CREATE TABLE pools (ref TEXT PRIMARY KEY, tenant TEXT NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE instances (ref TEXT PRIMARY KEY, tenant TEXT NOT NULL, pool TEXT NOT NULL,
+    generation INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX instances_by_pool ON instances (pool);
+CREATE INDEX instances_by_tenant ON instances (tenant);
+CREATE TABLE jobs (id TEXT PRIMARY KEY, final INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX jobs_open ON jobs (id) WHERE final = 0;
+"""
+_BUSY_MS = 10_000
+
+
+class SqliteStore:
+    """ports/store.py over one file. Creates it when it is not there.
+
+    Raises `NotAllowed` (``state.version``) for a file of another version and `Failed` (``store.failed``) when
+    SQLite cannot read or write it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._local = threading.local()
+        with self._translated():
+            db = self._db()
+            with self.transaction():
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    for statement in _SCHEMA.split(";"):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {STATE_VERSION}")
+                elif version != STATE_VERSION:
+                    raise NotAllowed(
+                        "state.version",
+                        f"{path} has version {version}, this mvm needs {STATE_VERSION}",
+                        hint="use the mvm that wrote it, or another state directory",
+                        version=version,
+                    )
+
+    def _db(self) -> sqlite3.Connection:
+        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+        if db is None:
+            db = sqlite3.connect(self._path, timeout=_BUSY_MS / 1000, isolation_level=None)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            self._local.db = db
+        return db
+
+    def close(self) -> None:
+        """Close the calling thread's connection."""
+        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+        if db is not None:
+            db.close()
+            self._local.db = None
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            full = "full" in str(error)
+            raise Failed(
+                "disk.full" if full else "store.failed", f"the node's store {self._path}: {error}",
+                hint="free some space" if full else "look at the file's permissions and the disk",
+            ) from error  # fmt: skip
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """See ports/store.py."""
+        with self._translated():
+            db = self._db()
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        with self._translated():
+            return self._db().execute(sql, values).fetchall()
+
+    def _write(self, sql: str, *values: Any) -> int:
+        with self._translated():
+            return self._db().execute(sql, values).rowcount
+
+    # --- tenants
+    def tenants(self) -> Sequence[Tenant]:
+        """See ports/store.py."""
+        return [Tenant.from_dict(json.loads(doc)) for (doc,) in self._rows("SELECT doc FROM tenants ORDER BY id")]
+
+    def tenant(self, tenant: TenantId) -> Tenant:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc FROM tenants WHERE id = ?", tenant)
+        if not rows:
+            raise not_found("tenant", tenant)
+        return Tenant.from_dict(json.loads(rows[0][0]))
+
+    def put_tenant(self, tenant: Tenant) -> None:
+        """See ports/store.py."""
+        self._write("INSERT OR IGNORE INTO net_ids VALUES (?)", tenant.network.net_id)
+        self._write("INSERT OR REPLACE INTO tenants VALUES (?, ?)", tenant.id, json.dumps(tenant.to_dict()))
+
+    def delete_tenant(self, tenant: TenantId) -> None:
+        """See ports/store.py."""
+        self._write("DELETE FROM tenants WHERE id = ?", tenant)
+
+    def given_net_ids(self) -> frozenset[int]:
+        """See ports/store.py."""
+        return frozenset(net_id for (net_id,) in self._rows("SELECT net_id FROM net_ids"))
+
+    # --- pools
+    def pools(self, tenant: TenantId | None = None) -> Sequence[WorkerPool]:
+        """See ports/store.py."""
+        where, values = ("WHERE tenant = ?", (tenant,)) if tenant else ("", ())
+        rows = self._rows(f"SELECT doc FROM pools {where} ORDER BY ref", *values)
+        return [WorkerPool.from_dict(json.loads(doc)) for (doc,) in rows]
+
+    def pool(self, ref: PoolRef) -> WorkerPool:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc FROM pools WHERE ref = ?", str(ref))
+        if not rows:
+            raise not_found("pool", ref)
+        return WorkerPool.from_dict(json.loads(rows[0][0]))
+
+    def put_pool(self, pool: WorkerPool) -> None:
+        """See ports/store.py."""
+        doc = json.dumps(pool.to_dict())
+        self._write("INSERT OR REPLACE INTO pools VALUES (?, ?, ?)", str(pool.ref), pool.ref.tenant, doc)
+
+    def delete_pool(self, ref: PoolRef) -> None:
+        """See ports/store.py."""
+        self._write("DELETE FROM pools WHERE ref = ?", str(ref))
+
+    # --- instances
+    def instances(self, tenant: TenantId | None = None, pool: PoolRef | None = None) -> Sequence[Instance]:
+        """See ports/store.py."""
+        where, values = "", cast("tuple[str, ...]", ())
+        if pool is not None:
+            where, values = "WHERE pool = ?", (str(pool),)
+        elif tenant is not None:
+            where, values = "WHERE tenant = ?", (str(tenant),)
+        rows = self._rows(f"SELECT doc, generation FROM instances {where} ORDER BY ref", *values)
+        return [Instance.from_dict(json.loads(doc), generation) for doc, generation in rows]
+
+    def instance(self, ref: InstanceRef) -> Instance:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc, generation FROM instances WHERE ref = ?", str(ref))
+        if not rows:
+            raise not_found("instance", ref)
+        return Instance.from_dict(json.loads(rows[0][0]), rows[0][1])
+
+    def insert_instance(self, instance: Instance) -> None:
+        """See ports/store.py."""
+        ref = instance.ref
+        doc = json.dumps(instance.to_dict())
+        try:
+            self._db().execute(
+                "INSERT INTO instances VALUES (?, ?, ?, ?, ?)",
+                (str(ref), ref.tenant, str(ref.pool_ref), instance.generation, doc),
+            )
+        except sqlite3.IntegrityError:
+            raise NotAllowed("instance.exists", f"instance {ref} exists already", subject=str(ref)) from None
+
+    def save_instance(self, instance: Instance) -> Instance:
+        """See ports/store.py."""
+        saved = replace(instance, generation=instance.generation + 1)
+        changed = self._write(
+            "UPDATE instances SET doc = ?, generation = ? WHERE ref = ? AND generation = ?",
+            json.dumps(saved.to_dict()), saved.generation, str(saved.ref), instance.generation,
+        )  # fmt: skip
+        if not changed:
+            self.instance(instance.ref)  # gone altogether: says so
+            raise NotAllowed(
+                "instance.changed", f"instance {instance.ref} was changed by somebody else meanwhile",
+                hint="try again", subject=str(instance.ref), generation=instance.generation,
+            )  # fmt: skip
+        return saved
+
+    def delete_instance(self, ref: InstanceRef) -> None:
+        """See ports/store.py."""
+        self._write("DELETE FROM instances WHERE ref = ?", str(ref))
+
+    # --- jobs
+    def job(self, job_id: JobId) -> Job | None:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc FROM jobs WHERE id = ?", job_id)
+        return Job.from_dict(json.loads(rows[0][0])) if rows else None
+
+    def put_job(self, job: Job) -> None:
+        """See ports/store.py."""
+        self._write(
+            "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", job.job_id, job.state.final, json.dumps(job.to_dict())
+        )
+
+    def unfinished_jobs(self) -> Sequence[Job]:
+        """See ports/store.py."""
+        return [
+            Job.from_dict(json.loads(doc)) for (doc,) in self._rows("SELECT doc FROM jobs WHERE final = 0 ORDER BY id")
+        ]
+
+    def forget_jobs(self, *, keep: int) -> int:
+        """See ports/store.py."""
+        return self._write(
+            "DELETE FROM jobs WHERE final = 1 AND id NOT IN (SELECT id FROM jobs ORDER BY id DESC LIMIT ?)", keep
+        )

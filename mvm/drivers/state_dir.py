@@ -1,0 +1,129 @@
+"""The state directory: made, recognised, and held by one ``mvm up`` or ``mvm down`` at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mvm.domain.layout import STATE_VERSION, StateLayout
+from mvm.errors import Failed, Forbidden, NotAllowed
+
+_FOREIGN_OK = frozenset({"lost+found"})  # a file system of its own may be mounted there
+
+
+def check_version(layout: StateLayout) -> str | None:
+    """The directory's version, None when it is not there or empty.
+
+    Raises `NotAllowed`: ``state.version`` when it is another program version's, ``state.foreign`` when it is
+    not a state directory; `Forbidden` (``permission.denied``) when it cannot be read.
+    """
+    try:
+        if not layout.root.exists():
+            return None
+        if layout.version.exists():
+            found = layout.version.read_text().strip()
+        else:
+            names = {p.name for p in layout.root.iterdir() if not p.name.startswith(f".{layout.version.name}.")}
+            strangers = names - _FOREIGN_OK - _own_names(layout)
+            if strangers:
+                raise NotAllowed(
+                    "state.foreign", f"{layout.root} is not a state directory: it holds {min(strangers)!r}",
+                    hint="set MVM_STATE_DIR to a directory that is empty or does not exist", state_dir=str(layout.root),
+                )  # fmt: skip
+            return None
+    except PermissionError:
+        raise denied(layout.root) from None
+    except NotADirectoryError:
+        raise NotAllowed("state.foreign", f"{layout.root} is not a directory", state_dir=str(layout.root)) from None
+    if found != str(STATE_VERSION):
+        raise NotAllowed(
+            "state.version", f"{layout.root} is of version {found[:20]!r}; this mvm knows version {STATE_VERSION}",
+            hint="use the mvm that made it, or another MVM_STATE_DIR",
+            found=found[:20], expected=STATE_VERSION,
+        )  # fmt: skip
+    return found
+
+
+def prepare(layout: StateLayout) -> None:
+    """The directory, its version, and the keys that are made once exist."""
+    check_version(layout)
+    try:
+        layout.root.mkdir(parents=True, exist_ok=True)
+        layout.root.chmod(0o700)
+        _write_once(layout.version, f"{STATE_VERSION}\n".encode())
+        for path in (
+            layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key.parent, layout.images,
+            layout.package_cache, layout.instances, layout.locks,
+        ):  # fmt: skip
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write_once(layout.flower_password, f"{secrets.token_urlsafe(24)}\n".encode())
+        _ssh_key(layout.ssh_key)
+    except PermissionError:
+        raise denied(layout.root) from None
+    except OSError as error:
+        raise Failed("state.failed", f"{error.filename or layout.root}: {error.strerror}") from None
+
+
+@contextmanager
+def held(layout: StateLayout) -> Iterator[None]:
+    """Be the only ``up`` or ``down`` of this directory.
+
+    Raises `NotAllowed` (``stack.busy``) when another is at it, at once.
+    """
+    path = layout.locks / "stack.lock"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except PermissionError:
+        raise denied(layout.root) from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NotAllowed(
+                "stack.busy", f"another mvm up or mvm down of {layout.root} is at work", hint="see: mvm status"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def denied(path: Path) -> Forbidden:
+    """The caller may not use it."""
+    return Forbidden("permission.denied", f"{path}: permission denied", hint="run it as root")
+
+
+def _own_names(layout: StateLayout) -> frozenset[str]:
+    paths = (layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key, layout.images,
+             layout.package_cache, layout.instances, layout.locks)  # fmt: skip
+    return frozenset(path.relative_to(layout.root).parts[0] for path in paths)
+
+
+def _ssh_key(path: Path) -> None:
+    if path.exists():
+        return
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    # The private half last: where it is, the pair is complete.
+    path.with_suffix(".pub").unlink(missing_ok=True)
+    _write_once(path.with_suffix(".pub"), public + b" mvm\n")
+    _write_once(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+
+
+def _write_once(path: Path, data: bytes) -> None:
+    """`path` exists, whole and 0600; one that is there is kept."""
+    if path.exists():
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)

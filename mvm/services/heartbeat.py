@@ -1,0 +1,41 @@
+"""A node says that it lives, and reminds the registry of what it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mvm.domain.ids import NodeId
+from mvm.ports.clock import Clock
+from mvm.ports.registry import NodeRecord, Registry
+from mvm.ports.store import NodeStore
+
+_RESTORE_EVERY = 10
+
+
+class Heartbeat:
+    """One beat at a time; the worker calls it on a timer."""
+
+    def __init__(
+        self, *, store: NodeStore, registry: Registry, clock: Clock, node_id: NodeId, address: str,
+        facts: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._registry = registry
+        self._clock = clock
+        self._node_id = node_id
+        self._address = address
+        self._facts = facts
+        self._beats = 0
+
+    def beat(self) -> None:
+        """Raises `Unreachable` when the registry does not answer; the next beat tries again."""
+        if self._beats % _RESTORE_EVERY == 0:  # an emptied registry is rebuilt from its nodes
+            pools = {pool.ref: pool.node_id for pool in self._store.pools()}
+            self._registry.restore(self._store.tenants(), pools, self._store.given_net_ids())
+        self._registry.heartbeat(NodeRecord(self._node_id, self._address, self._clock.now(), self._facts))
+        self._beats += 1
+
+    def leave(self) -> None:
+        """The node leaves in an orderly way."""
+        self._registry.forget_node(self._node_id)

@@ -1,0 +1,134 @@
+"""Asking for jobs and following them: what the command line, reconcile and Beat use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from mvm.domain.ids import JobId, NodeId
+from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason, lane_of
+from mvm.domain.refusals import job_not_found
+from mvm.errors import InvalidInput, MvmError
+from mvm.ports.clock import Clock
+from mvm.ports.queue import JobQueue
+from mvm.ports.registry import Registry
+
+NODE_LIVE_S = 15.0
+
+
+class Jobs:
+    """Records a job, then sends it: never the other way round."""
+
+    def __init__(self, registry: Registry, queue: JobQueue, clock: Clock) -> None:
+        self._registry = registry
+        self._queue = queue
+        self._clock = clock
+
+    def new(
+        self, verb: JobVerb, subject: str, node: NodeId, *, params: Mapping[str, Any] | None = None,
+        reason: Reason = Reason.MANUAL, actor: str, parent: JobId | None = None, lane: Lane | None = None,
+    ) -> Job:  # fmt: skip
+        """A job that is not known anywhere yet."""
+        now = self._clock.now()
+        job_id = JobId.make(int(now.timestamp() * 1000), self._clock.random(5))
+        lane = lane or lane_of(verb, bulk=parent is not None)
+        return Job(job_id, verb, subject, node, actor, reason, now, params or {}, lane, parent=parent)
+
+    def submit(
+        self, verb: JobVerb, subject: str, node: NodeId, *, params: Mapping[str, Any] | None = None,
+        reason: Reason = Reason.MANUAL, actor: str, expires_s: float | None = None,
+    ) -> Job:  # fmt: skip
+        """Record and send one job. Raises `Unreachable` when it could not be accepted."""
+        job = self.new(verb, subject, node, params=params, reason=reason, actor=actor)
+        self._registry.record([job])
+        self._send([job], expires_s)
+        return job
+
+    def submit_bulk(
+        self, verb: JobVerb, subjects: Sequence[str], node_of: Callable[[str], NodeId], *,
+        params: Mapping[str, Any] | None = None, parallel: int | None = None, actor: str,
+        reason: Reason = Reason.MANUAL,
+    ) -> Job:  # fmt: skip
+        """One parent with a child per subject, at most `parallel` of them at once. Returns the parent."""
+        if parallel is not None and parallel < 1:
+            raise InvalidInput("job.invalid_parallel", f"--parallel is {parallel}", hint="allowed: 1 and up",
+                               field="parallel", value=parallel)  # fmt: skip
+        common = subjects[0].rsplit("/", 1)[0]
+        parent = self.new(
+            JobVerb.BULK, common, node_of(subjects[0]), reason=reason, actor=actor,
+            params={"verb": verb.value, "count": len(subjects), "parallel": parallel or len(subjects)},
+        ).with_(state=JobState.RUNNING, progress=Progress(total=len(subjects)))  # fmt: skip
+        parent = parent.with_(started_at=parent.submitted_at)
+        children = [
+            self.new(verb, s, node_of(s), params=params, reason=reason, actor=actor, parent=parent.job_id)
+            for s in subjects
+        ]
+        hold = frozenset(child.job_id for child in children[parallel or len(children) :])
+        self._registry.record([parent, *children], hold=hold)
+        self._send([child for child in children if child.job_id not in hold], None)
+        return parent
+
+    def sweep(self, verb: JobVerb, *, every_s: float) -> Sequence[Job]:
+        """Ask every live node that has none of this kind queued or running for a sweep."""
+        sent = []
+        for node in self._registry.live_nodes(self._clock.now() - timedelta(seconds=NODE_LIVE_S)):
+            job = self.new(verb, str(node), node, reason=Reason.SWEEP, actor="beat")
+            if self._registry.claim_sweep(verb.value, node, job.job_id, ttl_s=max(30.0, 5 * every_s)):
+                self._registry.record([job])
+                self._send([job], 4 * every_s)
+                sent.append(job)
+        return sent
+
+    def _send(self, jobs: Sequence[Job], expires_s: float | None) -> None:
+        try:
+            self._queue.send(jobs, expires_s=expires_s)
+        except MvmError as error:
+            for job in jobs:  # recorded but never sent: say so where people look
+                self._registry.update(
+                    job.with_(state=JobState.FAILED, error=error.to_dict(), finished_at=self._clock.now())
+                )
+            raise
+
+    def release_children(self, parent: JobId) -> None:
+        """Send the children of a bulk job that may run now that others ended."""
+        ready = self._registry.next_children(parent)
+        if ready:
+            self._queue.send(ready)
+
+    def job(self, job_id: JobId) -> Job:
+        """One job; raises `NotFound`."""
+        job = self._registry.job(job_id)
+        if job is None:
+            raise job_not_found(job_id)
+        return job
+
+    def list(self, *, state: JobState | None = None, subject: str | None = None, limit: int = 200) -> Sequence[Job]:
+        """The newest jobs first."""
+        return self._registry.jobs(state=state, subject=subject, limit=limit)
+
+    def children(self, job_id: JobId) -> Sequence[Job]:
+        """A bulk job's children."""
+        return self._registry.children(job_id)
+
+    def cancel(self, job_id: JobId) -> Job:
+        """Ask it to end; see `Registry.request_cancel`."""
+        return self._registry.request_cancel(job_id)
+
+    def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None = None) -> Iterator[Job]:
+        """See `Registry.follow`."""
+        return self._registry.follow(job_ids, deadline_s=deadline_s)
+
+    def is_node_live(self, node: NodeId) -> bool:
+        """Whether the node's worker was seen lately."""
+        return node in self._registry.live_nodes(self._clock.now() - timedelta(seconds=NODE_LIVE_S))
+
+    def diagnosis(self, job: Job) -> str | None:
+        """Why a queued job is not being done, if that can be told."""
+        if job.state is not JobState.QUEUED or self.is_node_live(job.node_id):
+            return None
+        seen = next((r.last_seen_at for r in self._registry.nodes() if r.node_id == job.node_id), None)
+        if seen is None:
+            return f"no worker has taken it: node {job.node_id} has never been seen"
+        ago = int((self._clock.now() - seen).total_seconds())
+        return f"no worker has taken it: node {job.node_id}'s worker was last seen {ago} s ago"

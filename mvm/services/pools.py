@@ -1,0 +1,107 @@
+"""Worker pools: create, build, scale, destroy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mvm.domain.ids import PoolRef
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, WorkerPool
+from mvm.errors import InvalidInput, NotAllowed, NotFound
+from mvm.ports.images import ImageBuilder
+from mvm.ports.locks import Locks
+from mvm.ports.registry import Registry
+from mvm.ports.store import NodeStore
+from mvm.services.quotas import admit_counts, admit_pool
+from mvm.services.reconcile import Reconcile
+from mvm.services.runner import JobContext
+from mvm.services.views import pool_view
+
+_BUILD_WAIT_S = 1800.0
+
+
+class Pools:
+    """Pools live on one node, which the registry knows."""
+
+    def __init__(
+        self, store: NodeStore, registry: Registry, images: ImageBuilder, locks: Locks, reconcile: Reconcile
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._images = images
+        self._locks = locks
+        self._reconcile = reconcile
+
+    def create(self, context: JobContext) -> Mapping[str, Any]:
+        """Create the subject pool from ``params.flake_ref``, ``profile`` and ``resources``."""
+        job, params = context.job, context.job.params
+        pool = WorkerPool(
+            ref=PoolRef.parse(job.subject),
+            source=ImageSource(params["flake_ref"], params["profile"]),
+            resources=InstanceResources(**params.get("resources", {})),
+            node_id=job.node_id,
+            created_at=job.submitted_at,
+        )
+        with self._store.transaction():
+            tenant = self._store.tenant(pool.ref.tenant)
+            try:
+                known = self._store.pool(pool.ref)
+            except NotFound:
+                admit_pool(self._store, tenant, pool)
+                self._store.put_pool(pool)
+            else:
+                if known.created_at != job.submitted_at:  # else: ours, left by a crash
+                    raise NotAllowed(
+                        "pool.exists",
+                        f"pool {pool.ref} exists already",
+                        hint=f"see: mvm pool info {pool.ref}",
+                        field="pool",
+                        value=str(pool.ref),
+                    )
+        self._registry.place_pool(pool.ref, pool.node_id)
+        return pool_view(self._store, pool)
+
+    def build(self, context: JobContext) -> Mapping[str, Any]:
+        """Build the subject pool's image; instances started from now on use the new revision."""
+        pool = self._store.pool(PoolRef.parse(context.job.subject))
+        # Pools of one source share the work: the second finds the revision there.
+        with self._locks.hold(f"build {pool.source.flake_ref} {pool.source.profile}", deadline_s=_BUILD_WAIT_S):
+            revision = self._images.build(pool.source, context.step)
+        with self._store.transaction():
+            pool = replace(self._store.pool(pool.ref), revision=revision)
+            self._store.put_pool(pool)
+        return pool_view(self._store, pool)
+
+    def scale(self, context: JobContext) -> Mapping[str, Any]:
+        """Set the subject pool's desired counts and submit the jobs that lead there (``jobs`` in the result)."""
+        ref, params = PoolRef.parse(context.job.subject), context.job.params
+        for name in ("warm", "sleeping"):
+            if params.get(name):
+                raise InvalidInput("pool.unsupported_count", f"--{name} is {params[name]}: this needs snapshots",
+                                   hint="allowed in this version: 0", field=name, value=params[name])  # fmt: skip
+        with self._store.transaction():
+            pool, tenant = self._store.pool(ref), self._store.tenant(ref.tenant)
+            running = params.get("running")
+            if running is None:
+                running = pool.desired.running if pool.desired else 0
+            pool = replace(pool, desired=DesiredCounts(running=running))
+            others = [i for i in self._store.instances(tenant=ref.tenant) if i.ref.pool_ref != ref]
+            admit_counts(tenant, pool, others)
+            self._store.put_pool(pool)
+        submitted = self._reconcile.pool(pool, context.job, actor=context.job.actor)
+        return {**pool_view(self._store, pool), **submitted.to_dict()}
+
+    def destroy(self, context: JobContext) -> Mapping[str, Any]:
+        """Remove a pool that has no instances. Its image stays, others may use it."""
+        ref = PoolRef.parse(context.job.subject)
+        with self._store.transaction():
+            self._store.pool(ref)
+            count = len(self._store.instances(pool=ref))
+            if count:
+                raise NotAllowed("pool.not_empty", f"pool {ref} has {count} instances",
+                                 hint=f"destroy them first: mvm instance destroy {ref} --all",
+                                 subject=str(ref), instances=count)  # fmt: skip
+            self._store.delete_pool(ref)
+        self._registry.unplace_pool(ref)
+        return {"ref": str(ref)}

@@ -1,0 +1,97 @@
+"""What a tenant uses and whether more fits: checked inside the transaction that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mvm.domain.ids import TenantId
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status
+from mvm.domain.pool import WorkerPool
+from mvm.domain.tenant import Limit, Tenant, Usage, check_quota
+from mvm.ports.store import NodeStore
+
+_HOLDS_MEMORY = (Status.RUNNING, Status.WARM)
+
+
+def usage(store: NodeStore, tenant: TenantId) -> Usage:
+    """What `tenant` holds; an instance on its way to running counts as running."""
+    pools = {pool.ref: pool for pool in store.pools(tenant)}
+    instances = store.instances(tenant=tenant)
+    active = [i for i in instances if i.status in _HOLDS_MEMORY or i.lands_on in _HOLDS_MEMORY]
+    return Usage(
+        vcpus=sum(pools[i.ref.pool_ref].resources.vcpus for i in active),
+        mem_mib=sum(pools[i.ref.pool_ref].resources.mem_mib for i in active),
+        running=sum(Status.RUNNING in (i.status, i.lands_on) for i in instances),
+        warm=sum(i.status is Status.WARM for i in instances),
+        pools=len(pools),
+        instances=len(instances),
+        disk_mib=sum(pools[i.ref.pool_ref].resources.data_disk_mib for i in instances),
+    )
+
+
+def admit_pool(store: NodeStore, tenant: Tenant, pool: WorkerPool) -> None:
+    """Raises `QuotaExceeded` unless one more pool fits and one of its instances could ever run."""
+    quota, shape = tenant.quota, pool.resources
+    check_quota(
+        tenant.id,
+        (
+            Limit("max_pools", len(store.pools(tenant.id)), 1, quota.max_pools),
+            Limit("max_vcpus", 0, shape.vcpus, quota.max_vcpus),
+            Limit("max_mem_mib", 0, shape.mem_mib, quota.max_mem_mib),
+            Limit("max_disk_gib", 0, _gib(shape.data_disk_mib), quota.max_disk_gib),
+        ),
+    )
+
+
+def admit_instances(store: NodeStore, tenant: Tenant, pool: WorkerPool, count: int) -> None:
+    """Raises `QuotaExceeded` unless `count` more instances fit into `pool` and their disks into the tenant."""
+    used = usage(store, tenant.id)
+    disk = used.disk_mib + count * pool.resources.data_disk_mib
+    check_quota(
+        tenant.id,
+        (
+            Limit(
+                "max_instances_per_pool",
+                len(store.instances(pool=pool.ref)),
+                count,
+                tenant.quota.max_instances_per_pool,
+            ),
+            Limit("max_disk_gib", _gib(used.disk_mib), _gib(disk) - _gib(used.disk_mib), tenant.quota.max_disk_gib),
+        ),
+    )
+
+
+def admit_running(store: NodeStore, tenant: Tenant, pool: WorkerPool, count: int = 1) -> None:
+    """Raises `QuotaExceeded` unless `count` more instances of `pool` may run."""
+    used, quota, shape = usage(store, tenant.id), tenant.quota, pool.resources
+    check_quota(
+        tenant.id,
+        (
+            Limit("max_running", used.running, count, quota.max_running),
+            Limit("max_vcpus", used.vcpus, count * shape.vcpus, quota.max_vcpus),
+            Limit("max_mem_mib", used.mem_mib, count * shape.mem_mib, quota.max_mem_mib),
+        ),
+    )
+
+
+def admit_counts(tenant: Tenant, pool: WorkerPool, others: Iterable[Instance]) -> None:
+    """Raises `QuotaExceeded` unless the pool's desired counts fit beside what runs in other pools."""
+    if pool.desired is None:
+        return
+    elsewhere = sum(i.lands_on is Status.RUNNING for i in others)
+    wanted, quota, shape = pool.desired.running, tenant.quota, pool.resources
+    check_quota(
+        tenant.id,
+        (
+            Limit("max_instances_per_pool", 0, wanted, quota.max_instances_per_pool),
+            Limit("max_running", elsewhere, wanted, quota.max_running),
+            Limit("max_vcpus", 0, wanted * shape.vcpus, quota.max_vcpus),
+            Limit("max_mem_mib", 0, wanted * shape.mem_mib, quota.max_mem_mib),
+            Limit("max_disk_gib", 0, _gib(wanted * shape.data_disk_mib), quota.max_disk_gib),
+        ),
+    )
+
+
+def _gib(mib: int) -> int:
+    return -(-mib // 1024)

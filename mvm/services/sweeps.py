@@ -1,0 +1,151 @@
+"""Housekeeping that Beat asks for: what is recorded but gone, and what is there but not recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+
+from mvm.domain.ids import InstanceRef, NodeId
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status
+from mvm.errors import TimedOut, Unreachable
+from mvm.ports.clock import Clock
+from mvm.ports.locks import Locks
+from mvm.ports.network import HostNetwork
+from mvm.ports.registry import Registry
+from mvm.ports.storage import NodeStorage
+from mvm.ports.store import NodeStore
+from mvm.ports.vmm import Presence, VmmDriver
+from mvm.services.lifecycle import Lifecycle
+from mvm.services.runner import JobContext
+
+log = structlog.get_logger("mvm.sweeps")
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """Something on the host without an owner in the store, and how to remove it."""
+
+    name: str
+    remove: Callable[[], None]
+    ref: InstanceRef | None = None
+
+
+class Sweeps:
+    """Stale PIDs and orphans. An orphan is removed once it has been one for the grace time."""
+
+    def __init__(
+        self, *, store: NodeStore, registry: Registry, locks: Locks, clock: Clock, vmm: VmmDriver,
+        network: HostNetwork, storage: NodeStorage, lifecycle: Lifecycle, node_id: NodeId, grace_s: float,
+        keep_jobs: int,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._registry = registry
+        self._locks = locks
+        self._clock = clock
+        self._vmm = vmm
+        self._network = network
+        self._storage = storage
+        self._lifecycle = lifecycle
+        self._node_id = node_id
+        self._grace_s = grace_s
+        self._keep_jobs = keep_jobs
+        self._first_seen: dict[str, float] = {}
+
+    def stale_pids(self, context: JobContext) -> Mapping[str, Any]:
+        """Instances recorded running whose process is gone become stopped, with the reason."""
+        context.step("compare processes", 0, 1)
+        gone = []
+        for instance in self._store.instances():
+            if instance.status not in (Status.RUNNING, Status.WARM) or instance.in_flight:
+                continue
+            if self._vmm.observe(instance.ref, instance.process) is not Presence.ABSENT:
+                continue
+            reason = self._reason(instance)
+            try:
+                if self._lifecycle.mark_gone(instance, reason):
+                    gone.append({"ref": str(instance.ref), "reason": reason})
+                    log.warning("instance gone", instance=str(instance.ref), why=reason)
+            except TimedOut:
+                continue  # a job holds it and will see for itself
+        self._publish_ends()
+        self._store.forget_jobs(keep=self._keep_jobs)
+        return {"changed": bool(gone), "stopped": gone}
+
+    def _reason(self, instance: Instance) -> str:
+        pid = instance.process.pid if instance.process else "?"
+        tail = self._vmm.console_tail(self._storage.directory(instance.ref), lines=3)
+        panic = "; the guest panicked" if "Kernel panic" in tail else ""
+        return f"VMM process {pid} was found gone{panic} [vmm.gone]"
+
+    def _publish_ends(self) -> None:
+        """Tell the registry of jobs that ended while it was away."""
+        try:
+            for job in self._registry.open_jobs(self._node_id):
+                known = self._store.job(job.job_id)
+                if known is not None and known.state.final:
+                    self._registry.update(known)
+        except Unreachable:
+            return
+
+    def orphans(self, context: JobContext) -> Mapping[str, Any]:
+        """Processes, TAPs, bridges, directories and files of a run that no record owns."""
+        context.step("compare host and store", 0, 1)
+        found = self._find_orphans()
+        now = self._clock.monotonic()
+        self._first_seen = {name: self._first_seen.get(name, now) for name in found}
+        removed = []
+        for name, orphan in sorted(found.items()):
+            if now - self._first_seen[name] >= self._grace_s and self._remove(orphan):
+                removed.append(name)
+                log.warning("orphan removed", orphan=name)
+        return {"changed": bool(removed), "found": sorted(found), "removed": removed}
+
+    def _find_orphans(self) -> dict[str, Orphan]:
+        # The host is read before the store: what is being created is written down first, so it has an owner by then.
+        processes, taps, bridges = self._vmm.processes(), self._network.taps(), self._network.bridges()
+        directories, leftovers = self._storage.instances(), self._storage.leftovers()
+        instances = {i.ref: i for i in self._store.instances()}
+        networks = {t.id: t.network for t in self._store.tenants()}
+        active = {ref: i for ref, i in instances.items() if i.status is Status.RUNNING or i.in_flight}
+        used_taps = {networks[ref.tenant].tap(i.offset) for ref, i in active.items()}
+        orphans = [
+            Orphan(f"process {processes[ref][0].pid} of {ref}", partial(self._vmm.kill, ref, None), ref)
+            for ref in processes.keys() - active.keys()
+        ]
+        orphans += [
+            Orphan(f"tap {tap}", partial(self._network.remove_taps, frozenset({tap})))
+            for tap in taps.keys() - used_taps
+        ]
+        orphans += [
+            Orphan(f"bridge {bridge}", partial(self._network.remove_bridges, frozenset({bridge})))
+            for bridge in bridges - {network.bridge for network in networks.values()}
+        ]
+        orphans += [
+            Orphan(f"directory of {ref}", partial(self._storage.remove, ref), ref)
+            for ref in directories - instances.keys()
+        ]
+        orphans += [
+            Orphan(f"files of {ref}", partial(self._storage.clean_runtime, ref), ref)
+            for ref, names in leftovers.items()
+            if names and ref in instances and ref not in active
+        ]
+        return {orphan.name: orphan for orphan in orphans}
+
+    def _remove(self, orphan: Orphan) -> bool:
+        """Remove it if it still is an orphan once nobody else works on its instance."""
+        with ExitStack() as held:
+            if orphan.ref is not None:
+                try:
+                    held.enter_context(self._locks.hold(f"instance {orphan.ref}", deadline_s=0))
+                except TimedOut:
+                    return False
+            if orphan.name not in self._find_orphans():
+                return False
+            orphan.remove()
+            return True

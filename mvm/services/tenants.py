@@ -1,0 +1,83 @@
+"""Tenants: create, update, destroy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from mvm.domain.addressing import parse_net_id, parse_subnet
+from mvm.domain.ids import TenantId
+from mvm.domain.tenant import Quota
+from mvm.errors import InvalidInput, NotAllowed
+from mvm.ports.network import HostNetwork
+from mvm.ports.registry import Registry
+from mvm.ports.store import NodeStore
+from mvm.services.runner import JobContext
+from mvm.services.views import tenant_view
+
+
+class Tenants:
+    """The registry gives a tenant its network; the node keeps a copy."""
+
+    def __init__(self, store: NodeStore, registry: Registry, network: HostNetwork) -> None:
+        self._store = store
+        self._registry = registry
+        self._network = network
+
+    def create(self, context: JobContext) -> Mapping[str, Any]:
+        """Create the subject tenant with ``params.net_id``, ``subnet`` and ``quota``, each optional."""
+        job = context.job
+        tenant_id, params = TenantId(job.subject), job.params
+        net_id, subnet = params.get("net_id"), params.get("subnet")
+        context.step("reserve network", 0, 2)
+        known = self._registry.tenant(tenant_id)
+        # A tenant made at the very moment this job was asked for is this job's, left by a crash.
+        if known is None or known.created_at != job.submitted_at:
+            known = self._registry.reserve_tenant(
+                tenant_id,
+                parse_net_id(net_id) if net_id is not None else None,
+                parse_subnet(subnet) if subnet is not None else None,
+                _quota(Quota(), params.get("quota") or {}),
+                job.submitted_at,
+            )
+        context.step("create bridge", 1, 2)
+        self._network.ensure_bridge(known.network)
+        with context.ending(**tenant_view(self._store, known)):
+            self._store.put_tenant(known)
+        return {}
+
+    def update(self, context: JobContext) -> Mapping[str, Any]:
+        """Change the quota; what runs already is left alone, even above a lowered limit."""
+        with self._store.transaction():
+            tenant = self._store.tenant(TenantId(context.job.subject))
+            tenant = replace(tenant, quota=_quota(tenant.quota, context.job.params.get("quota") or {}))
+            self._store.put_tenant(tenant)
+        self._registry.put_tenant(tenant)
+        return tenant_view(self._store, tenant)
+
+    def destroy(self, context: JobContext) -> Mapping[str, Any]:
+        """Remove a tenant that has no pools and no instances; its net id is never given again."""
+        tenant = self._store.tenant(TenantId(context.job.subject))
+        pools = self._store.pools(tenant.id)
+        if pools:
+            instances = len(self._store.instances(tenant=tenant.id))
+            raise NotAllowed(
+                "tenant.not_empty", f"tenant {tenant.id} has {len(pools)} pools and {instances} instances",
+                hint=f"destroy them first: mvm instance destroy {pools[0].ref} --all; mvm pool destroy {pools[0].ref}",
+                subject=str(tenant.id), pools=len(pools), instances=instances,
+            )  # fmt: skip
+        context.step("remove bridge", 0, 1)
+        self._network.remove_bridges(frozenset({tenant.network.bridge}))
+        self._registry.remove_tenant(tenant.id)
+        with context.ending(tenant_id=str(tenant.id)):
+            self._store.delete_tenant(tenant.id)
+        return {}
+
+
+def _quota(base: Quota, changes: Mapping[str, int]) -> Quota:
+    unknown = sorted(set(changes) - set(asdict(base)))
+    if unknown:
+        raise InvalidInput("tenant.invalid_quota", f"there is no quota {unknown[0]}",
+                           hint=f"allowed: {', '.join(asdict(base))}", field=unknown[0])  # fmt: skip
+    return replace(base, **changes)

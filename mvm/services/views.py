@@ -1,0 +1,170 @@
+"""What a node shows of itself: the command line's JSON fields, read from the store."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Generator
+from dataclasses import asdict
+from typing import Any
+
+from mvm.domain.addressing import TenantNetwork
+from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status
+from mvm.domain.pool import DesiredCounts, WorkerPool
+from mvm.domain.tenant import Tenant
+from mvm.errors import NotAllowed
+from mvm.ports.clock import Clock
+from mvm.ports.guest import ExecResult, GuestChannel
+from mvm.ports.storage import NodeStorage
+from mvm.ports.store import NodeStore
+from mvm.ports.vmm import VmmDriver
+from mvm.services.quotas import usage
+
+_FOLLOW_S = 0.2
+
+
+def instance_view(network: TenantNetwork, instance: Instance) -> dict[str, Any]:
+    """An instance's fields."""
+    return {
+        "ref": str(instance.ref),
+        "status": instance.status.value,
+        "node_id": str(instance.node_id),
+        "revision": instance.revision,
+        "guest_ip": str(network.ip(instance.offset)),
+        "mac": network.mac(instance.offset),
+        "tap": network.tap(instance.offset),
+        "pid": instance.process.pid if instance.process else None,
+        "job": (
+            {"job_id": str(instance.in_flight.job_id), "verb": instance.in_flight.verb.value}
+            if instance.in_flight
+            else None
+        ),
+        "last_error": instance.last_error,
+        "created_at": instance.created_at.isoformat(),
+        "last_started_at": instance.last_started_at.isoformat() if instance.last_started_at else None,
+        "last_stopped_at": instance.last_stopped_at.isoformat() if instance.last_stopped_at else None,
+    }
+
+
+def pool_view(store: NodeStore, pool: WorkerPool) -> dict[str, Any]:
+    """A pool's fields; a pool that was never scaled shows zeros."""
+    counts = Counter(i.status.value for i in store.instances(pool=pool.ref))
+    return {
+        "ref": str(pool.ref),
+        "flake_ref": pool.source.flake_ref,
+        "profile": pool.source.profile,
+        "resources": asdict(pool.resources),
+        "desired": asdict(pool.desired or DesiredCounts()),
+        "counts": dict(sorted(counts.items())),
+        "revision": pool.revision,
+        "node_id": str(pool.node_id),
+        "created_at": pool.created_at.isoformat(),
+    }
+
+
+def tenant_view(store: NodeStore, tenant: Tenant) -> dict[str, Any]:
+    """A tenant's fields."""
+    return {
+        "tenant_id": str(tenant.id),
+        "net_id": tenant.network.net_id,
+        "subnet": str(tenant.network.subnet),
+        "gateway": str(tenant.network.gateway),
+        "bridge": tenant.network.bridge,
+        "quota": asdict(tenant.quota),
+        "usage": asdict(usage(store, tenant.id)),
+        "created_at": tenant.created_at.isoformat(),
+    }
+
+
+class NodeView:
+    """The node as its agent shows it."""
+
+    def __init__(
+        self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
+        node_id: NodeId, address: str,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._storage = storage
+        self._guest = guest
+        self._clock = clock
+        self._node_id = node_id
+        self._address = address
+        self._vmm = vmm
+
+    def node_info(self) -> dict[str, Any]:
+        """The node's fields."""
+        counts = Counter(i.status.value for i in self._store.instances())
+        return {
+            "node_id": str(self._node_id),
+            "address": self._address,
+            "status": "ready",
+            "driver": self._vmm.name,
+            "vcpus": os.cpu_count() or 1,
+            "mem_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
+            "instances": dict(sorted(counts.items())),
+            "last_seen_at": self._clock.now().isoformat(),
+        }
+
+    def node_stats(self) -> dict[str, Any]:
+        """Counts and what the running instances take of the host."""
+        tenants = self._store.tenants()
+        used = [usage(self._store, tenant.id) for tenant in tenants]
+        info = self.node_info()
+        return {
+            "node_id": info["node_id"],
+            "tenants": len(tenants),
+            "pools": len(self._store.pools()),
+            "instances": info["instances"],
+            "vcpus": {"host": info["vcpus"], "in_use": sum(u.vcpus for u in used)},
+            "mem_mib": {"host": info["mem_mib"], "in_use": sum(u.mem_mib for u in used)},
+            "data_disk_mib": sum(u.disk_mib for u in used),
+            "jobs_running": len(self._store.unfinished_jobs()),
+            "load": list(os.getloadavg()),
+        }
+
+    def tenants(self) -> list[dict[str, Any]]:
+        """All tenants."""
+        return [tenant_view(self._store, tenant) for tenant in self._store.tenants()]
+
+    def pools(self, tenant: TenantId | None) -> list[dict[str, Any]]:
+        """All pools, or one tenant's; an unknown tenant is an error, not an empty list."""
+        if tenant is not None:
+            self._store.tenant(tenant)
+        return [pool_view(self._store, pool) for pool in self._store.pools(tenant)]
+
+    def instances(self, tenant: TenantId | None, pool: PoolRef | None, status: Status | None) -> list[dict[str, Any]]:
+        """Instances, filtered; an unknown tenant or pool is an error, not an empty list."""
+        if tenant is not None:
+            self._store.tenant(tenant)
+        if pool is not None:
+            self._store.pool(pool)
+        found = self._store.instances(tenant=tenant, pool=pool)
+        networks = {t.id: t.network for t in self._store.tenants()}
+        return [instance_view(networks[i.ref.tenant], i) for i in found if status in (None, i.status)]
+
+    def instance(self, ref: InstanceRef) -> dict[str, Any]:
+        """One instance."""
+        return instance_view(self._store.tenant(ref.tenant).network, self._store.instance(ref))
+
+    def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
+        """Run a command in a running guest."""
+        instance = self._store.instance(ref)
+        if instance.status is not Status.RUNNING:
+            raise NotAllowed("instance.not_running", f"{ref} is {instance.status}", hint=f"mvm instance start {ref}",
+                             subject=str(ref), status=instance.status.value)  # fmt: skip
+        return self._guest.execute(ref, self._storage.directory(ref), command, deadline_s=deadline_s)
+
+    def logs(self, ref: InstanceRef, *, follow: bool) -> Generator[str, None, None]:
+        """The guest's console; with `follow` also what comes, and an empty text when for a while nothing does."""
+        directory, offset, pause = self._storage.directory(self._store.instance(ref).ref), 0, threading.Event()
+        while True:
+            text, offset = self._vmm.console(directory, offset=offset)
+            if text or follow:
+                yield text
+            if not text:
+                if not follow:
+                    return
+                pause.wait(_FOLLOW_S)

@@ -1,0 +1,82 @@
+"""Every Prometheus series, named once, and the endpoint that shows them.
+
+The stack's processes share their samples through the files of ``PROMETHEUS_MULTIPROC_DIR``, which has to be set
+before this module is imported; the agent's process serves the sum.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from socket import socket
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from mvm.domain.job import Job
+
+JOBS = Counter("mvm_jobs_total", "Jobs ended, by verb and final state.", ["verb", "state"])
+JOB_SECONDS = Histogram(
+    "mvm_job_seconds", "How long jobs ran, in seconds.", ["verb"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)  # fmt: skip
+INSTANCES = Gauge("mvm_instances", "Instances of this node, by status.", ["status"], multiprocess_mode="mostrecent")
+SWEEP_FINDINGS = Counter("mvm_sweep_findings_total", "What sweeps found and put right.", ["sweep"])
+BOOT_RETRIES = Counter("mvm_boot_retries_total", "Boots that hung and were tried again.")
+AGENT_REQUESTS = Counter("mvm_agent_requests_total", "Requests to the agent.", ["method", "outcome"])
+
+
+def observe_job(job: Job) -> None:
+    """Count a job that ended, with how long it ran."""
+    if job.state.final:
+        JOBS.labels(job.verb.value, job.state.value).inc()
+        if job.started_at and job.finished_at:
+            JOB_SECONDS.labels(job.verb.value).observe((job.finished_at - job.started_at).total_seconds())
+
+
+def serve(sockets: Iterable[socket]) -> Callable[[], None]:
+    """Show all processes' samples over HTTP on these listening sockets, in threads; returns what ends them."""
+    servers = [_Server(sock) for sock in sockets]
+    threads = [threading.Thread(target=s.serve_forever, name="metrics", daemon=True) for s in servers]
+    for thread in threads:
+        thread.start()
+
+    def stop() -> None:
+        for server, thread in zip(servers, threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    return stop
+
+
+def _registry() -> CollectorRegistry:
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return REGISTRY
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return registry
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = 10  # seconds; a client that says nothing holds a thread no longer
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """Scrapes are no news."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def __init__(self, sock: socket) -> None:
+        host, port = sock.getsockname()[:2]
+        super().__init__((host, port), _Quiet, bind_and_activate=False)
+        self.socket.close()
+        self.socket = sock
+        self.server_name, self.server_port = host, port
+        self.setup_environ()
+        self.set_app(make_wsgi_app(_registry()))

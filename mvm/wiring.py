@@ -1,0 +1,234 @@
+"""Settings to services: the only place that knows concrete drivers. Imports are lazy, a command pays for its own."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mvm.domain.ids import NodeId
+from mvm.domain.job import JobVerb
+from mvm.domain.layout import StateLayout
+
+if TYPE_CHECKING:
+    from mvm.ports.agents import NodeAgents
+    from mvm.ports.clock import Clock
+    from mvm.ports.guest import GuestChannel
+    from mvm.ports.images import ImageBuilder
+    from mvm.ports.locks import Locks
+    from mvm.ports.network import HostNetwork
+    from mvm.ports.queue import JobQueue
+    from mvm.ports.registry import Registry
+    from mvm.ports.storage import NodeStorage
+    from mvm.ports.store import NodeStore
+    from mvm.ports.vmm import VmmDriver
+    from mvm.services.heartbeat import Heartbeat
+    from mvm.services.jobs import Jobs
+    from mvm.services.runner import Observer, Runner
+    from mvm.services.views import NodeView
+    from mvm.settings import Settings
+
+
+@dataclass(frozen=True)
+class Client:
+    """What a command line needs of a running stack; each part is connected on first use."""
+
+    connection: Mapping[str, str]
+    layout: StateLayout
+
+    @property
+    def node_id(self) -> NodeId:
+        """The node this machine is."""
+        return NodeId(self.connection["node_id"])
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The cluster's registry."""
+        from mvm.drivers.redis_link import RedisLink
+        from mvm.drivers.redis_registry import RedisRegistry
+
+        return RedisRegistry(RedisLink(self.connection["redis_url"], code="registry.unreachable"))
+
+    @cached_property
+    def jobs(self) -> Jobs:
+        """Submitting and following jobs."""
+        from mvm.drivers.celery_queue import CeleryQueue
+        from mvm.drivers.clock import SystemClock
+        from mvm.drivers.redis_link import RedisLink
+        from mvm.services.jobs import Jobs
+
+        link = RedisLink(self.connection["broker_url"], code="broker.unreachable")
+        return Jobs(self.registry, CeleryQueue(link), SystemClock())
+
+    @cached_property
+    def agents(self) -> NodeAgents:
+        """The nodes' agents, reached from inside the stack's network namespace."""
+        from mvm.drivers.netns import path_of, socket_in
+        from mvm.drivers.quic.client import QuicAgents
+
+        netns = self.connection.get("netns")
+        make: Callable[[], socket.socket] = lambda: socket_in(  # noqa: E731
+            path_of(netns) if netns else None, socket.AF_INET, socket.SOCK_DGRAM
+        )
+        return QuicAgents(self.layout.certs, make)
+
+
+def open_client(connection: Mapping[str, str], layout: StateLayout) -> Client:
+    """A client of the stack that `connection` (as written by ``mvm up``) describes."""
+    return Client(connection, layout)
+
+
+def open_jobs(settings: Settings) -> Jobs:
+    """Submitting jobs, for a process that has no node of its own."""
+    connection = {"node_id": settings.node, "redis_url": settings.redis, "broker_url": settings.broker}
+    return Client(connection, settings.layout).jobs
+
+
+@dataclass(frozen=True)
+class NodePorts:
+    """The outside of a node, whatever drives it."""
+
+    store: NodeStore
+    registry: Registry
+    queue: JobQueue
+    locks: Locks
+    clock: Clock
+    vmm: VmmDriver
+    guest: GuestChannel
+    network: HostNetwork
+    storage: NodeStorage
+    images: ImageBuilder
+
+
+@dataclass(frozen=True)
+class NodeServices:
+    """A node's services, ready to run jobs."""
+
+    runner: Runner
+    jobs: Jobs
+    registry: Registry
+    store: NodeStore
+    heartbeat: Heartbeat
+    view: NodeView
+
+
+def open_node(settings: Settings) -> NodeServices:
+    """The services of this node, over the drivers that `settings` names."""
+    from mvm.telemetry.metrics import observe_job
+
+    layout = settings.layout
+    key = Path(f"{layout.ssh_key}.pub")
+    authorized_key = key.read_text().strip() if key.exists() else ""
+    return build_node(open_ports(settings), settings, authorized_key=authorized_key, observers=(observe_job,))
+
+
+def open_ports(settings: Settings) -> NodePorts:
+    """The drivers that `settings` names."""
+    from mvm.drivers.celery_queue import CeleryQueue
+    from mvm.drivers.clock import SystemClock
+    from mvm.drivers.redis_link import RedisLink
+    from mvm.drivers.redis_registry import RedisRegistry
+    from mvm.drivers.sqlite_store import SqliteStore
+
+    layout = settings.layout
+    store = SqliteStore(layout.database)
+    registry = RedisRegistry(RedisLink(settings.redis, code="registry.unreachable"))
+    queue = CeleryQueue(RedisLink(settings.broker, code="broker.unreachable"))
+    if settings.driver == "fake":
+        from mvm.drivers.fake import FakeHost
+
+        host = FakeHost(SystemClock())
+        return NodePorts(
+            store,
+            registry,
+            queue,
+            host.locks,
+            host.clock,
+            host.vmm,
+            host.guest,
+            host.network,
+            host.storage,
+            host.images,
+        )
+    from mvm.drivers.file_storage import FileStorage
+    from mvm.drivers.guest_channel import VirtioSerialChannel
+    from mvm.drivers.images_builtin import BuiltinImageBuilder
+    from mvm.drivers.linux_network import LinuxNetwork
+    from mvm.drivers.locks import FileLocks
+    from mvm.drivers.qemu.driver import QemuDriver
+    from mvm.drivers.shell import LocalShell
+
+    shell = LocalShell()
+    return NodePorts(
+        store,
+        registry,
+        queue,
+        FileLocks(layout.locks),
+        SystemClock(),
+        QemuDriver(layout, shell),
+        VirtioSerialChannel(),
+        LinuxNetwork(shell),
+        FileStorage(layout, shell),
+        BuiltinImageBuilder(layout, shell),
+    )
+
+
+def build_node(
+    ports: NodePorts, settings: Settings, *, authorized_key: str, observers: tuple[Observer, ...] = ()
+) -> NodeServices:
+    """Services over `ports`: the same for real and fake ones."""
+    from mvm.services.heartbeat import Heartbeat
+    from mvm.services.jobs import Jobs
+    from mvm.services.lifecycle import Lifecycle, LifecycleLimits
+    from mvm.services.pools import Pools
+    from mvm.services.reconcile import Reconcile
+    from mvm.services.runner import Runner
+    from mvm.services.sweeps import Sweeps
+    from mvm.services.tenants import Tenants
+    from mvm.services.views import NodeView
+
+    p, node = ports, settings.node
+    address = f"{settings.agent_host}:{settings.agent_port}"
+    jobs = Jobs(p.registry, p.queue, p.clock)
+    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, observers)
+    lifecycle = Lifecycle(
+        store=p.store, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
+        limits=LifecycleLimits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
+        authorized_key=authorized_key,
+    )  # fmt: skip
+    reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
+    tenants = Tenants(p.store, p.registry, p.network)
+    pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)
+    sweeps = Sweeps(
+        store=p.store, registry=p.registry, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
+        storage=p.storage, lifecycle=lifecycle, node_id=node, grace_s=settings.orphan_grace_s,
+        keep_jobs=settings.keep_jobs,
+    )  # fmt: skip
+    for verb, handler in {
+        JobVerb.TENANT_CREATE: tenants.create,
+        JobVerb.TENANT_UPDATE: tenants.update,
+        JobVerb.TENANT_DESTROY: tenants.destroy,
+        JobVerb.POOL_CREATE: pools.create,
+        JobVerb.POOL_BUILD: pools.build,
+        JobVerb.POOL_SCALE: pools.scale,
+        JobVerb.POOL_DESTROY: pools.destroy,
+        JobVerb.INSTANCE_CREATE: lifecycle.create,
+        JobVerb.INSTANCE_START: lifecycle.start,
+        JobVerb.INSTANCE_STOP: lifecycle.stop,
+        JobVerb.INSTANCE_DESTROY: lifecycle.destroy,
+        JobVerb.SWEEP_STALE_PIDS: sweeps.stale_pids,
+        JobVerb.SWEEP_ORPHANS: sweeps.orphans,
+        JobVerb.SWEEP_RECONCILE: reconcile.sweep,
+    }.items():
+        runner.register(verb, handler)
+    view = NodeView(
+        store=p.store, storage=p.storage, guest=p.guest, vmm=p.vmm, clock=p.clock, node_id=node, address=address
+    )
+    heartbeat = Heartbeat(
+        store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,
+        facts={"driver": p.vmm.name},
+    )  # fmt: skip
+    return NodeServices(runner, jobs, p.registry, p.store, heartbeat, view)

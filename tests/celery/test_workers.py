@@ -1,0 +1,94 @@
+"""Real workers, a real broker: routing, redelivery, duplicates, restarts."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+import pytest
+
+from mvm.domain.ids import JobId
+from mvm.domain.job import Job, JobState, JobVerb
+from mvm.services.jobs import Jobs
+from tests.celery.conftest import NODES
+from tests.support.waiting import until
+
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(180)]
+
+
+def ended(fleet: Jobs, *ids: JobId, deadline_s: float = 60) -> dict[JobId, Job]:
+    """The jobs once all are final."""
+    return {job.job_id: job for job in fleet.follow(ids, deadline_s=deadline_s)}
+
+
+def live(fleet: Jobs) -> None:
+    until(lambda: all(fleet.is_node_live(node) for node in NODES), 30, "both workers' heartbeats")
+
+
+def test_each_job_runs_on_its_own_node(celery_setup: Any, fleet: Jobs) -> None:
+    assert celery_setup.ready(ping=True, control=True, docker=True)
+    live(fleet)
+    jobs = [fleet.submit(JobVerb.TENANT_CREATE, f"t{n}", node, actor="test") for n, node in enumerate(NODES)]
+    done = ended(fleet, *(job.job_id for job in jobs))
+    assert {job.state for job in done.values()} == {JobState.SUCCEEDED}
+    for job, worker in zip(jobs, celery_setup.worker_cluster, strict=True):
+        with sqlite3.connect(worker.container.state_dir / "node.db") as db:
+            assert db.execute("SELECT id FROM jobs WHERE final = 1").fetchall() == [(job.job_id,)]
+        db.close()
+
+
+def test_killed_workers_lose_and_repeat_nothing(celery_setup: Any, fleet: Jobs) -> None:
+    """60 jobs while their worker is killed with -9 twice: each tenant exists once, none failed."""
+    live(fleet)
+    worker = celery_setup.worker_cluster[0]
+    jobs = [fleet.submit(JobVerb.TENANT_CREATE, f"t{n}", NODES[0], actor="test") for n in range(60)]
+    for threshold in (10, 30):
+        until(
+            lambda threshold=threshold: sum(fleet.job(j.job_id).state.final for j in jobs) >= threshold, 60, "progress"
+        )
+        worker.container._container.kill()
+        worker.container._container.start()
+    done = ended(fleet, *(job.job_id for job in jobs), deadline_s=90)
+    assert {job.state for job in done.values()} == {JobState.SUCCEEDED}
+    net_ids = [job.result["net_id"] for job in done.values() if job.result]
+    assert len(set(net_ids)) == 60
+
+
+def test_a_message_delivered_twice_runs_once(celery_setup: Any, fleet: Jobs) -> None:
+    """50 jobs, each message sent twice: one tenant each, and every job succeeded."""
+    live(fleet)
+    jobs = [fleet.submit(JobVerb.TENANT_CREATE, f"t{n}", NODES[0], actor="test") for n in range(50)]
+    fleet._queue.send(jobs)
+    done = ended(fleet, *(job.job_id for job in jobs))
+    assert {job.state for job in done.values()} == {JobState.SUCCEEDED}
+    worker = celery_setup.worker_cluster[0]
+    until(lambda: worker.logs().count("delivered again") == 50, 30, "all second deliveries seen")
+
+
+def test_a_broker_restart_is_survived(celery_setup: Any, fleet: Jobs) -> None:
+    live(fleet)
+    before = fleet.submit(JobVerb.TENANT_CREATE, "before", NODES[1], actor="test")
+    assert ended(fleet, before.job_id)[before.job_id].state is JobState.SUCCEEDED
+    celery_setup.broker.restart()
+
+    def accepted() -> bool:
+        try:
+            fleet.list()
+        except Exception:  # noqa: BLE001
+            return False
+        return True
+
+    until(accepted, 20, "the broker is back")
+    after = fleet.submit(JobVerb.TENANT_CREATE, "after", NODES[1], actor="test")
+    assert ended(fleet, after.job_id)[after.job_id].state is JobState.SUCCEEDED
+
+
+def test_a_job_for_a_dead_worker_waits_and_says_why(celery_setup: Any, fleet: Jobs) -> None:
+    live(fleet)
+    celery_setup.worker_cluster[1].container._container.kill()
+    until(lambda: not fleet.is_node_live(NODES[1]), 30, "the node is seen as gone")
+    job = fleet.submit(JobVerb.TENANT_CREATE, "late", NODES[1], actor="test")
+    assert fleet.job(job.job_id).state is JobState.QUEUED
+    assert "no worker has taken it" in (fleet.diagnosis(job) or "")
+    celery_setup.worker_cluster[1].container._container.start()
+    assert ended(fleet, job.job_id)[job.job_id].state is JobState.SUCCEEDED

@@ -1,0 +1,316 @@
+"""Bad input and bad luck on the fake host: the right error, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from mvm.domain.ids import InstanceRef
+from mvm.domain.job import Job, JobState, JobVerb
+from mvm.domain.lifecycle import Status
+from mvm.errors import Failed, Unreachable
+from tests.services.conftest import NODE, Node
+
+V = JobVerb
+
+
+@pytest.mark.parametrize(
+    ("code", "verb", "subject", "params"),
+    [
+        ("pool.not_found", V.POOL_BUILD, "acme/none", {}),
+        ("pool.not_found", V.INSTANCE_CREATE, "acme/none", {}),
+        ("tenant.not_found", V.TENANT_DESTROY, "nobody", {}),
+        ("tenant.not_found", V.POOL_CREATE, "nobody/p", {"flake_ref": "builtin:", "profile": "minimal"}),
+        ("instance.not_found", V.INSTANCE_START, "acme/web/i-00000000", {}),
+        ("instance.invalid_id", V.INSTANCE_START, "acme/web/x", {}),
+        ("instance.invalid_ref", V.INSTANCE_STOP, "acme", {}),
+        ("tenant.exists", V.TENANT_CREATE, "acme", {}),
+        ("tenant.invalid_id", V.TENANT_CREATE, "Acme!", {}),
+        ("tenant.net_id_used", V.TENANT_CREATE, "b", {"net_id": 0}),
+        ("tenant.invalid_net_id", V.TENANT_CREATE, "b", {"net_id": 4096}),
+        ("tenant.subnet_overlap", V.TENANT_CREATE, "b", {"subnet": "10.240.0.0/25"}),
+        ("tenant.invalid_subnet", V.TENANT_CREATE, "b", {"subnet": "192.168.0.0/24"}),
+        ("tenant.invalid_subnet", V.TENANT_CREATE, "b", {"subnet": "10.240.9.1/24"}),
+        ("tenant.invalid_quota", V.TENANT_CREATE, "b", {"quota": {"max_running": -1}}),
+        ("tenant.invalid_quota", V.TENANT_UPDATE, "acme", {"quota": {"max_ruining": 1}}),
+        ("pool.exists", V.POOL_CREATE, "acme/web", {"flake_ref": "builtin:", "profile": "minimal"}),
+        ("pool.unknown_profile", V.POOL_CREATE, "acme/p", {"flake_ref": "builtin:", "profile": "none"}),
+        ("pool.unsupported_flake", V.POOL_CREATE, "acme/p", {"flake_ref": "github:x/y", "profile": "minimal"}),
+        ("pool.not_empty", V.POOL_DESTROY, "acme/web", {}),
+        ("tenant.not_empty", V.TENANT_DESTROY, "acme", {}),
+        ("instance.invalid_count", V.INSTANCE_CREATE, "acme/web", {"count": 0}),
+        ("instance.invalid_count", V.INSTANCE_CREATE, "acme/web", {"count": "two"}),
+        ("pool.invalid_count", V.POOL_SCALE, "acme/web", {"running": -1}),
+        ("pool.unsupported_count", V.POOL_SCALE, "acme/web", {"sleeping": 1}),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(
+    node: Node, code: str, verb: JobVerb, subject: str, params: dict[str, object]
+) -> None:
+    node.pool()
+    node.create()
+    before = (node.services.view.tenants(), node.services.view.pools(None),
+              node.services.view.instances(None, None, None))  # fmt: skip
+    job = node.fails(code, verb, subject, **params)
+    assert job.error is not None
+    assert job.error["hint"] or code.endswith("internal")
+    after = (node.services.view.tenants(), node.services.view.pools(None),
+             node.services.view.instances(None, None, None))  # fmt: skip
+    assert before == after
+
+
+@pytest.mark.parametrize("resources", [{"vcpus": 0}, {"mem_mib": 0}, {"mem_mib": 10**9}, {"data_disk_mib": -1}])
+def test_absurd_resources(node: Node, resources: dict[str, int]) -> None:
+    node.ok(V.TENANT_CREATE, "acme")
+    job = node.fails("pool.invalid_resources", V.POOL_CREATE, "acme/p", flake_ref="builtin:", profile="minimal",
+                     resources=resources)  # fmt: skip
+    assert job.error is not None
+    assert job.error["fields"]["field"] == next(iter(resources))
+
+
+def test_not_in_this_state(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.fails("instance.invalid_transition", V.INSTANCE_STOP, ref)
+    node.ok(V.INSTANCE_START, ref)
+    job = node.fails("instance.invalid_transition", V.INSTANCE_START, ref)
+    assert job.error is not None
+    assert job.error["hint"] == "allowed now: warm, sleep, stop, destroy"
+    node.ok(V.INSTANCE_STOP, ref)
+    node.fails("instance.invalid_transition", V.INSTANCE_STOP, ref)
+
+
+@pytest.mark.parametrize(
+    ("quota", "resources", "count", "verb"),
+    [
+        ({"max_running": 1}, {}, 2, V.INSTANCE_START),
+        ({"max_vcpus": 3}, {"vcpus": 2}, 2, V.INSTANCE_START),
+        ({"max_mem_mib": 300}, {"mem_mib": 256}, 2, V.INSTANCE_START),
+        ({"max_instances_per_pool": 2}, {}, 3, V.INSTANCE_CREATE),
+        ({"max_disk_gib": 1}, {"data_disk_mib": 600}, 2, V.INSTANCE_CREATE),
+        ({"max_pools": 1}, {}, 1, V.POOL_CREATE),
+        ({"max_running": 1}, {}, 0, V.POOL_SCALE),
+    ],
+)
+def test_every_quota_is_enforced_before_anything_is_created(
+    node: Node, quota: dict[str, int], resources: dict[str, int], count: int, verb: JobVerb
+) -> None:
+    node.ok(V.TENANT_CREATE, "acme", quota=quota)
+    node.pool(**resources)
+    if verb is V.POOL_CREATE:
+        job = node.do(verb, "acme/two", flake_ref="builtin:", profile="minimal")
+    elif verb is V.POOL_SCALE:
+        job = node.do(verb, "acme/web", running=2)
+    elif verb is V.INSTANCE_CREATE:
+        job = node.do(verb, "acme/web", count=count)
+        assert node.services.view.instances(None, None, None) == []
+    else:
+        refs = node.create(count)
+        node.ok(verb, refs[0])
+        job = node.do(verb, refs[1])
+        assert len(node.host.vmm.processes()) == 1
+    assert job.error is not None
+    assert job.error["code"] == "quota.exceeded"
+    assert job.error["fields"]["field"] == next(iter(quota))
+    assert len(node.services.view.pools(None)) == 1
+    assert not node.host.leaks()
+
+
+@pytest.mark.parametrize(
+    "point", ["storage.prepare", "network.ensure_tap", "storage.fresh_overlay", "vmm.boot", "guest.hello",
+              "guest.configure", "storage.revision"],
+)  # fmt: skip
+def test_a_start_that_fails_anywhere_leaves_nothing_and_can_be_repeated(node: Node, point: str) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.host.fail(point, Failed("disk.full", "no space left"))
+    node.fails("disk.full", V.INSTANCE_START, ref)
+    assert node.instance(ref).status is Status.READY
+    assert "disk.full" in (node.instance(ref).last_error or "")
+    assert not node.host.leaks()
+    assert not node.host.vmm.processes()
+    node.ok(V.INSTANCE_START, ref)
+    assert node.instance(ref).last_error is None
+
+
+def test_disk_full_during_a_build(node: Node) -> None:
+    node.ok(V.TENANT_CREATE, "acme")
+    node.ok(V.POOL_CREATE, "acme/web", flake_ref="builtin:", profile="minimal")
+    node.host.fail("images.build", Failed("disk.full", "no space left", hint="free some space"))
+    node.fails("disk.full", V.POOL_BUILD, "acme/web")
+    node.create()
+    node.fails("pool.not_built", V.INSTANCE_START, node.services.view.instances(None, None, None)[0]["ref"])
+    node.ok(V.POOL_BUILD, "acme/web")
+
+
+def test_a_hanging_boot_is_retried_once(node: Node) -> None:
+    node.pool()
+    first, second = node.create(2)
+    node.host.hang_guest(InstanceRef.parse(first))
+    node.ok(V.INSTANCE_START, first)
+    node.host.hang_guest(InstanceRef.parse(second), times=2)
+    node.fails("guest.silent", V.INSTANCE_START, second)
+    assert len(node.host.vmm.processes()) == 1
+
+
+def test_a_panicking_guest_fails_the_job_with_its_console(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.host.panic_guest(InstanceRef.parse(ref))
+    job = node.fails("guest.panicked", V.INSTANCE_START, ref)
+    assert job.error is not None
+    assert "Kernel panic" in job.error["message"]
+    assert not node.host.leaks()
+
+
+def test_a_guest_that_will_not_shut_down_is_ended(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.ok(V.INSTANCE_START, ref)
+    node.host.hang_guest(InstanceRef.parse(ref))
+    assert node.ok(V.INSTANCE_STOP, ref)["clean"] is False
+    assert not node.host.vmm.processes()
+    assert not node.host.leaks()
+
+
+def test_a_dead_process_is_found_and_its_pool_brought_back(node: Node) -> None:
+    node.pool()
+    node.ok(V.POOL_SCALE, "acme/web", running=2)
+    victim = node.services.view.instances(None, None, None)[0]["ref"]
+    node.host.kill_process(InstanceRef.parse(victim))
+    found = node.sweep(V.SWEEP_STALE_PIDS)
+    assert [gone["ref"] for gone in found["stopped"]] == [victim]
+    assert node.instance(victim).status is Status.STOPPED
+    assert "found gone" in (node.instance(victim).last_error or "")
+    assert not node.host.leaks()
+    assert node.sweep(V.SWEEP_RECONCILE)["changed"] is True
+    assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
+
+
+def test_a_process_that_cannot_be_seen_is_not_gone(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.ok(V.INSTANCE_START, ref)
+    node.host.unseen.add(InstanceRef.parse(ref))
+    assert node.sweep(V.SWEEP_STALE_PIDS)["changed"] is False
+
+
+def test_orphans_go_after_their_grace_and_owned_things_never(node: Node) -> None:
+    node.pool()
+    kept, lost = node.create(2)
+    node.ok(V.INSTANCE_START, kept)
+    node.ok(V.INSTANCE_START, lost)
+    node.services.store.delete_instance(InstanceRef.parse(lost))  # the store forgets it; the host does not
+    first = node.sweep(V.SWEEP_ORPHANS)
+    assert len(first["found"]) == 3, first
+    assert first["removed"] == []
+    node.clock.advance(61)
+    second = node.sweep(V.SWEEP_ORPHANS)
+    assert second["removed"] == first["found"]
+    assert set(node.host.vmm.processes()) == {InstanceRef.parse(kept)}
+    assert node.host.storage.instances() == {InstanceRef.parse(kept)}
+    assert not node.host.leaks()
+    assert node.sweep(V.SWEEP_ORPHANS)["found"] == []
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler runs after it."""
+
+
+@pytest.mark.parametrize("point", ["ensure_tap", "fresh_overlay", "boot", "hello", "configure"])
+def test_a_start_whose_worker_was_killed_is_completed_by_the_next_delivery(
+    node: Node, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was done when the worker died, the second delivery ends with one process."""
+    node.pool()
+    (ref,) = node.create()
+    part = {"ensure_tap": node.host.network, "fresh_overlay": node.host.storage, "boot": node.host.vmm}.get(
+        point, node.host.guest
+    )
+    real = getattr(part, point)
+
+    def then_die(*args: object, **kwargs: object) -> None:
+        real(*args, **kwargs)
+        raise Killed
+
+    job = node.submit(V.INSTANCE_START, ref)
+    monkeypatch.setattr(part, point, then_die)
+    with pytest.raises(Killed):
+        node.drain()
+    monkeypatch.setattr(part, point, real)
+    node.queue.send([job])
+    node.drain()
+    assert node.services.jobs.job(job.job_id).state is JobState.SUCCEEDED
+    assert node.instance(ref).status is Status.RUNNING
+    assert len(node.host.vmm.processes()[InstanceRef.parse(ref)]) == 1
+    assert not node.host.leaks()
+
+
+def test_cancelling_a_queued_and_a_running_job(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pool()
+    (ref,) = node.create()
+    queued = node.submit(V.INSTANCE_START, ref)
+    assert node.services.jobs.cancel(queued.job_id).state is JobState.CANCELLED
+    node.drain()
+    assert node.services.jobs.job(queued.job_id).state is JobState.CANCELLED
+    assert node.instance(ref).status is Status.READY
+    real = node.host.network.ensure_tap
+    running = node.submit(V.INSTANCE_START, ref)
+
+    def meanwhile(*args: object, **kwargs: object) -> None:
+        real(*args, **kwargs)
+        node.services.jobs.cancel(running.job_id)
+
+    monkeypatch.setattr(node.host.network, "ensure_tap", meanwhile)
+    node.drain()
+    assert node.services.jobs.job(running.job_id).state is JobState.CANCELLED
+    assert node.instance(ref).status is Status.READY
+    assert node.instance(ref).in_flight is None
+    assert not node.host.leaks()
+
+
+def test_an_unexpected_error_ends_the_job_without_its_details(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pool()
+    (ref,) = node.create()
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(node.host.network, "ensure_tap", broken)
+    job = node.fails("internal", V.INSTANCE_START, ref)
+    assert "secret" not in str(job.error)
+    monkeypatch.undo()
+    node.ok(V.INSTANCE_START, ref)
+
+
+def test_the_registry_may_be_away_while_a_job_runs(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pool()
+    (ref,) = node.create()
+    job = node.submit(V.INSTANCE_START, ref)
+
+    def away(*_: object) -> None:
+        raise Unreachable("registry.unreachable", "away")
+
+    for name in ("update", "cancel_requested"):
+        monkeypatch.setattr(node.registry, name, away)
+    node.drain()
+    assert node.instance(ref).status is Status.RUNNING
+    monkeypatch.undo()
+    assert node.services.jobs.job(job.job_id).state is JobState.QUEUED
+    node.sweep(V.SWEEP_STALE_PIDS)
+    assert node.services.jobs.job(job.job_id).state is JobState.SUCCEEDED, "a sweep publishes what was missed"
+
+
+def test_a_busy_instance_is_waited_for_within_a_deadline(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mvm.services.lifecycle._LOCK_S", 0.05)
+    node.pool()
+    (ref,) = node.create()
+    with node.host.locks.hold(f"instance {ref}", deadline_s=1):
+        job = node.do(V.INSTANCE_START, ref)
+    assert job.error is not None
+    assert job.error["code"] == "lock.busy"
+
+
+def test_jobs_keep_their_words(node: Node) -> None:
+    job = node.submit(V.TENANT_CREATE, "acme")
+    assert Job.from_dict(job.to_dict()) == job
+    assert job.node_id == NODE

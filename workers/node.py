@@ -1,0 +1,59 @@
+"""What a worker process does beside tasks: logging, and the node's heartbeat."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from celery import signals
+
+from mvm.domain.job import JobState
+from mvm.errors import MvmError, TimedOut
+from workers.app import role, settings
+from workers.base import job_of, services
+
+log = structlog.get_logger("mvm.node")
+_leaving = threading.Event()
+
+
+@signals.setup_logging.connect
+def _logging(**_: Any) -> None:
+    from mvm.telemetry.logging import configure
+
+    configure(settings)
+
+
+@signals.worker_ready.connect
+def _ready(**_: Any) -> None:
+    if role == "main":
+        threading.Thread(target=_beat, name="heartbeat", daemon=True).start()
+
+
+def _beat() -> None:
+    heartbeat = services().heartbeat
+    while True:
+        try:
+            heartbeat.beat()
+        except MvmError as error:
+            log.warning("no heartbeat", code=error.code, error=error.message)
+        if _leaving.wait(settings.heartbeat_s):
+            return
+
+
+@signals.worker_shutdown.connect
+def _shutdown(**_: Any) -> None:
+    _leaving.set()
+
+
+@signals.task_revoked.connect
+def _expired(request: Any = None, expired: bool = False, **_: Any) -> None:
+    """A message nobody took in time (a sweep's) ends its job, so that none stays open for ever."""
+    if not expired or request is None:
+        return
+    job = job_of(request.name, request.id, request.kwargs or {})
+    error = TimedOut("job.expired", "no worker took it in time").to_dict()
+    registry = services().registry
+    registry.update(job.with_(state=JobState.CANCELLED, error=error, finished_at=datetime.now(UTC)))
+    registry.release_sweep(job.verb.value, job.node_id, job.job_id)

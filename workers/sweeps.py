@@ -1,0 +1,27 @@
+"""Sweep tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mvm.domain.job import JobVerb
+from workers.app import app
+from workers.base import JobTask
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_STALE_PIDS.task_name)
+def stale_pids(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_ORPHANS.task_name)
+def orphans(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_RECONCILE.task_name)
+def reconcile(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
