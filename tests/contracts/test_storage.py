@@ -18,10 +18,10 @@ from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.file_storage import FileStorage
+from mvm.drivers.shell import LocalShell
 from mvm.errors import Failed, NotFound
 from mvm.ports.storage import NodeStorage
 from tests.support.make import ACME, instance_ref
-from tests.support.shell import PlainShell
 
 ONE, TWO = instance_ref(1), instance_ref(2)
 ELSEWHERE = instance_ref(1, PoolRef(ACME, PoolId("db")))
@@ -66,7 +66,7 @@ def side(request: pytest.FixtureRequest, layout: StateLayout) -> Side:
         built = host.images.build(ImageSource("builtin:", "minimal"), lambda step: None)
         return Side(host.storage, built, host.storage.revision(built).rootfs)
     built = build(layout)
-    return Side(FileStorage(layout, PlainShell()), built, layout.revision(built) / "rootfs.ext4")
+    return Side(FileStorage(layout, LocalShell()), built, layout.revision(built) / "rootfs.ext4")
 
 
 def touch_runtime(side: Side) -> None:
@@ -176,7 +176,7 @@ def test_an_unknown_revision_is_not_found(side: Side) -> None:
 
 @pytest.fixture
 def files(layout: StateLayout) -> FileStorage:
-    return FileStorage(layout, PlainShell())
+    return FileStorage(layout, LocalShell())
 
 
 def test_everything_is_private(files: FileStorage, layout: StateLayout) -> None:
@@ -203,7 +203,7 @@ def test_the_host_key_is_what_dropbear_reads(files: FileStorage) -> None:
 def test_ssh_reads_the_public_line(files: FileStorage, tmp_path: Path) -> None:
     files.prepare(ONE, data_disk_mib=0)
     (tmp_path / "key.pub").write_text(files.keys(ONE).host_public + "\n")
-    assert "ED25519" in PlainShell().run(["ssh-keygen", "-l", "-f", str(tmp_path / "key.pub")]).stdout
+    assert "ED25519" in LocalShell().run(["ssh-keygen", "-l", "-f", str(tmp_path / "key.pub")]).stdout
 
 
 @pytest.mark.parametrize("mib", [4, 64])
@@ -213,10 +213,10 @@ def test_the_data_disk_is_a_sparse_journalled_ext4(files: FileStorage, mib: int)
     assert disk is not None
     assert disk.stat().st_size == mib << 20
     assert disk.stat().st_blocks * 512 < mib << 20
-    about = PlainShell().run(["dumpe2fs", "-h", str(disk)]).stdout
+    about = LocalShell().run(["dumpe2fs", "-h", str(disk)]).stdout
     assert "volume name:   mvm-data" in about
     assert "has_journal" in about
-    PlainShell().run(["e2fsck", "-fn", str(disk)])
+    LocalShell().run(["e2fsck", "-fn", str(disk)])
 
 
 def test_a_data_disk_is_not_formatted_again(files: FileStorage) -> None:
@@ -276,11 +276,11 @@ def test_directories_that_became_empty_go_too(files: FileStorage, layout: StateL
 def small(tmp_path: Path) -> Iterator[StateLayout]:
     """A state directory on a file system of 256 KiB."""
     (tmp_path / "small").mkdir()
-    PlainShell().run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path / "small")])
+    LocalShell().run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path / "small")])
     try:
         yield StateLayout(tmp_path / "small")
     finally:
-        PlainShell().run(["umount", str(tmp_path / "small")])
+        LocalShell().run(["umount", str(tmp_path / "small")])
 
 
 def fill(layout: StateLayout) -> None:
@@ -290,7 +290,7 @@ def fill(layout: StateLayout) -> None:
 
 @pytest.mark.root
 def test_a_data_disk_that_does_not_fit_leaves_nothing_half_made(small: StateLayout) -> None:
-    storage = FileStorage(small, PlainShell())
+    storage = FileStorage(small, LocalShell())
     storage.prepare(ONE, data_disk_mib=0)
     with pytest.raises(Failed) as full:
         storage.prepare(ONE, data_disk_mib=64)
@@ -301,7 +301,7 @@ def test_a_data_disk_that_does_not_fit_leaves_nothing_half_made(small: StateLayo
 
 @pytest.mark.root
 def test_keys_and_overlays_that_do_not_fit_leave_nothing_half_made(small: StateLayout, tmp_path: Path) -> None:
-    storage = FileStorage(small, PlainShell())
+    storage = FileStorage(small, LocalShell())
     storage.prepare(ONE, data_disk_mib=0)
     fill(small)
     rootfs = tmp_path / "rootfs"
