@@ -120,6 +120,19 @@ class Stack:
         names = [p.name for p in self._programs]
         return (*self._external, *names, *(["metrics"] if "agent" in names else []))
 
+    def prepare(self) -> None:
+        """The state directory exists, with all keys and certificates."""
+        from mvm.drivers.quic import certs
+
+        state_dir.prepare(self._layout)
+        certs.init(self._layout, self._settings.node)
+        self._layout.metrics.mkdir(mode=0o700, exist_ok=True)
+
+    def instances_remain(self) -> bool:
+        """Whether something runs on in the namespace that we made."""
+        mark = _namespace_mark(self._layout)
+        return mark.exists() and netns.exists(mark.read_text().strip()) and _is_used(mark.read_text().strip())
+
     def up(self, report: Report) -> None:
         """Start everything and return once every part has answered; what was begun is undone on failure.
 
@@ -129,7 +142,7 @@ class Stack:
         if os.geteuid() != 0 and (self._settings.driver != "fake" or self._settings.namespace):
             raise Forbidden("permission.root", "network namespaces, bridges and microVMs need root",
                             hint="run it as root, or without guests: --driver fake --netns host")  # fmt: skip
-        state_dir.prepare(self._layout)
+        self.prepare()
         with state_dir.held(self._layout):
             if self._supervisor.running():
                 raise supervisor.already_up(self._layout)
@@ -176,13 +189,10 @@ class Stack:
         return found
 
     def _start(self, report: Report) -> None:
-        from mvm.drivers.quic import certs
-
         namespace = self._settings.namespace
         self._layout.connection.unlink(missing_ok=True)
         if namespace:
             self._own_namespace(namespace, report)
-        certs.init(self._layout, self._settings.node)
         for stale in (self._layout.metrics, self._layout.redis_socket):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
         self._layout.metrics.mkdir(mode=0o700)
