@@ -30,7 +30,7 @@ _FILES = (_KERNEL, _INITRAMFS, _ROOTFS)
 
 
 class BuiltinImages:
-    """`ImageBuilder` for ``builtin:`` sources. Builds of one node take turns. Packages are downloaded through `fetch`."""
+    """`ImageBuilder` for ``builtin:`` sources, one build at a time on a node; packages come through `fetch`."""
 
     def __init__(self, layout: StateLayout, shell: Shell, fetch: Shell | None = None) -> None:
         self._layout = layout
