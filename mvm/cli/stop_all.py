@@ -27,7 +27,7 @@ def stop_instances(settings: Settings, say: Callable[[str], None]) -> None:
         ) from None
     client = open_client(facts, settings.layout)
     answer = client.agents.call(facts["agent_address"], "instance.list", {"status": "running"}, deadline_s=10)
-    refs = [str(row["ref"]) for row in answer["instances"]]
+    refs = [str(row["ref"]) for row in answer["items"]]
     if not refs:
         return
     say(f"stopping {len(refs)} instances")
