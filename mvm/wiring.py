@@ -158,6 +158,7 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.locks import FileLocks
+    from mvm.drivers.netns import of_parent
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
 
@@ -172,7 +173,7 @@ def open_ports(settings: Settings) -> NodePorts:
         UnixGuestChannel(),
         LinuxNetwork(shell),
         FileStorage(layout, shell),
-        BuiltinImages(layout, shell),
+        BuiltinImages(layout, shell, LocalShell(of_parent())),
     )
 
 

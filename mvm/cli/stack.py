@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,16 +29,27 @@ def _output(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--netns", metavar="NAME", help="Network namespace; 'host' uses the caller's own.")
 @click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances.")
 @click.option("--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback.")
+@click.option("--prepare", is_flag=True, help="Only make the state directory, its keys and certificates.")
 @_output
 @click.pass_context
 def up(
-    ctx: click.Context, detach: bool, netns: str | None, driver: str | None, flower_port: int | None, output: str
+    ctx: click.Context,
+    detach: bool,
+    netns: str | None,
+    driver: str | None,
+    flower_port: int | None,
+    prepare: bool,
+    output: str,
 ) -> None:
     """Start the stack on this machine; without --detach stay until Ctrl-C. Instances go on either way."""
     from mvm.drivers.stack import connection
 
+    os.umask(0o077)  # logs and sockets of the stack are for its user alone
     settings = _settings(ctx, netns=netns, driver=driver, flower_port=flower_port)
     stack = _stack(settings)
+    if prepare:
+        stack.prepare()
+        return
     with _interrupts_as_keyboard():
         stack.up(_say)
         try:
@@ -65,11 +77,12 @@ def down(ctx: click.Context, instances: bool, output: str) -> None:
     from mvm.drivers.stack import running_settings
 
     settings = running_settings(_settings(ctx))
+    stack = _stack(settings)
     if instances:
         from mvm.cli.stop_all import stop_instances
 
-        stop_instances(settings, _say)
-    _stack(settings).down(_say)
+        stop_instances(settings, stack, _say)
+    stack.down(_say)
     if output == "table":
         _say("down")
     else:

@@ -9,19 +9,23 @@ from collections.abc import Callable
 
 from mvm.domain.ids import NodeId
 from mvm.domain.job import JobState, JobVerb, Reason
+from mvm.drivers.stack import Stack
 from mvm.errors import Failed, Unreachable
 from mvm.settings import Settings
 from mvm.wiring import open_client
 
 
-def stop_instances(settings: Settings, say: Callable[[str], None]) -> None:
-    """Stop every running instance by one bulk job and wait for it; nothing to do when the stack is down.
+def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None]) -> None:
+    """Stop every running instance by one bulk job and wait for it.
 
-    Raises `Failed` (``instance.stop_failed``) when one could not be stopped: the stack then stays up.
+    Raises `Unreachable` (``stack.down``) when instances run on without a stack, and `Failed`
+    (``instance.stop_failed``) when one could not be stopped: the stack then stays up.
     """
     try:
         facts = json.loads(settings.layout.connection.read_text())
     except FileNotFoundError:
+        if not stack.instances_remain():
+            return
         raise Unreachable(
             "stack.down", "the stack is not running, so nothing can stop instances", hint="mvm up --detach, then again"
         ) from None
