@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -225,6 +226,7 @@ def test_ctrl_c_stops_the_waiting_and_not_the_job(mvm: CommandLine, node: Node) 
     assert result.exit_code == 130
     job_id = mvm.json("job", "list")[0]["job_id"]
     assert f"stopped waiting; the job goes on: {job_id}\n" in result.stderr
+    assert f"mvm job cancel {job_id}\n" in result.stderr
     assert mvm.json("job", "show", job_id)["state"] == "queued"
 
 
@@ -239,6 +241,17 @@ def test_a_wait_may_end_before_the_job_and_says_why_nothing_happens(
     assert f"hint: mvm job wait {job_id}" in failed.stderr
     assert "note" in mvm.json("job", "show", job_id)
     mvm.fails(6, "job.wait_timeout", "job", "wait", job_id, "--timeout", "0.001")
+
+
+def test_a_bulk_job_says_why_none_of_its_children_begins(
+    mvm: CommandLine, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.pool()
+    refs = node.create(2)
+    monkeypatch.setattr(following, "_DIAGNOSE_S", 0.01)
+    mvm.client.jobs.work = lambda: None
+    failed = mvm.fails(6, "job.wait_timeout", "instance", "start", *refs, "--timeout", "0.1")
+    assert failed.stderr.count("note: no worker has taken it") == 1
 
 
 def test_destroying_asks_on_a_terminal(mvm: CommandLine, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,3 +286,14 @@ def test_every_command_has_help_and_the_common_options() -> None:
                 walk(found, [*path, name])
 
     walk(cli, ["mvm"])
+
+
+def test_a_file_that_may_not_be_read_is_a_matter_of_root(mvm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_args: object, **_kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", "/some/key.pem")
+
+    monkeypatch.setattr(mvm.client.agents, "call", denied)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    mvm.fails(7, "permission.denied", "node", "list")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    mvm.fails(1, "internal", "node", "list")
