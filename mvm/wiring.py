@@ -154,10 +154,11 @@ def open_ports(settings: Settings) -> NodePorts:
             host.images,
         )
     from mvm.drivers.file_storage import FileStorage
-    from mvm.drivers.guest_channel import VirtioSerialChannel
-    from mvm.drivers.images_builtin import BuiltinImageBuilder
+    from mvm.drivers.guest_channel import UnixGuestChannel
+    from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.locks import FileLocks
+    from mvm.drivers.netns import of_parent
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
 
@@ -169,10 +170,10 @@ def open_ports(settings: Settings) -> NodePorts:
         FileLocks(layout.locks),
         SystemClock(),
         QemuDriver(layout, shell),
-        VirtioSerialChannel(),
+        UnixGuestChannel(),
         LinuxNetwork(shell),
         FileStorage(layout, shell),
-        BuiltinImageBuilder(layout, shell),
+        BuiltinImages(layout, shell, LocalShell(of_parent())),
     )
 
 
@@ -225,9 +226,8 @@ def build_node(
     }.items():
         runner.register(verb, handler)
     view = NodeView(
-        store=p.store, storage=p.storage, guest=p.guest, clock=p.clock, node_id=node, address=address,
-        driver=p.vmm.name,
-    )  # fmt: skip
+        store=p.store, storage=p.storage, guest=p.guest, vmm=p.vmm, clock=p.clock, node_id=node, address=address
+    )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,
         facts={"driver": p.vmm.name},

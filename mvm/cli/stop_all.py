@@ -31,7 +31,7 @@ def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None])
         ) from None
     client = open_client(facts, settings.layout)
     answer = client.agents.call(facts["agent_address"], "instance.list", {"status": "running"}, deadline_s=10)
-    refs = [str(row["ref"]) for row in answer["instances"]]
+    refs = [str(row["ref"]) for row in answer["items"]]
     if not refs:
         return
     say(f"stopping {len(refs)} instances")

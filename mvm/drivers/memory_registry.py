@@ -174,10 +174,8 @@ class MemoryRegistry:
 
     def _publish(self, job: Job) -> None:
         self._jobs[job.job_id] = job
-        if job.state.final:
-            self._cancels.discard(job.job_id)
-            if job.parent in self._bulks and job.job_id in self._bulks[job.parent].held:
-                self._bulks[job.parent].held.remove(job.job_id)
+        if job.state.final and job.parent in self._bulks and job.job_id in self._bulks[job.parent].held:
+            self._bulks[job.parent].held.remove(job.job_id)
         for inbox in self._followers:
             inbox.append(job)
         self._changed.notify_all()

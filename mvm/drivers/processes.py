@@ -18,6 +18,7 @@ _PROC = Path("/proc")
 
 class _Stat(NamedTuple):
     state: str
+    threads: int
     start_ticks: int
 
 
@@ -28,11 +29,14 @@ def identify(pid: int) -> ProcessIdentity | None:
 
 
 def runs(process: ProcessIdentity) -> bool:
-    """Whether it has not ended; a zombie of ours is reaped. Raises `PermissionError` when it cannot be seen."""
+    """Whether it has not ended; a zombie of ours is reaped. Raises `PermissionError` when it cannot be seen.
+
+    A zombie that still has other threads has not ended: they hold its files and locks.
+    """
     stat = _stat(process.pid)
     if stat is None or stat.start_ticks != process.start_ticks:
         return False
-    if stat.state in "ZX":
+    if stat.state in "ZX" and stat.threads <= 1:
         _reap(process.pid)
         return False
     return True
@@ -93,7 +97,7 @@ def _stat(pid: int) -> _Stat | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()  # the name before may hold anything; these are fields 3 and on
-    return _Stat(fields[0], int(fields[19]))
+    return _Stat(fields[0], int(fields[17]), int(fields[19]))
 
 
 def _reap(pid: int) -> None:

@@ -44,7 +44,6 @@ if ARGV[4] ~= '1' then
   return ''
 end
 redis.call('EXPIRE', key, ARGV[8])
-redis.call('DEL', 'mvm:cancel:' .. ARGV[1])
 redis.call('SREM', 'mvm:open:' .. ARGV[5], ARGV[1])
 announce(ARGV[1])
 if ARGV[6] == '' then return '' end
@@ -73,7 +72,6 @@ end
 raw = cjson.encode(parent)
 redis.call('SET', 'mvm:job:' .. ARGV[6], raw, 'EX', ARGV[8])
 for _, part in ipairs({'', ':children', ':held'}) do redis.call('EXPIRE', bulk .. part, ARGV[8]) end
-redis.call('DEL', 'mvm:cancel:' .. ARGV[6])
 redis.call('SREM', 'mvm:open:' .. parent.node_id, ARGV[6])
 announce(ARGV[6])
 return raw

@@ -18,10 +18,13 @@ _KEPT = 4000  # characters of a failed program's stderr
 
 
 class LocalShell:
-    """`Shell` on this host, in the caller's namespaces.
+    """`Shell` on this host, in the caller's namespaces; `run` in the network namespace at `netns`, if one is given.
 
     Who spawns reaps: `processes.reap` takes the exit status of a program that `spawn` started and that has ended.
     """
+
+    def __init__(self, netns: Path | None = None) -> None:
+        self._prefix = ("nsenter", f"--net={netns}", "--") if netns else ()
 
     def run(
         self,
@@ -35,7 +38,7 @@ class LocalShell:
         """Run to the end; `env` adds to the caller's environment."""
         try:
             done = subprocess.run(
-                argv, input=stdin, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout_s,
+                [*self._prefix, *argv], input=stdin, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout_s,
                 capture_output=True, encoding="utf-8", errors="replace", check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as expired:
@@ -62,7 +65,7 @@ class LocalShell:
             moves = [(null, 0), (output, 1), (output, 2), *((fd, fd) for fd in pass_fds)]  # onto itself: stays open
             try:
                 pid = os.posix_spawnp(
-                    argv[0], argv, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves],
+                    argv[0], list(argv), os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves],
                     setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
                 )  # fmt: skip
             except OSError as error:

@@ -1,1 +1,51 @@
-"""What goes into an image."""
+"""What goes into an image, and the words host and guest exchange.
+
+The scripts beside this file become parts of an image: `init` is the initramfs's first process, `inittab`, `rc`,
+`agent` and `halt` live in the root file system. They know nothing of any instance: a guest learns who it is from
+``configure``, so an image and a kernel command line hold no identity and no key.
+
+**Ports.** Four virtio-serial ports, each a Unix socket in the instance's directory on the host: `CONTROL` for
+everything but commands, and `EXEC` for commands, so that a long command never delays a ping or a shutdown. A port
+serves one client and one request at a time.
+
+**Lines.** Requests and replies are lines of ASCII words separated by single spaces. Each is *preceded* by an empty
+line, which ends what a killed client or a vanished host may have left half written; empty lines mean nothing.
+A request begins with an id of the client's choosing and its reply with the same; a client ignores every line with
+another id. BASE64 is on one line, ``-`` when empty. The guest speaks only when asked.
+
+==================================  ==========================================================================
+request                             reply
+==================================  ==========================================================================
+``ID hello``                        ``ID 0 VERSION UPTIME KERNEL``
+``ID ping``                         ``ID 0 UPTIME``
+``ID configure KEY=VALUE...``       ``ID 0 STEP...`` with every step done, or ``ID 1 STEP: error text``
+``ID shutdown``                     ``ID 0``, then the guest ends its processes and powers off
+``ID exec SECONDS BASE64``          ``ID EXIT_CODE TRUNCATED STDOUT STDERR``: 0 or 1, BASE64, BASE64
+anything else                       ``ID 127 unknown request``
+==================================  ==========================================================================
+
+``configure`` has the keys hostname, address (IP/PREFIX), gateway, epoch (seconds), and in BASE64 host_key,
+authorized_key and entropy. It may be repeated. The first step that fails ends it.
+
+``exec`` runs the command with ``sh -c`` in a session of its own, its stdin ``/dev/null``. Of each stream the first
+`STREAM_LIMIT` bytes are kept. It replies once both streams are closed; after SECONDS the command's process group is
+killed and the exit code is `DEADLINE_EXIT`. A client that goes away takes its command with it.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+PROTOCOL_VERSION = 1
+CONTROL = "mvm.agent.0"
+EXEC = ("mvm.exec.0", "mvm.exec.1", "mvm.exec.2")
+PORTS = (CONTROL, *EXEC)
+CONFIGURE_STEPS = ("entropy", "hostname", "address", "gateway", "clock", "keys", "ssh")
+STREAM_LIMIT = 1 << 20
+DEADLINE_EXIT = 124
+SCRIPTS = ("init", "inittab", "rc", "agent", "halt")
+
+
+def script(name: str) -> bytes:
+    """One of `SCRIPTS`."""
+    return resources.files(__name__).joinpath(name).read_bytes()

@@ -122,7 +122,7 @@ class Registry(Protocol):
         ...
 
     def cancel_requested(self, job_id: JobId) -> bool:
-        """Whether somebody asked."""
+        """Whether somebody asked; still true after its end, for a message of it may come later."""
         ...
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:

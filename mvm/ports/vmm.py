@@ -79,3 +79,7 @@ class VmmDriver(Protocol):
     def console_tail(self, directory: Path, *, lines: int) -> str:
         """The last lines of the guest's console, control characters removed; empty when there is none."""
         ...
+
+    def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
+        """The guest's console from byte `offset` on, at most 64 KiB, and the offset behind it."""
+        ...

@@ -80,7 +80,8 @@ class Lifecycle:
         for done, instance in enumerate(created):
             context.step("prepare disks", done, count)
             self._prepare(instance.ref)
-        return {"instances": [instance_view(self._store, self._store.instance(i.ref)) for i in created]}
+        network = self._store.tenant(created[0].ref.tenant).network
+        return {"instances": [instance_view(network, self._store.instance(i.ref)) for i in created]}
 
     def add(self, ref: PoolRef, count: int, job_id: JobId) -> list[Instance]:
         """Write down `count` new instances of `ref`, if the quota admits them.
@@ -117,17 +118,17 @@ class Lifecycle:
         ref = InstanceRef.parse(context.job.subject)
         with self._locked(ref):
             instance = self._admit(ref, Verb.START, context)
-            pool, tenant = self._store.pool(ref.pool_ref), self._store.tenant(ref.tenant)
+            pool, network = self._store.pool(ref.pool_ref), self._store.tenant(ref.tenant).network
             try:
-                instance = self._bring_up(context, instance, pool, tenant.network)
+                instance = self._bring_up(context, instance, pool, network)
             except MvmError as error:
-                self._take_down(instance, tenant.network)
+                self._take_down(instance, network)
                 # Read again: the boot step has written the process since.
                 failed = replace(self._store.instance(ref), in_flight=None, process=None)
                 reason = failed.last_error if isinstance(error, Cancelled) else str(error)
                 self._store.save_instance(replace(failed, last_error=reason))
                 raise
-            with context.ending(**instance_view(self._store, instance)):
+            with context.ending(**instance_view(network, instance)):
                 self._store.save_instance(instance)
         return {}
 
@@ -240,7 +241,7 @@ class Lifecycle:
             stopped = replace(
                 self._store.instance(ref).moved(Status.STOPPED), process=None, last_stopped_at=self._clock.now()
             )
-            with context.ending(clean=clean, **instance_view(self._store, stopped)):
+            with context.ending(clean=clean, **instance_view(network, stopped)):
                 self._store.save_instance(stopped)
         return {}
 

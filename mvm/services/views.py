@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
+from collections.abc import Generator
 from dataclasses import asdict
 from typing import Any
 
+from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import DesiredCounts, WorkerPool
 from mvm.domain.tenant import Tenant
-from mvm.errors import InvalidInput, NotAllowed
+from mvm.errors import NotAllowed
 from mvm.ports.clock import Clock
 from mvm.ports.guest import ExecResult, GuestChannel
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
+from mvm.ports.vmm import VmmDriver
 from mvm.services.quotas import usage
 
+_FOLLOW_S = 0.2
 
-def instance_view(store: NodeStore, instance: Instance) -> dict[str, Any]:
+
+def instance_view(network: TenantNetwork, instance: Instance) -> dict[str, Any]:
     """An instance's fields."""
-    network = store.tenant(instance.ref.tenant).network
     return {
         "ref": str(instance.ref),
         "status": instance.status.value,
@@ -78,8 +83,8 @@ class NodeView:
     """The node as its agent shows it."""
 
     def __init__(
-        self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, clock: Clock, node_id: NodeId,
-        address: str, driver: str,
+        self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
+        node_id: NodeId, address: str,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -87,7 +92,7 @@ class NodeView:
         self._clock = clock
         self._node_id = node_id
         self._address = address
-        self._driver = driver
+        self._vmm = vmm
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -96,7 +101,7 @@ class NodeView:
             "node_id": str(self._node_id),
             "address": self._address,
             "status": "ready",
-            "driver": self._driver,
+            "driver": self._vmm.name,
             "vcpus": os.cpu_count() or 1,
             "mem_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
             "instances": dict(sorted(counts.items())),
@@ -120,43 +125,46 @@ class NodeView:
             "load": list(os.getloadavg()),
         }
 
-    def tenant_list(self) -> list[dict[str, Any]]:
+    def tenants(self) -> list[dict[str, Any]]:
         """All tenants."""
         return [tenant_view(self._store, tenant) for tenant in self._store.tenants()]
 
-    def pool_list(self, tenant: str | None) -> list[dict[str, Any]]:
+    def pools(self, tenant: TenantId | None) -> list[dict[str, Any]]:
         """All pools, or one tenant's; an unknown tenant is an error, not an empty list."""
         if tenant is not None:
-            self._store.tenant(TenantId(tenant))
-        pools = self._store.pools(TenantId(tenant) if tenant is not None else None)
-        return [pool_view(self._store, pool) for pool in pools]
+            self._store.tenant(tenant)
+        return [pool_view(self._store, pool) for pool in self._store.pools(tenant)]
 
-    def instance_list(self, tenant: str | None, pool: str | None, status: str | None) -> list[dict[str, Any]]:
-        """Instances, filtered; an unknown tenant, pool or status is an error, not an empty list."""
-        if status is not None and status not in tuple(Status):
-            raise InvalidInput("instance.invalid_status", f"{status!r} is no status",
-                               hint=f"allowed: {', '.join(Status)}", field="status", value=status)  # fmt: skip
+    def instances(self, tenant: TenantId | None, pool: PoolRef | None, status: Status | None) -> list[dict[str, Any]]:
+        """Instances, filtered; an unknown tenant or pool is an error, not an empty list."""
+        if tenant is not None:
+            self._store.tenant(tenant)
         if pool is not None:
-            found = self._store.instances(pool=self._store.pool(PoolRef.parse(pool)).ref)
-        elif tenant is not None:
-            found = self._store.instances(tenant=self._store.tenant(TenantId(tenant)).id)
-        else:
-            found = self._store.instances()
-        return [instance_view(self._store, i) for i in found if status in (None, i.status.value)]
+            self._store.pool(pool)
+        found = self._store.instances(tenant=tenant, pool=pool)
+        networks = {t.id: t.network for t in self._store.tenants()}
+        return [instance_view(networks[i.ref.tenant], i) for i in found if status in (None, i.status)]
 
-    def instance_info(self, ref: str) -> dict[str, Any]:
+    def instance(self, ref: InstanceRef) -> dict[str, Any]:
         """One instance."""
-        return instance_view(self._store, self._store.instance(InstanceRef.parse(ref)))
+        return instance_view(self._store.tenant(ref.tenant).network, self._store.instance(ref))
 
-    def instance_exec(self, ref: str, command: str, deadline_s: float) -> ExecResult:
+    def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
         """Run a command in a running guest."""
-        instance = self._store.instance(InstanceRef.parse(ref))
+        instance = self._store.instance(ref)
         if instance.status is not Status.RUNNING:
             raise NotAllowed("instance.not_running", f"{ref} is {instance.status}", hint=f"mvm instance start {ref}",
-                             subject=ref, status=instance.status.value)  # fmt: skip
-        directory = self._storage.directory(instance.ref)
-        return self._guest.execute(instance.ref, directory, command, deadline_s=deadline_s)
+                             subject=str(ref), status=instance.status.value)  # fmt: skip
+        return self._guest.execute(ref, self._storage.directory(ref), command, deadline_s=deadline_s)
 
-    def instance_console(self, ref: str) -> str:
-        """Where the instance's console log is."""
-        return str(self._storage.directory(self._store.instance(InstanceRef.parse(ref)).ref) / "console.log")
+    def logs(self, ref: InstanceRef, *, follow: bool) -> Generator[str, None, None]:
+        """The guest's console; with `follow` also what comes, and an empty text when for a while nothing does."""
+        directory, offset, pause = self._storage.directory(self._store.instance(ref).ref), 0, threading.Event()
+        while True:
+            text, offset = self._vmm.console(directory, offset=offset)
+            if text or follow:
+                yield text
+            if not text:
+                if not follow:
+                    return
+                pause.wait(_FOLLOW_S)

@@ -7,7 +7,7 @@ import pytest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, TimedOut
+from mvm.errors import Failed, Unreachable
 from tests.services.conftest import NODE, Node
 
 V = JobVerb
@@ -48,13 +48,13 @@ def test_bad_input_is_named_and_changes_nothing(
 ) -> None:
     node.pool()
     node.create()
-    before = (node.services.view.tenant_list(), node.services.view.pool_list(None),
-              node.services.view.instance_list(None, None, None))  # fmt: skip
+    before = (node.services.view.tenants(), node.services.view.pools(None),
+              node.services.view.instances(None, None, None))  # fmt: skip
     job = node.fails(code, verb, subject, **params)
     assert job.error is not None
     assert job.error["hint"] or code.endswith("internal")
-    after = (node.services.view.tenant_list(), node.services.view.pool_list(None),
-             node.services.view.instance_list(None, None, None))  # fmt: skip
+    after = (node.services.view.tenants(), node.services.view.pools(None),
+             node.services.view.instances(None, None, None))  # fmt: skip
     assert before == after
 
 
@@ -102,7 +102,7 @@ def test_every_quota_is_enforced_before_anything_is_created(
         job = node.do(verb, "acme/web", running=2)
     elif verb is V.INSTANCE_CREATE:
         job = node.do(verb, "acme/web", count=count)
-        assert node.services.view.instance_list(None, None, None) == []
+        assert node.services.view.instances(None, None, None) == []
     else:
         refs = node.create(count)
         node.ok(verb, refs[0])
@@ -111,7 +111,7 @@ def test_every_quota_is_enforced_before_anything_is_created(
     assert job.error is not None
     assert job.error["code"] == "quota.exceeded"
     assert job.error["fields"]["field"] == next(iter(quota))
-    assert len(node.services.view.pool_list(None)) == 1
+    assert len(node.services.view.pools(None)) == 1
     assert not node.host.leaks()
 
 
@@ -138,7 +138,7 @@ def test_disk_full_during_a_build(node: Node) -> None:
     node.host.fail("images.build", Failed("disk.full", "no space left", hint="free some space"))
     node.fails("disk.full", V.POOL_BUILD, "acme/web")
     node.create()
-    node.fails("pool.not_built", V.INSTANCE_START, node.services.view.instance_list(None, None, None)[0]["ref"])
+    node.fails("pool.not_built", V.INSTANCE_START, node.services.view.instances(None, None, None)[0]["ref"])
     node.ok(V.POOL_BUILD, "acme/web")
 
 
@@ -175,7 +175,7 @@ def test_a_guest_that_will_not_shut_down_is_ended(node: Node) -> None:
 def test_a_dead_process_is_found_and_its_pool_brought_back(node: Node) -> None:
     node.pool()
     node.ok(V.POOL_SCALE, "acme/web", running=2)
-    victim = node.services.view.instance_list(None, None, None)[0]["ref"]
+    victim = node.services.view.instances(None, None, None)[0]["ref"]
     node.host.kill_process(InstanceRef.parse(victim))
     found = node.sweep(V.SWEEP_STALE_PIDS)
     assert [gone["ref"] for gone in found["stopped"]] == [victim]
@@ -183,7 +183,7 @@ def test_a_dead_process_is_found_and_its_pool_brought_back(node: Node) -> None:
     assert "found gone" in (node.instance(victim).last_error or "")
     assert not node.host.leaks()
     assert node.sweep(V.SWEEP_RECONCILE)["changed"] is True
-    assert {i["status"] for i in node.services.view.instance_list(None, None, None)} == {"running"}
+    assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
 
 
 def test_a_process_that_cannot_be_seen_is_not_gone(node: Node) -> None:
@@ -283,8 +283,6 @@ def test_an_unexpected_error_ends_the_job_without_its_details(node: Node, monkey
 
 
 def test_the_registry_may_be_away_while_a_job_runs(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mvm.errors import Unreachable
-
     node.pool()
     (ref,) = node.create()
     job = node.submit(V.INSTANCE_START, ref)
@@ -302,7 +300,8 @@ def test_the_registry_may_be_away_while_a_job_runs(node: Node, monkeypatch: pyte
     assert node.services.jobs.job(job.job_id).state is JobState.SUCCEEDED, "a sweep publishes what was missed"
 
 
-def test_a_busy_instance_is_waited_for_within_a_deadline(node: Node) -> None:
+def test_a_busy_instance_is_waited_for_within_a_deadline(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mvm.services.lifecycle._LOCK_S", 0.05)
     node.pool()
     (ref,) = node.create()
     with node.host.locks.hold(f"instance {ref}", deadline_s=1):
@@ -315,4 +314,3 @@ def test_jobs_keep_their_words(node: Node) -> None:
     job = node.submit(V.TENANT_CREATE, "acme")
     assert Job.from_dict(job.to_dict()) == job
     assert job.node_id == NODE
-    _ = TimedOut

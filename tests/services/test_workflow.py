@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from tests.services.conftest import NODE, Node
@@ -17,17 +18,17 @@ def test_a_tenant_from_creation_to_destruction(node: Node) -> None:
     assert made["bridge"] == "br-tenant-0"
     assert made["quota"]["max_running"] == 3
     assert "br-tenant-0" in node.host.network.bridges()
-    assert [t["tenant_id"] for t in node.services.view.tenant_list()] == ["acme"]
+    assert [t["tenant_id"] for t in node.services.view.tenants()] == ["acme"]
     assert node.ok(JobVerb.TENANT_UPDATE, "acme", quota={"max_running": 5})["quota"]["max_running"] == 5
     node.ok(JobVerb.TENANT_DESTROY, "acme")
-    assert node.services.view.tenant_list() == []
+    assert node.services.view.tenants() == []
     assert not node.host.network.bridges()
     assert node.ok(JobVerb.TENANT_CREATE, "acme")["net_id"] == 1, "a net id is never given twice"
 
 
 def test_an_instance_from_creation_to_destruction(node: Node) -> None:
     node.pool(mem_mib=128)
-    assert node.services.view.pool_list("acme")[0]["revision"]
+    assert node.services.view.pools(None)[0]["revision"]
     (ref,) = node.create()
     assert node.instance(ref).status is Status.READY
     started = node.ok(JobVerb.INSTANCE_START, ref)
@@ -35,7 +36,10 @@ def test_an_instance_from_creation_to_destruction(node: Node) -> None:
     assert started["guest_ip"] == "10.240.0.3"
     assert started["tap"] == "tn0i3"
     assert started["pid"]
-    assert node.services.view.instance_exec(ref, "hostname", 5).stdout.decode().strip() == ref.split("/")[2]
+    assert (
+        node.services.view.execute(InstanceRef.parse(ref), "hostname", deadline_s=5).stdout.decode().strip()
+        == ref.split("/")[2]
+    )
     stopped = node.ok(JobVerb.INSTANCE_STOP, ref)
     assert stopped["clean"] is True
     assert stopped["pid"] is None
@@ -43,7 +47,7 @@ def test_an_instance_from_creation_to_destruction(node: Node) -> None:
     assert not node.host.leaks()
     node.ok(JobVerb.INSTANCE_START, ref)
     node.ok(JobVerb.INSTANCE_DESTROY, ref)
-    assert node.services.view.instance_list(None, None, None) == []
+    assert node.services.view.instances(None, None, None) == []
     assert not node.host.leaks()
     assert not node.host.storage.instances()
     node.ok(JobVerb.POOL_DESTROY, "acme/web")
@@ -53,15 +57,13 @@ def test_an_instance_from_creation_to_destruction(node: Node) -> None:
 def test_a_bulk_start_has_a_child_per_instance_and_bounds_how_many_run(node: Node) -> None:
     node.pool()
     refs = node.create(5)
-    parent = node.services.jobs.submit_bulk(
-        JobVerb.INSTANCE_START, refs, lambda _: NODE, parallel=2, actor="test"
-    )
+    parent = node.services.jobs.submit_bulk(JobVerb.INSTANCE_START, refs, lambda _: NODE, parallel=2, actor="test")
     assert len(node.queue.waiting("node.n1")) == 2
     node.drain()
     done = node.services.jobs.job(parent.job_id)
     assert done.state is JobState.SUCCEEDED
     assert done.progress.to_dict() == {"done": 5, "total": 5, "failed": 0}
-    assert {i["status"] for i in node.services.view.instance_list(None, None, None)} == {"running"}
+    assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
 
 
 def test_one_failure_of_many_does_not_stop_the_others(node: Node) -> None:
@@ -73,19 +75,19 @@ def test_one_failure_of_many_does_not_stop_the_others(node: Node) -> None:
     done = node.services.jobs.job(parent.job_id)
     assert done.state is JobState.FAILED
     assert done.progress.failed == 1
-    assert {i["status"] for i in node.services.view.instance_list(None, None, None)} == {"running"}
+    assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
 
 
 def test_scaling_up_and_down(node: Node) -> None:
     node.pool()
     up = node.ok(JobVerb.POOL_SCALE, "acme/web", running=3)
     assert len(up["jobs"]) == 3
-    assert node.services.view.pool_list(None)[0]["counts"] == {"running": 3}
+    assert node.services.view.pools(None)[0]["counts"] == {"running": 3}
     assert node.ok(JobVerb.POOL_SCALE, "acme/web", running=3)["jobs"] == []
     node.ok(JobVerb.POOL_SCALE, "acme/web", running=1)
-    assert node.services.view.pool_list(None)[0]["counts"] == {"running": 1, "stopped": 2}
+    assert node.services.view.pools(None)[0]["counts"] == {"running": 1, "stopped": 2}
     node.ok(JobVerb.POOL_SCALE, "acme/web", running=2)
-    assert node.services.view.pool_list(None)[0]["counts"] == {"running": 2, "stopped": 1}, "what exists is reused"
+    assert node.services.view.pools(None)[0]["counts"] == {"running": 2, "stopped": 1}, "what exists is reused"
 
 
 def test_a_pool_that_was_never_scaled_is_left_alone(node: Node) -> None:
@@ -106,7 +108,7 @@ def test_a_second_reconcile_adds_nothing_while_jobs_wait(node: Node) -> None:
     sweep = node.services.jobs.new(JobVerb.SWEEP_RECONCILE, str(NODE), NODE, actor="test")
     assert node.services.runner.run(sweep).result == {"changed": False, "pools": []}
     node.drain()
-    assert node.services.view.pool_list(None)[0]["counts"] == {"running": 3}
+    assert node.services.view.pools(None)[0]["counts"] == {"running": 3}
 
 
 @pytest.mark.parametrize("verb", [JobVerb.INSTANCE_START, JobVerb.INSTANCE_STOP, JobVerb.INSTANCE_DESTROY])

@@ -72,6 +72,12 @@ class FakeVmm(Part):
         kept = list(self._host.consoles.get(directory, ()))
         return "\n".join(kept[max(0, len(kept) - lines) :])
 
+    @point("vmm.console")
+    def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
+        """See ports/vmm.py."""
+        text = "".join(line + "\n" for line in self._host.consoles.get(directory, ()))[offset:]
+        return text, offset + len(text)
+
 
 class FakeGuest(Part):
     """ports/guest.py. A guest that hangs is silent at once; a manual clock moves by the caller's deadline."""

@@ -16,7 +16,7 @@ from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.images import ProgressReport
 from mvm.ports.storage import InstanceKeys, RevisionFiles
 
-BRIDGE_PORTS = 1024
+BRIDGE_PORTS = 1023
 POINTS.add("locks.hold")
 
 
@@ -36,13 +36,13 @@ class FakeNetwork(Part):
         self._check(network.bridge)
         self._host.bridges.add(network.bridge)
 
-    @point("network.remove_bridge")
-    def remove_bridge(self, network: TenantNetwork) -> None:
+    @point("network.remove_bridges")
+    def remove_bridges(self, names: frozenset[str]) -> None:
         """See ports/network.py."""
-        self._check(network.bridge)
-        self._host.bridges.discard(network.bridge)
+        self._check(*names)
+        self._host.bridges -= names
         for tap, bridge in self._host.taps.items():
-            self._host.taps[tap] = None if bridge == network.bridge else bridge
+            self._host.taps[tap] = None if bridge in names else bridge
 
     @point("network.ensure_tap")
     def ensure_tap(self, network: TenantNetwork, offset: int) -> None:

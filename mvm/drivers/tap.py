@@ -1,0 +1,37 @@
+"""Opening TAP interfaces."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+
+from mvm.errors import Failed
+
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+
+def attach(name: str) -> int:
+    """A descriptor of the existing TAP `name` in the caller's network namespace, for a VMM to inherit.
+
+    Raises `Failed` (``vmm.no_tap``) when there is none or another process has it.
+    """
+    try:
+        socket.if_nametoindex(name)  # asked for an unknown name, the kernel would make one
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _failed(name, error) from None
+    try:
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
+    except OSError as error:
+        os.close(fd)
+        raise _failed(name, error) from None
+    return fd
+
+
+def _failed(name: str, error: OSError) -> Failed:
+    return Failed(
+        "vmm.no_tap", f"TAP {name} cannot be used: {error.strerror}", hint="start the instance again", tap=name
+    )
