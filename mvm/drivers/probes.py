@@ -69,8 +69,12 @@ class Probes:
         return netns.entered(namespace) if namespace else nullcontext()
 
     def _redis(self) -> str | None:
-        with self._inside(self._namespace):
-            reply = RedisLink(self._settings.redis, code="redis.unreachable", timeout_s=_ANSWER_S).command("PING")
+        link = RedisLink(self._settings.redis, code="redis.unreachable", timeout_s=_ANSWER_S)
+        try:
+            with self._inside(self._namespace):
+                reply = link.command("PING")
+        finally:
+            link.close()
         return None if reply == b"PONG" else f"unexpected reply {reply!r}"
 
     def _worker(self, name: str) -> str | None:

@@ -182,8 +182,9 @@ class Stack:
         found = []
         for name, note in self._probes.ask_all(self.parts, states).items():
             state = states.get("agent" if name == "metrics" else name)
-            if state:
-                found.append(Part(name, state.state.lower(), state.pid, state.since, note is None, note))
+            if state:  # supervisord calls a part "starting" for its first second, whatever it answers
+                word = "running" if note is None else state.state.lower()
+                found.append(Part(name, word, state.pid, state.since, note is None, note))
             else:
                 found.append(Part(name, "external", None, None, note is None, note))
         return found

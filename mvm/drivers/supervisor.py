@@ -92,7 +92,6 @@ def render_conf(
         f"pidfile={_value(str(_pidfile(layout)))}",
         f"childlogdir={_value(str(layout.logs))}",
         f"directory={_value(str(layout.root))}",
-        f"environment={_environment(environment)}",
         *(["user=root"] if os.geteuid() == 0 else []),
         "[rpcinterface:supervisor]",
         "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
@@ -103,7 +102,7 @@ def render_conf(
         lines += [
             f"[program:{program.name}]",
             f"command={_value(shlex.join(argv))}",
-            f"environment={_environment(program.env)}",
+            f"environment={_environment({**environment, **program.env})}",
             "umask=077",
             "autorestart=true",
             "startsecs=1",
