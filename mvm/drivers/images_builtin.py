@@ -29,7 +29,7 @@ _KERNEL, _INITRAMFS, _ROOTFS, _MANIFEST = "vmlinux", "initramfs.cpio", "rootfs.e
 _FILES = (_KERNEL, _INITRAMFS, _ROOTFS)
 
 
-class BuiltinImages:
+class BuiltinImageBuilder:
     """`ImageBuilder` for ``builtin:`` sources. Builds of one node take turns."""
 
     def __init__(self, layout: StateLayout, shell: Shell) -> None:
