@@ -154,8 +154,8 @@ def open_ports(settings: Settings) -> NodePorts:
             host.images,
         )
     from mvm.drivers.file_storage import FileStorage
-    from mvm.drivers.guest_channel import VirtioSerialChannel
-    from mvm.drivers.images_builtin import BuiltinImageBuilder
+    from mvm.drivers.guest_channel import UnixGuestChannel
+    from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.locks import FileLocks
     from mvm.drivers.qemu.driver import QemuDriver
@@ -169,10 +169,10 @@ def open_ports(settings: Settings) -> NodePorts:
         FileLocks(layout.locks),
         SystemClock(),
         QemuDriver(layout, shell),
-        VirtioSerialChannel(),
+        UnixGuestChannel(),
         LinuxNetwork(shell),
         FileStorage(layout, shell),
-        BuiltinImageBuilder(layout, shell),
+        BuiltinImages(layout, shell),
     )
 
 

@@ -1,1 +1,1 @@
-"""The command line: parses, asks, shows."""
+"""The command line: one file a noun. A command parses, asks, shows."""

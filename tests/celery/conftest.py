@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from mvm.services.jobs import Jobs
 from mvm.settings import Settings
 from mvm.wiring import Client
 from tests.celery.local_container import LocalContainer, free_port
+from tests.support.waiting import until
 
 NODES = (NodeId("n1"), NodeId("n2"))
 ROOT = Path(__file__).parents[2]
@@ -51,7 +53,14 @@ def _redis(directory: Path, name: str) -> LocalRedis:
     where.mkdir()
     argv = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(where), "--save", "",
             "--appendonly", "yes"]  # fmt: skip
-    return LocalRedis(LocalContainer(name, argv, where, port=port))
+    redis = LocalRedis(LocalContainer(name, argv, where, port=port))
+    until(lambda: _answers(port), 10, "the broker answers")
+    return redis
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture

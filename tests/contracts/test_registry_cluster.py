@@ -20,9 +20,6 @@ from mvm.ports.registry import NodeRecord, Registry
 from tests.support import make
 from tests.support.make import ACME, NODE, START, WEB
 
-# RedisLink keeps a connection per thread; those of a test's threads are closed by the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
-
 N2 = NodeId("n2")
 
 

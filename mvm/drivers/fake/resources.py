@@ -16,7 +16,7 @@ from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.images import ProgressReport
 from mvm.ports.storage import InstanceKeys, RevisionFiles
 
-BRIDGE_PORTS = 1024
+BRIDGE_PORTS = 1023
 POINTS.add("locks.hold")
 
 

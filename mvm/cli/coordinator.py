@@ -1,0 +1,43 @@
+"""``mvm coordinator``: agents anywhere, by address. Needs this state directory's certificates and no stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from mvm.cli.base import Group
+from mvm.cli.errors import show_and_exit
+from mvm.cli.fleet import Fleet, ask, gather
+from mvm.cli.instance import COLUMNS as INSTANCE_COLUMNS
+from mvm.cli.node import COLUMNS as NODE_COLUMNS
+from mvm.cli.params import TENANT, pass_fleet
+from mvm.cli.render import show_list
+from mvm.domain.ids import TenantId
+
+
+@click.group(cls=Group)
+def coordinator() -> None:
+    """Ask agents anywhere, by address."""
+
+
+@coordinator.command()
+@click.option("--node", "nodes", metavar="ADDR...", multiple=True, required=True, help="HOST:PORT of agents.")
+@click.argument("more", metavar="", nargs=-1)
+@pass_fleet
+def status(fleet: Fleet, output: str, nodes: Sequence[str], more: Sequence[str]) -> None:
+    """Show how the nodes at these addresses are."""
+    addresses = list(dict.fromkeys([*nodes, *more]))
+    rows, errors = gather(fleet.distant_agents, addresses, "node.info")
+    show_list(rows, NODE_COLUMNS, output, empty="no nodes")
+    show_and_exit(errors)
+
+
+@coordinator.command(name="list-instances")
+@click.option("--node", metavar="ADDR", required=True, help="HOST:PORT of the agent.")
+@click.option("--tenant", type=TENANT, required=True, metavar="T", help="Whose instances.")
+@pass_fleet
+def list_instances(fleet: Fleet, output: str, node: str, tenant: TenantId) -> None:
+    """List the instances of a tenant on one node."""
+    rows = ask(fleet.distant_agents, node, "instance.list", tenant=tenant)["items"]
+    show_list(rows, INSTANCE_COLUMNS, output, empty="no instances")

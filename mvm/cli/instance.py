@@ -1,0 +1,202 @@
+"""``mvm instance``: what changes and lists instances. What reaches into guests is in ``guest.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from mvm.cli import guest
+from mvm.cli.base import Group
+from mvm.cli.errors import show_and_exit
+from mvm.cli.fleet import Fleet
+from mvm.cli.following import finish, show_job
+from mvm.cli.params import (
+    INSTANCE,
+    POOL,
+    TARGET,
+    TENANT,
+    JobWait,
+    Target,
+    actor,
+    confirm,
+    counted,
+    job_options,
+    pass_fleet,
+    yes_option,
+)
+from mvm.cli.render import Columns, age, emit, show_list, show_one
+from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
+from mvm.domain.job import Job, JobVerb
+from mvm.domain.lifecycle import Status, Verb, allowed_verbs
+from mvm.errors import InvalidInput
+
+COLUMNS: Columns = {
+    "instance": "ref",
+    "status": "status",
+    "job": lambda row: row["job"] and row["job"]["verb"],
+    "ip": "guest_ip",
+    "pid": "pid",
+    "node": "node_id",
+    "age": lambda row: age(row["created_at"]),
+    "error": lambda row: (row["last_error"] or "").partition("\n")[0][:60],
+}
+
+
+@click.group(cls=Group)
+def instance() -> None:
+    """Instances of a pool: one microVM each."""
+
+
+for _command in (guest.logs, guest.ssh, guest.exec_):
+    instance.add_command(_command)
+
+
+@instance.command()
+@click.argument("ref", metavar="T/P", type=POOL)
+@click.option("--count", type=int, default=1, metavar="N", help="How many.")
+@job_options
+@pass_fleet
+def create(fleet: Fleet, output: str, ref: PoolRef, count: int, wait: JobWait) -> None:
+    """Create instances in pool T/P; `start` boots them."""
+    params = {"count": counted(count, "count", "instance.invalid_count")}
+    job = fleet.jobs.submit(JobVerb.INSTANCE_CREATE, str(ref), fleet.pool_route(ref), params=params, actor=actor())
+
+    def show(done: Job) -> None:
+        made = (done.result or {})["instances"]
+        emit(made, output) if output != "table" else click.echo("\n".join(each["ref"] for each in made))
+
+    finish(fleet, output, job, wait, show)
+
+
+@instance.command(name="list")
+@click.option("--tenant", type=TENANT, metavar="T", help="Only this tenant's.")
+@click.option("--pool", type=POOL, metavar="T/P", help="Only this pool's.")
+@click.option("--status", type=click.Choice([s.value for s in Status]), help="Only those that are so.")
+@pass_fleet
+def list_(fleet: Fleet, output: str, tenant: TenantId | None, pool: PoolRef | None, status: str | None) -> None:
+    """List instances."""
+    if tenant and pool and pool.tenant != tenant:
+        raise InvalidInput("usage", f"pool {pool} is not one of tenant {tenant}", hint="leave --tenant out",
+                           field="pool")  # fmt: skip
+    rows, errors = fleet.rows("instance.list", tenant=tenant, pool=pool and str(pool), status=status)
+    show_list(rows, COLUMNS, output, empty="no instances")
+    show_and_exit(errors)
+
+
+@instance.command()
+@click.argument("ref", type=INSTANCE)
+@pass_fleet
+def info(fleet: Fleet, output: str, ref: InstanceRef) -> None:
+    """Show instance REF."""
+    show_one(guest.find(fleet, ref)[1], output)
+
+
+def _many(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments of verbs that take several instances."""
+    for option in (
+        click.argument("refs", metavar="REF... | POOL --all", type=TARGET, nargs=-1, required=True),
+        click.option("--all", "all_", is_flag=True, help="All that can, of the given pools or tenants."),
+        click.option("--parallel", type=int, metavar="N", help="How many at once; default: all."),
+    ):
+        command = option(command)
+    return command
+
+
+_force = click.option("--force", is_flag=True, help="Do not wait for the guest to shut down.")
+
+
+@instance.command()
+@_many
+@job_options
+@pass_fleet
+def start(
+    fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, wait: JobWait
+) -> None:  # fmt: skip
+    """Boot REFs; each is done when its guest has answered."""
+    _run(fleet, output, Verb.START, _expand(fleet, refs, all_, Verb.START), parallel, wait, {}, bulk=all_)
+
+
+@instance.command()
+@_many
+@_force
+@job_options
+@pass_fleet
+def stop(
+    fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, force: bool, wait: JobWait
+) -> None:
+    """Shut REFs down; they keep their data disk and address."""
+    found = _expand(fleet, refs, all_, Verb.STOP)
+    _run(fleet, output, Verb.STOP, found, parallel, wait, {"force": force}, bulk=all_)
+
+
+@instance.command()
+@_many
+@_force
+@yes_option
+@job_options
+@pass_fleet
+def destroy(
+    fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, force: bool, yes: bool,
+    wait: JobWait,
+) -> None:  # fmt: skip
+    """Destroy REFs with everything they hold."""
+    found = _expand(fleet, refs, all_, Verb.DESTROY)
+    if found:
+        confirm(f"destroy {found[0]}" if len(found) == 1 else f"destroy {len(found)} instances", yes)
+    _run(fleet, output, Verb.DESTROY, found, parallel, wait, {"force": force}, bulk=all_)
+
+
+def _expand(fleet: Fleet, targets: Sequence[Target], all_: bool, verb: Verb) -> list[InstanceRef]:
+    """The instances meant, each once. With `all_`, those of the pools and tenants that may be asked `verb`."""
+    for target in targets:
+        if isinstance(target, InstanceRef) is all_:
+            hint = (
+                "leave --all out" if all_ else f"for all of its instances add --all: mvm instance {verb} {target} --all"
+            )
+            what = "one instance" if all_ else "not an instance"
+            raise InvalidInput("instance.invalid_ref", f"{target} is {what}", hint=hint, field="refs",
+                               value=str(target))  # fmt: skip
+    found: dict[InstanceRef, None] = {}
+    for target in targets:
+        if isinstance(target, InstanceRef):
+            found[target] = None
+            continue
+        if isinstance(target, PoolRef):
+            fleet.pool_route(target)
+            rows, errors = fleet.rows("instance.list", pool=str(target))
+        else:
+            fleet.tenant_route(target)
+            rows, errors = fleet.rows("instance.list", tenant=target)
+        if errors:  # of what is not known entirely, "all" is not known
+            raise errors[0]
+        found |= {InstanceRef.parse(row["ref"]): None for row in rows if verb in allowed_verbs(Status(row["status"]))}
+    return list(found)
+
+
+def _run(
+    fleet: Fleet, output: str, verb: Verb, refs: Sequence[InstanceRef], parallel: int | None, wait: JobWait,
+    params: dict[str, Any], *, bulk: bool,
+) -> None:  # fmt: skip
+    """One job, or for several (and `bulk`) one with a child each."""
+    if parallel is not None:
+        counted(parallel, "parallel", "job.invalid_parallel")
+    if not refs:
+        click.echo(f"nothing to {verb}", err=True)
+        if output != "table":
+            emit([], output)
+        return
+    job_verb = JobVerb(f"instance.{verb}")
+    nodes: dict[str, NodeId] = {}
+    for pool in {ref.pool_ref for ref in refs}:
+        node = fleet.pool_route(pool)
+        nodes |= {str(ref): node for ref in refs if ref.pool_ref == pool}
+    names = [str(ref) for ref in refs]
+    if len(names) == 1 and not bulk:
+        job = fleet.jobs.submit(job_verb, names[0], nodes[names[0]], params=params, actor=actor())
+    else:
+        job = fleet.jobs.submit_bulk(
+            job_verb, names, nodes.__getitem__, params=params, parallel=parallel, actor=actor()
+        )
+    finish(fleet, output, job, wait, show_job(output, names[0]))

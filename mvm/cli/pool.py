@@ -1,0 +1,127 @@
+"""``mvm pool``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from mvm.cli.base import Group
+from mvm.cli.errors import show_and_exit
+from mvm.cli.fleet import Fleet
+from mvm.cli.following import finish, show_job, show_result
+from mvm.cli.params import NODE, POOL, TENANT, JobWait, actor, confirm, job_options, pass_fleet, yes_option
+from mvm.cli.render import Columns, age, show_list, show_one
+from mvm.domain.ids import NodeId, PoolRef, TenantId
+from mvm.domain.job import JobVerb
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources
+from mvm.errors import InvalidInput, NotFound
+
+
+@click.group(cls=Group)
+def pool() -> None:
+    """Pools of a tenant: one image, one shape, desired counts."""
+
+
+@pool.command()
+@click.argument("ref", metavar="T/P", type=POOL)
+@click.option("--flake", required=True, metavar="REF", help="What the image is built from, such as builtin:")
+@click.option("--profile", required=True, metavar="NAME", help="Of builtin: minimal, baseline or python.")
+@click.option("--cpus", type=int, metavar="N", help="vCPUs of an instance.")
+@click.option("--mem", type=int, metavar="MIB", help="Memory of an instance.")
+@click.option("--data-disk", type=int, metavar="MIB", help="Size of a disk that survives stops; default: none.")
+@click.option("--node", type=NODE, metavar="NODE", help="Where it lives; default: this node.")
+@job_options
+@pass_fleet
+def create(
+    fleet: Fleet, output: str, ref: PoolRef, flake: str, profile: str, cpus: int | None, mem: int | None,
+    data_disk: int | None, node: NodeId | None, wait: JobWait,
+) -> None:  # fmt: skip
+    """Create pool T/P."""
+    source = ImageSource(flake, profile)
+    shape = {"vcpus": cpus, "mem_mib": mem, "data_disk_mib": data_disk}
+    resources = InstanceResources(**{name: value for name, value in shape.items() if value is not None})
+    params = {"flake_ref": source.flake_ref, "profile": source.profile, "resources": asdict(resources)}
+    own = fleet.tenant_route(ref.tenant)
+    if node is not None and node not in [record.node_id for record in fleet.registry.nodes()]:
+        raise NotFound("node.not_found", f"there is no node {node}", hint="see: mvm node list", field="node",
+                       value=node)  # fmt: skip
+    job = fleet.jobs.submit(JobVerb.POOL_CREATE, str(ref), node or own, params=params, actor=actor())
+    finish(fleet, output, job, wait, show_result(output, lambda _: str(ref)))
+
+
+@pool.command(name="list")
+@click.argument("tenant", required=False, metavar="[T]", type=TENANT)
+@pass_fleet
+def list_(fleet: Fleet, output: str, tenant: TenantId | None) -> None:
+    """List pools, of tenant T or all."""
+    rows, errors = fleet.rows("pool.list", tenant=tenant)
+    columns: Columns = {
+        "pool": "ref",
+        "image": lambda row: f"{row['flake_ref']}{row['profile']}",
+        "revision": lambda row: (row["revision"] or "")[:12],
+        "cpus": lambda row: row["resources"]["vcpus"],
+        "mem": lambda row: f"{row['resources']['mem_mib']}M",
+        "wanted": lambda row: row["desired"]["running"],
+        "instances": "counts",
+        "node": "node_id",
+        "age": lambda row: age(row.get("created_at")),
+    }
+    show_list(rows, columns, output, empty="no pools")
+    show_and_exit(errors)
+
+
+@pool.command()
+@click.argument("ref", metavar="T/P", type=POOL)
+@pass_fleet
+def info(fleet: Fleet, output: str, ref: PoolRef) -> None:
+    """Show pool T/P."""
+    show_one(fleet.one("pool", ref, "ref", "pool.list", tenant=ref.tenant), output)
+
+
+@pool.command()
+@click.argument("ref", metavar="T/P", type=POOL)
+@job_options
+@pass_fleet
+def build(fleet: Fleet, output: str, ref: PoolRef, wait: JobWait) -> None:
+    """Build the image of pool T/P; instances started from now on use it."""
+    job = fleet.jobs.submit(JobVerb.POOL_BUILD, str(ref), fleet.pool_route(ref), params={}, actor=actor())
+    finish(fleet, output, job, wait, show_result(output, lambda built: f"{ref}  {built['revision']}"))
+
+
+@pool.command()
+@click.argument("ref", metavar="T/P", type=POOL)
+@click.option("--running", type=int, metavar="N", help="How many run.")
+@click.option("--warm", type=int, metavar="N", help="How many are paused in memory.")
+@click.option("--sleeping", type=int, metavar="N", help="How many are saved to disk.")
+@job_options
+@pass_fleet
+def scale(
+    fleet: Fleet, output: str, ref: PoolRef, running: int | None, warm: int | None, sleeping: int | None, wait: JobWait
+) -> None:
+    """Set how many instances pool T/P has; reconcile keeps it so."""
+    given = {"running": running, "warm": warm, "sleeping": sleeping}
+    params = {name: count for name, count in given.items() if count is not None}
+    if not params:
+        raise InvalidInput("pool.nothing_to_scale", "no count is given", hint="one of: --running, --warm, --sleeping")
+    DesiredCounts(**params)
+    job = fleet.jobs.submit(JobVerb.POOL_SCALE, str(ref), fleet.pool_route(ref), params=params, actor=actor())
+
+    def text(scaled: Any) -> str:
+        return f"{ref}  " + " ".join(f"{name}={count}" for name, count in scaled["desired"].items())
+
+    finish(fleet, output, job, wait, show_result(output, text))
+
+
+@pool.command()
+@click.argument("ref", metavar="T/P", type=POOL)
+@yes_option
+@job_options
+@pass_fleet
+def destroy(fleet: Fleet, output: str, ref: PoolRef, yes: bool, wait: JobWait) -> None:
+    """Destroy pool T/P, which has no instances any more."""
+    node = fleet.pool_route(ref)
+    confirm(f"destroy pool {ref}", yes)
+    job = fleet.jobs.submit(JobVerb.POOL_DESTROY, str(ref), node, params={}, actor=actor())
+    finish(fleet, output, job, wait, show_job(output, str(ref)))

@@ -1,0 +1,127 @@
+"""``mvm tenant``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from mvm.cli.base import Group
+from mvm.cli.errors import show_and_exit
+from mvm.cli.fleet import Fleet
+from mvm.cli.following import finish, show_job, show_result
+from mvm.cli.params import TENANT, JobWait, actor, confirm, job_options, pass_fleet, yes_option
+from mvm.cli.render import Columns, age, show_list, show_one
+from mvm.domain.addressing import parse_net_id, parse_subnet
+from mvm.domain.ids import TenantId
+from mvm.domain.job import JobVerb
+from mvm.domain.tenant import Quota
+from mvm.errors import InvalidInput
+
+_QUOTA = {  # flag, field, unit
+    "--max-vcpus": ("max_vcpus", "N"),
+    "--max-mem": ("max_mem_mib", "MIB"),
+    "--max-running": ("max_running", "N"),
+    "--max-warm": ("max_warm", "N"),
+    "--max-pools": ("max_pools", "N"),
+    "--max-instances-per-pool": ("max_instances_per_pool", "N"),
+    "--max-disk": ("max_disk_gib", "GIB"),
+}
+
+
+def quota_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The quota's flags; those given are passed as ``quota``, validated."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        values = {name: kwargs.pop(name) for name, _ in _QUOTA.values()}
+        quota = {name: value for name, value in values.items() if value is not None}
+        Quota(**quota)
+        return command(*args, quota=quota, **kwargs)
+
+    decorated: Callable[..., Any] = wrapper
+    for flag, (name, unit) in reversed(_QUOTA.items()):
+        decorated = click.option(flag, name, type=int, metavar=unit)(decorated)
+    return decorated
+
+
+@click.group(cls=Group)
+def tenant() -> None:
+    """Tenants: the boundary of security, quota and network."""
+
+
+@tenant.command()
+@click.argument("tenant_id", metavar="ID", type=TENANT)
+@click.option("--net-id", type=int, metavar="N", help="0 to 4095, never given twice; default: a free one.")
+@click.option("--subnet", metavar="CIDR", help="Within 10.240.0.0/12; default: a free /24.")
+@quota_options
+@job_options
+@pass_fleet
+def create(
+    fleet: Fleet, output: str, tenant_id: TenantId, net_id: int | None, subnet: str | None, quota: dict[str, int],
+    wait: JobWait,
+) -> None:  # fmt: skip
+    """Create tenant ID with its network and quota."""
+    params: dict[str, Any] = {"quota": asdict(Quota(**quota))}
+    if net_id is not None:
+        params["net_id"] = parse_net_id(net_id)
+    if subnet is not None:
+        params["subnet"] = str(parse_subnet(subnet))
+    job = fleet.jobs.submit(JobVerb.TENANT_CREATE, tenant_id, fleet.node_id, params=params, actor=actor())
+    finish(fleet, output, job, wait, show_result(output, lambda made: f"{made['tenant_id']}  {made['subnet']}"))
+
+
+@tenant.command(name="list")
+@pass_fleet
+def list_(fleet: Fleet, output: str) -> None:
+    """List tenants."""
+    rows, errors = fleet.rows("tenant.list")
+    columns: Columns = {
+        "tenant": "tenant_id",
+        "net": "net_id",
+        "subnet": "subnet",
+        "running": lambda row: f"{row['usage']['running']}/{row['quota']['max_running']}",
+        "pools": lambda row: row["usage"]["pools"],
+        "instances": lambda row: row["usage"]["instances"],
+        "age": lambda row: age(row["created_at"]),
+    }
+    show_list(rows, columns, output, empty="no tenants")
+    show_and_exit(errors)
+
+
+@tenant.command()
+@click.argument("tenant_id", metavar="ID", type=TENANT)
+@pass_fleet
+def info(fleet: Fleet, output: str, tenant_id: TenantId) -> None:
+    """Show tenant ID, its quota and what it uses of it."""
+    show_one(fleet.one("tenant", tenant_id, "tenant_id", "tenant.list"), output)
+
+
+@tenant.command()
+@click.argument("tenant_id", metavar="ID", type=TENANT)
+@quota_options
+@job_options
+@pass_fleet
+def update(fleet: Fleet, output: str, tenant_id: TenantId, quota: dict[str, int], wait: JobWait) -> None:
+    """Change the quota of tenant ID; what is not given stays."""
+    if not quota:
+        raise InvalidInput("tenant.nothing_to_update", "no quota is given", hint=f"one of: {', '.join(_QUOTA)}")
+    node = fleet.tenant_route(tenant_id)
+    job = fleet.jobs.submit(JobVerb.TENANT_UPDATE, tenant_id, node, params={"quota": quota}, actor=actor())
+    finish(fleet, output, job, wait, show_result(output, lambda _: tenant_id))
+
+
+@tenant.command()
+@click.argument("tenant_id", metavar="ID", type=TENANT)
+@yes_option
+@job_options
+@pass_fleet
+def destroy(fleet: Fleet, output: str, tenant_id: TenantId, yes: bool, wait: JobWait) -> None:
+    """Destroy tenant ID, which has no pools any more."""
+    node = fleet.tenant_route(tenant_id)
+    confirm(f"destroy tenant {tenant_id}", yes)
+    job = fleet.jobs.submit(JobVerb.TENANT_DESTROY, tenant_id, node, params={}, actor=actor())
+    finish(fleet, output, job, wait, show_job(output, tenant_id))

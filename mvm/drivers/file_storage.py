@@ -1,0 +1,204 @@
+"""The node's files below its state directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from mvm.domain.ids import InstanceId, InstanceRef, PoolId, Revision, TenantId
+from mvm.domain.layout import StateLayout
+from mvm.drivers.qcow2 import write_empty
+from mvm.drivers.revisions import Revisions
+from mvm.errors import Failed, InvalidInput
+from mvm.ports.shell import Shell
+from mvm.ports.storage import InstanceKeys, RevisionFiles
+
+OVERLAY = "overlay.qcow2"
+DATA_DISK = "data.img"
+HOST_KEY = "ssh_host_key"
+_RUNTIME = re.compile(r"overlay\.qcow2|.*\.sock|.*\.lock|vmm\.pid|.*\.tmp")
+_KEY_TYPE = b"ssh-ed25519"
+_MIB = 1 << 20
+
+
+class FileStorage:
+    """ports/storage.py over the file system; directories are 0700, files 0600.
+
+    What must survive a crash is written under another name, brought to disk, and renamed.
+    """
+
+    def __init__(self, layout: StateLayout, shell: Shell) -> None:
+        self._layout = layout
+        self._shell = shell
+        self._revisions = Revisions(layout)
+
+    def directory(self, ref: InstanceRef) -> Path:
+        """See ports/storage.py."""
+        return self._layout.instance(ref)
+
+    def prepare(self, ref: InstanceRef, *, data_disk_mib: int) -> None:
+        """See ports/storage.py."""
+        directory = self.directory(ref)
+        with _translated(directory):
+            self._make(directory)
+            if not (directory / HOST_KEY).exists():
+                with _appearing(directory / HOST_KEY) as path:
+                    path.write_bytes(_new_host_key())
+            if data_disk_mib and not (directory / DATA_DISK).exists():
+                with _appearing(directory / DATA_DISK) as path:
+                    os.truncate(path, data_disk_mib * _MIB)
+                    self._shell.run(["mkfs.ext4", "-q", "-F", "-L", "mvm-data", "-O", "has_journal", str(path)])
+
+    def _make(self, directory: Path) -> None:
+        """The directory and those above it, each 0700; `remove` may take empty ones away meanwhile."""
+        chain = [self._layout.root, self._layout.instances, *reversed(directory.parents[:2]), directory]
+        for left in reversed(range(8)):
+            try:
+                for each in chain:
+                    each.mkdir(mode=0o700, exist_ok=True, parents=each is self._layout.root)
+                return
+            except FileNotFoundError:
+                if not left:
+                    raise
+
+    def keys(self, ref: InstanceRef) -> InstanceKeys:
+        """See ports/storage.py. The public half is the private one's last 32 bytes."""
+        path = self.directory(ref) / HOST_KEY
+        with _translated(path):
+            private = path.read_bytes()
+        public = b64encode(_string(_KEY_TYPE) + _string(private[-32:])).decode()
+        return InstanceKeys(f"{_KEY_TYPE.decode()} {public}", private)
+
+    def data_disk(self, ref: InstanceRef) -> Path | None:
+        """See ports/storage.py."""
+        path = self.directory(ref) / DATA_DISK
+        return path if path.exists() else None
+
+    def fresh_overlay(self, ref: InstanceRef, rootfs: Path) -> Path:
+        """See ports/storage.py. It is as large as `rootfs` and lasts as long as a run, so it is not synced."""
+        path = self.directory(ref) / OVERLAY
+        with _translated(path):
+            with _appearing(path, sync=False) as empty, empty.open("r+b") as file:
+                write_empty(file, rootfs.stat().st_size)
+        return path
+
+    def clean_runtime(self, ref: InstanceRef) -> None:
+        """See ports/storage.py."""
+        directory = self.directory(ref)
+        with _translated(directory):
+            for name in _runtime_files(directory):
+                (directory / name).unlink(missing_ok=True)
+
+    def remove(self, ref: InstanceRef) -> None:
+        """See ports/storage.py. Directories above it that became empty go with it."""
+        directory = self.directory(ref)
+        with _translated(directory):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(directory)
+        with suppress(OSError):  # not empty
+            for parent in directory.parents[:2]:
+                parent.rmdir()
+
+    def instances(self) -> frozenset[InstanceRef]:
+        """See ports/storage.py. Directories that no instance could have are passed over."""
+        with _translated(self._layout.instances):
+            return frozenset(self._scan())
+
+    def _scan(self) -> Iterator[InstanceRef]:
+        for tenant in _subdirectories(self._layout.instances):
+            for pool in _subdirectories(tenant):
+                for instance in _subdirectories(pool):
+                    with suppress(InvalidInput):
+                        yield InstanceRef(TenantId(tenant.name), PoolId(pool.name), InstanceId(instance.name))
+
+    def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
+        """See ports/storage.py. Instances without any are left out."""
+        with _translated(self._layout.instances):
+            found = {ref: _runtime_files(self.directory(ref)) for ref in self._scan()}
+        return {ref: names for ref, names in found.items() if names}
+
+    def revision(self, revision: Revision) -> RevisionFiles:
+        """See ports/storage.py."""
+        with _translated(self._layout.revision(revision)):
+            return self._revisions.verified(revision)
+
+
+def _new_host_key() -> bytes:
+    """An ed25519 key in dropbear's private form."""
+    key = Ed25519PrivateKey.generate()
+    return _string(_KEY_TYPE) + _string(key.private_bytes_raw() + key.public_key().public_bytes_raw())
+
+
+def _string(data: bytes) -> bytes:
+    """SSH's ``string``: its length in 4 bytes, then itself."""
+    return len(data).to_bytes(4, "big") + data
+
+
+def _subdirectories(directory: Path) -> list[Path]:
+    try:
+        with os.scandir(directory) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
+def _runtime_files(directory: Path) -> list[str]:
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(e.name for e in entries if _RUNTIME.fullmatch(e.name) and not e.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []
+
+
+@contextmanager
+def _appearing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """An empty file to fill, which is at `path` once the block ends well; else nothing is left of it."""
+    half_made = path.with_name(path.name + ".tmp")
+    half_made.unlink(missing_ok=True)  # what a crash left
+    try:
+        os.close(os.open(half_made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        yield half_made
+        if sync:
+            _sync(half_made)
+        half_made.replace(path)
+        if sync:
+            _sync(path.parent)
+    except BaseException:
+        half_made.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _translated(subject: Path) -> Iterator[None]:
+    """Foreign errors become ours at this edge."""
+    try:
+        yield
+    except OSError as error:
+        raise _failed(error.errno, f"{error.filename or subject}: {error.strerror}") from None
+    except Failed as error:
+        if error.code == "shell.failed":
+            full = "No space left" in error.message
+            raise _failed(errno.ENOSPC if full else None, f"{subject}: {error.message}") from None
+        raise
+
+
+def _failed(number: int | None, message: str) -> Failed:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return Failed("disk.full", message, hint="free some space in the state directory's file system")
+    return Failed("storage.failed", message, hint="are the state directory's files the node's own?")

@@ -1,0 +1,161 @@
+"""Bridges and TAPs by ``ip``, in the network namespace of the calling thread."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from mvm.domain.addressing import TenantNetwork
+from mvm.errors import Failed, NotAllowed
+from mvm.ports.shell import Shell
+
+_TAP = re.compile(r"tn[0-9]+i[0-9]+")
+_BRIDGE = re.compile(r"br-tenant-[0-9]+")
+_TRIES = 4
+_BRIDGE_PORTS = 1023  # the kernel numbers them in 10 bits, and 0 is none
+_GATEWAY_OFFSET = 1
+
+Links = Mapping[str, Mapping[str, Any]]
+
+
+class LinuxNetwork:
+    """ports/network.py. Programs cost milliseconds each, so one batch of commands does what is usual.
+
+    When that fails (something is missing, or there already), what is there is looked at and only the difference
+    made; other workers may change it meanwhile, so that is tried a few times.
+    """
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+
+    def ensure_bridge(self, network: TenantNetwork) -> None:
+        """See ports/network.py."""
+        self._ensure(network, None)
+
+    def ensure_tap(self, network: TenantNetwork, offset: int) -> None:
+        """See ports/network.py. A TAP that cannot become a port is removed again."""
+        tap = network.tap(offset)
+        try:
+            self._ensure(network, tap)
+        except Failed:
+            if self.taps().get(tap, network.bridge) is None:
+                self.remove_taps(frozenset({tap}))
+            raise
+
+    def _ensure(self, network: TenantNetwork, tap: str | None) -> None:
+        attach = [f"link set dev {tap} master {network.bridge} addrgenmode none up"] if tap else []
+        create = [f"tuntap add dev {tap} mode tap"] if tap else []
+
+        def missing(links: Links) -> list[str]:
+            bridge_there, tap_there = network.bridge in links, tap in links
+            _must_be(_is_bridge, network.bridge, links)
+            if tap is not None:
+                _must_be(_is_tap, tap, links)
+            bridge = [] if bridge_there else [f"link add {network.bridge} type bridge"]
+            return [*bridge, *_bridge_up(network), *([] if tap_there else create), *attach]
+
+        with suppress(_KernelSaid):
+            self._batch([*_bridge_up(network), *create, *attach])  # fails before it touches what is not ours
+            return
+        self._apply(missing)
+
+    def remove_bridges(self, names: frozenset[str]) -> None:
+        """See ports/network.py."""
+        self._remove(_is_bridge, names)
+
+    def remove_taps(self, names: frozenset[str]) -> None:
+        """See ports/network.py."""
+        self._remove(_is_tap, names)
+
+    def _remove(self, kind: Callable[[Mapping[str, Any]], bool], names: frozenset[str]) -> None:
+        def left(links: Links) -> list[str]:
+            there = sorted(names & links.keys())
+            for name in there:
+                _must_be(kind, name, links)
+            return [f"link del dev {name}" for name in there]
+
+        if names:
+            self._apply(left)
+
+    def taps(self) -> Mapping[str, str | None]:
+        """See ports/network.py."""
+        links = self._links("type", "tun")
+        return {name: link.get("master") for name, link in links.items() if _TAP.fullmatch(name) and _is_tap(link)}
+
+    def bridges(self) -> frozenset[str]:
+        """See ports/network.py."""
+        return frozenset(name for name in self._links("type", "bridge") if _BRIDGE.fullmatch(name))
+
+    def _links(self, *which: str) -> Links:
+        try:
+            text = self._shell.run(["ip", "-j", "-d", "link", "show", *which]).stdout
+        except Failed as error:
+            raise _network_failed(error) from None
+        return {link["ifname"]: link for link in json.loads(text or "[]") if link}  # ip prints {} for what it left out
+
+    def _apply(self, plan: Callable[[Links], list[str]]) -> None:
+        """Run what `plan` says of the links that are there, until the kernel takes all of it."""
+        for left in reversed(range(_TRIES)):
+            commands = plan(self._links())
+            try:
+                self._batch(commands)
+            except _KernelSaid as error:
+                if not left or "Exchange full" in error.message:
+                    raise _network_failed(error) from None
+            else:
+                return
+
+    def _batch(self, commands: Sequence[str]) -> None:
+        if not commands:
+            return
+        try:
+            self._shell.run(["ip", "-batch", "-"], stdin="\n".join(commands) + "\n")
+        except Failed as error:
+            if error.code != "shell.failed":
+                raise
+            raise _KernelSaid(error.code, error.message) from None
+
+
+class _KernelSaid(Failed):
+    """A batch stopped at a command that the kernel refused."""
+
+
+def _bridge_up(network: TenantNetwork) -> list[str]:
+    """Commands for a bridge that exists; the first one fails unless it is a bridge.
+
+    Its MAC is fixed, or it would follow its ports as they come and go and leave guests with stale neighbours.
+    """
+    name, mac = network.bridge, network.mac(_GATEWAY_OFFSET)
+    return [
+        f"link set dev {name} address {mac} addrgenmode none up type bridge stp_state 0",
+        f"addr replace {network.gateway}/{network.subnet.prefixlen} dev {name}",
+    ]
+
+
+def _is_bridge(link: Mapping[str, Any]) -> bool:
+    return bool(link.get("linkinfo", {}).get("info_kind") == "bridge")
+
+
+def _is_tap(link: Mapping[str, Any]) -> bool:
+    info = link.get("linkinfo", {})
+    return bool(info.get("info_kind") == "tun" and info.get("info_data", {}).get("type") == "tap")
+
+
+def _must_be(kind: Callable[[Mapping[str, Any]], bool], name: str, links: Links) -> None:
+    if name in links and not kind(links[name]):
+        raise NotAllowed(
+            "network.foreign", f"interface {name} was not made by mvm",
+            hint=f"rename or remove it; see: ip -d link show {name}", interface=name,
+        )  # fmt: skip
+
+
+def _network_failed(error: Failed) -> Failed:
+    if error.code == "shell.missing":
+        return error
+    hint = "are you root, and is the kernel's bridge module there?"
+    if "Exchange full" in error.message:
+        hint = f"a bridge has {_BRIDGE_PORTS} ports, so a tenant has at most as many instances on a node"
+    return Failed("network.failed", f"the network could not be changed: {error.message}", hint=hint)
