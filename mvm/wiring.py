@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -162,6 +163,8 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.shell import LocalShell
 
     shell = LocalShell()
+    # The supervisor, our parent, stayed where the network is that packages come from.
+    outside = Path(f"/proc/{os.getppid()}/ns/net") if settings.namespace else None
     return NodePorts(
         store,
         registry,
@@ -172,7 +175,7 @@ def open_ports(settings: Settings) -> NodePorts:
         UnixGuestChannel(),
         LinuxNetwork(shell),
         FileStorage(layout, shell),
-        BuiltinImages(layout, shell),
+        BuiltinImages(layout, shell, netns=outside),
     )
 
 

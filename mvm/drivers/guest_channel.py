@@ -28,7 +28,7 @@ _BACKLOG = 16
 
 
 def listen(directory: Path, port: str) -> socket.socket:
-    """A listening socket for a guest port, for a VMM to inherit, and its lock file; replaces an earlier run's socket."""
+    """A listening socket for a guest port, for a VMM to inherit, and its lock file; replaces a former run's."""
     with _open_directory(directory) as fd:
         listener = socket.socket(socket.AF_UNIX)
         try:
@@ -43,7 +43,7 @@ def listen(directory: Path, port: str) -> socket.socket:
         return listener
 
 
-class VirtioSerialChannel:
+class UnixGuestChannel:
     """`GuestChannel` over the sockets that `listen` made. Threads and processes take turns by a lock file per port."""
 
     def hello(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> GuestHello:

@@ -29,13 +29,16 @@ _KERNEL, _INITRAMFS, _ROOTFS, _MANIFEST = "vmlinux", "initramfs.cpio", "rootfs.e
 _FILES = (_KERNEL, _INITRAMFS, _ROOTFS)
 
 
-class BuiltinImageBuilder:
-    """`ImageBuilder` for ``builtin:`` sources. Builds of one node take turns."""
+class BuiltinImages:
+    """`ImageBuilder` for ``builtin:`` sources. Builds of one node take turns.
 
-    def __init__(self, layout: StateLayout, shell: Shell) -> None:
+    Packages are fetched within the network namespace at `netns`: the node's own may have no way out.
+    """
+
+    def __init__(self, layout: StateLayout, shell: Shell, *, netns: Path | None = None) -> None:
         self._layout = layout
         self._shell = shell
-        self._packages = Packages(shell, layout.package_cache)
+        self._packages = Packages(shell, layout.package_cache, netns)
 
     def build(self, source: ImageSource, report: ProgressReport) -> Revision:
         """Build; see the port."""

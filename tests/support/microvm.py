@@ -19,8 +19,8 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
 from mvm.drivers import netns
-from mvm.drivers.guest_channel import VirtioSerialChannel
-from mvm.drivers.images_builtin import BuiltinImageBuilder
+from mvm.drivers.guest_channel import UnixGuestChannel
+from mvm.drivers.images_builtin import BuiltinImages
 from mvm.drivers.qemu.driver import QemuDriver
 from mvm.drivers.shell import LocalShell
 from mvm.ports.guest import GuestIdentity
@@ -34,7 +34,7 @@ _serial = count(1)
 
 
 def image_cache() -> StateLayout:
-    """Where packages and the image are kept between sessions: ``MVM_TEST_IMAGE_CACHE``, or below the temporary directory."""
+    """Keeps packages and images between sessions: ``MVM_TEST_IMAGE_CACHE``, or below the temporary directory."""
     fallback = Path(tempfile.gettempdir()) / f"mvm-test-images-{os.getuid()}"
     return StateLayout(Path(os.environ.get("MVM_TEST_IMAGE_CACHE", fallback)).absolute())
 
@@ -52,7 +52,7 @@ def fresh_layout(root: Path) -> StateLayout:
 def minimal_image() -> Path:
     """The directory of the built-in minimal image, built by the first caller."""
     layout = image_cache()
-    return layout.revision(BuiltinImageBuilder(layout, LocalShell()).build(ImageSource("builtin:", "minimal"), print))
+    return layout.revision(BuiltinImages(layout, LocalShell()).build(ImageSource("builtin:", "minimal"), print))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class QemuHost:
         self.layout = layout
         self.shell = LocalShell()
         self.vmm = QemuDriver(layout, self.shell)
-        self.guest = VirtioSerialChannel()
+        self.guest = UnixGuestChannel()
 
     def spec(self, number: int = 1, *, data_disk: Path | None = None, mem_mib: int = 192) -> BootSpec:
         """What is needed to boot guest `number`: its directory, overlay and TAP exist."""
@@ -127,6 +127,7 @@ class QemuHost:
 @contextmanager
 def qemu_host(root: Path) -> Iterator[QemuHost]:
     """A host whose guests and TAPs are gone at the end."""
+    minimal_image()  # packages come from outside the namespace
     shell, name = LocalShell(), f"mvm-vmtest-{os.getpid()}-{next(_serial)}"
     netns.create(shell, name)
     try:

@@ -132,7 +132,7 @@ class QemuDriver:
         return "\n".join(_NOT_TEXT.sub("", text).strip().splitlines()[-lines:]) if lines > 0 else ""
 
     def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
-        """See the port. Control characters are removed. A console shorter than `offset` is a new run's, from its start."""
+        """See the port; control characters are removed. Shorter than `offset`, it is a new run's: from its start."""
         try:
             with (directory / argv.CONSOLE_LOG).open("rb") as file:
                 start = offset if offset <= file.seek(0, os.SEEK_END) else 0
