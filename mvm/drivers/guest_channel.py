@@ -28,10 +28,11 @@ _BACKLOG = 16
 
 
 def listen(directory: Path, port: str) -> socket.socket:
-    """A listening socket for a guest port, for a VMM to inherit; replaces one that an earlier run left."""
+    """A listening socket for a guest port, for a VMM to inherit, and its lock file; replaces a former run's."""
     with _open_directory(directory) as fd:
         listener = socket.socket(socket.AF_UNIX)
         try:
+            os.close(os.open(f"{port}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=fd))
             path = _path(fd, port)
             Path(path).unlink(missing_ok=True)
             listener.bind(path)
@@ -191,7 +192,7 @@ class _Call:
         """Lock the first free port; the lock ends with us, however we end."""
         while True:
             for port in self._ports:
-                self._lock = os.open(f"{port}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
+                self._lock = os.open(f"{port}.lock", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
                 try:
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -31,6 +32,8 @@ _VMM_LOG = "vmm.log"
 _UP_DEADLINE_S = 15.0
 _KILL_DEADLINE_S = 10.0
 _TAIL_BYTES = 256 * 1024
+_CONSOLE_BYTES = 64 * 1024
+_PARTIAL = 4  # bytes of the longest character: fewer at the end are no half that is still being written
 _NOT_TEXT = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
 
 
@@ -129,14 +132,16 @@ class QemuDriver:
         return "\n".join(_NOT_TEXT.sub("", text).strip().splitlines()[-lines:]) if lines > 0 else ""
 
     def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
-        """See the port."""
+        """See the port; control characters are removed. Shorter than `offset`, it is a new run's: from its start."""
         try:
             with (directory / argv.CONSOLE_LOG).open("rb") as file:
-                file.seek(offset)
-                data = file.read(_TAIL_BYTES)
+                start = offset if offset <= file.seek(0, os.SEEK_END) else 0
+                file.seek(start)
+                data = file.read(_CONSOLE_BYTES)
         except FileNotFoundError:
             return "", offset
-        return data.decode(errors="replace"), offset + len(data)
+        text, used = codecs.utf_8_decode(data, "replace", len(data) < _PARTIAL)  # a character cut in two is left
+        return _NOT_TEXT.sub("", text), start + used
 
     def _of(self, ref: InstanceRef) -> tuple[ProcessIdentity, ...]:
         return self.processes().get(ref, ())

@@ -1,0 +1,142 @@
+"""Real microVMs for tests: one built image for all of them, and a host in a network namespace of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from mvm.domain.ids import InstanceRef
+from mvm.domain.layout import StateLayout
+from mvm.domain.pool import ImageSource
+from mvm.drivers import netns
+from mvm.drivers.guest_channel import UnixGuestChannel
+from mvm.drivers.images_builtin import BuiltinImages
+from mvm.drivers.qemu.driver import QemuDriver
+from mvm.drivers.shell import LocalShell
+from mvm.ports.guest import GuestIdentity
+from mvm.ports.vmm import BootSpec, Nic
+from tests.support.make import instance_ref
+
+BOOT_S = 60.0
+ANSWER_S = 20.0
+GUEST_IP = "10.240.1.3"
+_serial = count(1)
+
+
+def image_cache() -> StateLayout:
+    """Keeps packages and images between sessions: ``MVM_TEST_IMAGE_CACHE``, or below the temporary directory."""
+    fallback = Path(tempfile.gettempdir()) / f"mvm-test-images-{os.getuid()}"
+    return StateLayout(Path(os.environ.get("MVM_TEST_IMAGE_CACHE", fallback)).absolute())
+
+
+def fresh_layout(root: Path) -> StateLayout:
+    """A state directory with nothing but the cached packages."""
+    layout = StateLayout(root)
+    layout.package_cache.parent.mkdir(parents=True)
+    image_cache().package_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    layout.package_cache.symlink_to(image_cache().package_cache)
+    return layout
+
+
+@cache
+def minimal_image() -> Path:
+    """The directory of the built-in minimal image, built by the first caller."""
+    layout = image_cache()
+    return layout.revision(BuiltinImages(layout, LocalShell()).build(ImageSource("builtin:", "minimal"), print))
+
+
+@dataclass(frozen=True)
+class SshKey:
+    """A key pair of the OpenSSH kind, and the same in dropbear's form."""
+
+    private: bytes
+    public: str
+    dropbear: bytes
+
+    @classmethod
+    def make(cls) -> SshKey:
+        key = Ed25519PrivateKey.generate()
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        )
+        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        raw = key.private_bytes_raw() + key.public_key().public_bytes_raw()
+        kind = b"ssh-ed25519"
+        dropbear = len(kind).to_bytes(4, "big") + kind + len(raw).to_bytes(4, "big") + raw
+        return cls(private, public.decode(), dropbear)
+
+
+def identity(hostname: str = "i-00000001", address: str = f"{GUEST_IP}/24", **changes: object) -> GuestIdentity:
+    made = GuestIdentity(
+        hostname=hostname, address=address, gateway="10.240.1.1", now=datetime.now(UTC),
+        ssh_host_key=SshKey.make().dropbear, authorized_key=SshKey.make().public, entropy=os.urandom(64),
+    )  # fmt: skip
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+class QemuHost:
+    """A state directory and its QEMU guests. Its thread is in the namespace that `qemu_host` made."""
+
+    def __init__(self, layout: StateLayout) -> None:
+        self.layout = layout
+        self.shell = LocalShell()
+        self.vmm = QemuDriver(layout, self.shell)
+        self.guest = UnixGuestChannel()
+
+    def spec(self, number: int = 1, *, data_disk: Path | None = None, mem_mib: int = 192) -> BootSpec:
+        """What is needed to boot guest `number`: its directory, overlay and TAP exist."""
+        ref, image = instance_ref(number), minimal_image()
+        directory = self.layout.instance(ref)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        overlay, rootfs = directory / "overlay.qcow2", image / "rootfs.ext4"
+        self.shell.run(["qemu-img", "create", "-q", "-f", "qcow2", str(overlay), str(rootfs.stat().st_size)])
+        return BootSpec(
+            ref=ref, directory=directory, kernel=image / "vmlinux", initramfs=image / "initramfs.cpio", rootfs=rootfs,
+            overlay=overlay, data_disk=data_disk, vcpus=1, mem_mib=mem_mib,
+            nic=Nic(self._tap(number), f"02:6d:00:01:00:{number + 2:02x}"),
+        )  # fmt: skip
+
+    def running(self, spec: BootSpec) -> InstanceRef:
+        """The instance, once its guest has answered."""
+        self.vmm.boot(spec)
+        self.guest.hello(spec.ref, spec.directory, deadline_s=BOOT_S)
+        return spec.ref
+
+    def end_all(self) -> None:
+        for ref in self.vmm.processes():
+            self.vmm.kill(ref, None)
+
+    def _tap(self, number: int) -> str:
+        name = f"tn1i{number + 2}"
+        if not Path("/proc/self/net/dev").read_text().count(f"{name}:"):
+            self.shell.run(["ip", "tuntap", "add", name, "mode", "tap"])
+            self.shell.run(["ip", "link", "set", name, "up"])
+        return name
+
+
+@contextmanager
+def qemu_host(root: Path) -> Iterator[QemuHost]:
+    """A host whose guests and TAPs are gone at the end."""
+    minimal_image()  # packages come from outside the namespace
+    shell, name = LocalShell(), f"mvm-vmtest-{os.getpid()}-{next(_serial)}"
+    netns.create(shell, name)
+    try:
+        with netns.entered(netns.path_of(name)):
+            # Longer than a socket's address may be.
+            host = QemuHost(StateLayout(root / ("a-deep-state-directory/" * 6)))
+            try:
+                yield host
+            finally:
+                host.end_all()
+    finally:
+        netns.delete(shell, name)
