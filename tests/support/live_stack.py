@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -63,6 +64,16 @@ class LiveStack:
         """As `ok`, with ``-o json``, parsed."""
         return json.loads(self.ok(*words, "-o", "json"))
 
+    def fails(self, exit_code: int, code: str, *words: str, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Run a command that must end so, saying why on stderr and as JSON on stdout; returns the error."""
+        done = self(*words, "-o", "json", env=env)
+        assert done.returncode == exit_code, (words, done.returncode, done.stdout, done.stderr)
+        error = json.loads(done.stdout)["error"]
+        assert error["code"] == code, error
+        assert error["hint"], "tells what to do"
+        assert f"error[{code}]: {error['message']}" in done.stderr
+        return cast("dict[str, Any]", error)
+
     def up(self) -> None:
         """Start it and wait until every part answers."""
         self.ok("up", "--detach", *self.flags, within_s=_UP_S)
@@ -91,11 +102,24 @@ class LiveStack:
             self._supervisor("startProcess", part)
             until(lambda: self("status").returncode == 0, 60, f"{part} is back")
 
+    @contextmanager
+    def frozen(self, part: str) -> Iterator[None]:
+        """Within the block `part` is there and does nothing."""
+        pid = self.pid(part)
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            until(lambda: self("status").returncode == 0, 60, f"{part} goes on")
+
     def _supervisor(self, method: str, part: str) -> None:
         transport = SupervisorTransport(None, None, f"unix://{self.layout.run / 'supervisor.sock'}")
         try:
             proxy = cast("Any", xmlrpc.client.ServerProxy("http://localhost", transport=cast("Any", transport)))
-            assert getattr(proxy.supervisor, method)(part) is True
+            group = next(each["group"] for each in proxy.supervisor.getAllProcessInfo() if each["name"] == part)
+            assert getattr(proxy.supervisor, method)(f"{group}:{part}") is True
         finally:
             transport.close()
 
