@@ -46,18 +46,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class PartState:
-    """What supervisord says of a part; `failures` tells one failed start from the next."""
+    """What supervisord says of a part."""
 
     name: str
     state: str
     pid: int | None
     since: datetime | None
-    stopped: int
-
-    @property
-    def broken(self) -> bool:
-        """Whether it is not running and was not asked to stop."""
-        return self.state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN")
 
 
 def check_path(layout: StateLayout) -> None:
@@ -187,7 +181,6 @@ class Supervisor:
                 state=info["statename"],
                 pid=info["pid"] or None,
                 since=datetime.fromtimestamp(info["start"], UTC) if running and info["start"] else None,
-                stopped=info["stop"],
             )
         return found
 
