@@ -168,6 +168,10 @@ class Stack:
         with state_dir.held(self._layout):
             self._down(report)
 
+    def stop_part(self, name: str) -> None:
+        """Stop one part for good. Raises `Unreachable` (``stack.down``)."""
+        self._supervisor.stop_part(name)
+
     def watch(self) -> None:
         """Wait for the end of supervisord; raises `Failed` (``stack.died``) when it comes."""
         self._supervisor.wait()

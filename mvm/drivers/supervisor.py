@@ -184,6 +184,12 @@ class Supervisor:
             )
         return found
 
+    def stop_part(self, name: str) -> None:
+        """Stop one part and wait for its end; it is not started again."""
+        for info in self._call("getAllProcessInfo"):
+            if info["name"] == name and info["statename"] in ("STARTING", "RUNNING", "BACKOFF"):
+                self._call("stopProcess", f"{info['group']}:{name}")
+
     def wait(self) -> None:
         """Wait until supervisord has ended."""
         session = self._session()
@@ -252,13 +258,13 @@ class Supervisor:
     def _conf(self) -> Path:
         return self._layout.run / "supervisord.conf"
 
-    def _call(self, method: str) -> Any:
+    def _call(self, method: str, *words: str) -> Any:
         from supervisor.xmlrpc import SupervisorTransport
 
         transport = SupervisorTransport(None, None, f"unix://{_socket(self._layout)}")
         try:
             proxy = xmlrpc.client.ServerProxy("http://localhost", transport=cast("Any", transport))
-            return getattr(cast("Any", proxy).supervisor, method)()
+            return getattr(cast("Any", proxy).supervisor, method)(*words)
         except (OSError, http.client.HTTPException, xmlrpc.client.Error):
             raise Unreachable("stack.down", "the stack is not running", hint="mvm up --detach") from None
         finally:
