@@ -27,7 +27,7 @@ from mvm.settings import Settings
 Report = Callable[[str], None]
 _READY_S = 120.0
 _ASK_AGAIN_S = 0.1
-_GIVE_UP_AFTER = 3  # failed starts of one part
+_GIVE_UP_AFTER = 3  # processes of one part, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +168,10 @@ class Stack:
         with state_dir.held(self._layout):
             self._down(report)
 
+    def stop_part(self, name: str) -> None:
+        """Stop one part for good. Raises `Unreachable` (``stack.down``)."""
+        self._supervisor.stop_part(name)
+
     def watch(self) -> None:
         """Wait for the end of supervisord; raises `Failed` (``stack.died``) when it comes."""
         self._supervisor.wait()
@@ -225,16 +229,15 @@ class Stack:
 
     def _wait_ready(self, report: Report) -> None:
         waiting = dict.fromkeys(self.parts, "")
-        failures: dict[str, set[int]] = {}
+        lives: dict[str, set[int | None]] = {}
         deadline = monotonic() + _READY_S
         pause = Event()
         while waiting:
             states = self._supervisor.parts()
             for name, state in states.items():
-                if state.broken:
-                    failures.setdefault(name, set()).add(state.stopped)
-                    if state.state == "FATAL" or len(failures[name]) >= _GIVE_UP_AFTER:
-                        raise self._failed(name, "does not stay up")
+                lives.setdefault(name, set()).add(state.pid)
+                if state.state == "FATAL" or len(lives[name]) > _GIVE_UP_AFTER:
+                    raise self._failed(name, "does not stay up")
             for name, problem in self._probes.ask_all(waiting, states).items():
                 if problem is None:
                     del waiting[name]
