@@ -39,9 +39,7 @@ def execute(stack: Stack, ref: str, command: str) -> str:
 def emptied(stack: Stack) -> Iterator[Stack]:
     """The stack, whose instances are destroyed after the test."""
     yield stack
-    stack.mvm("pool", "scale", "acme/web", "--running", "0")
-    if stack.statuses():
-        stack.mvm("instance", "destroy", "acme/web", "--all", "-y")
+    stack.mvm("instance", "destroy", "acme/web", "--all", "-y")
     assert not stack.vmms()
     assert not stack.taps()
 
@@ -93,7 +91,9 @@ def test_ten_starts_survive_two_kills_of_their_worker(emptied: Stack) -> None:
 
 def test_a_killed_vmm_is_noticed_and_its_pool_brought_back(emptied: Stack) -> None:
     stack = emptied
-    stack.mvm("pool", "scale", "acme/web", "--running", "2")
+    stack.mvm("pool", "create", "acme/kept", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
+    stack.mvm("pool", "build", "acme/kept")
+    stack.mvm("pool", "scale", "acme/kept", "--running", "2")
     until(lambda: list(stack.statuses().values()) == ["running"] * 2, 60, "two running")
     victim = stack.json("instance", "list")[0]
     os.kill(victim["pid"], signal.SIGKILL)
@@ -109,6 +109,10 @@ def test_a_killed_vmm_is_noticed_and_its_pool_brought_back(emptied: Stack) -> No
     until(lambda: info()["status"] == "running", 60, "reconcile brings it back")
     assert info()["pid"] != victim["pid"]
     assert len(stack.vmms()) == 2
+    stack.mvm("pool", "scale", "acme/kept", "--running", "0")
+    until(lambda: set(stack.statuses().values()) == {"stopped"}, 60, "scaled down")
+    stack.mvm("instance", "destroy", "acme/kept", "--all", "-y")
+    stack.mvm("pool", "destroy", "acme/kept", "-y")
 
 
 def test_running_vms_survive_worker_agent_and_stack(emptied: Stack) -> None:

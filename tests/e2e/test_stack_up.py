@@ -18,7 +18,7 @@ import pytest
 from mvm.domain.layout import StateLayout
 from mvm.drivers.shell import LocalShell
 from mvm.drivers.supervisor import Supervisor
-from tests.adapters.test_stack import free_port
+from tests.support.local import alive, free_port
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.redis
@@ -61,5 +61,5 @@ def test_the_whole_stack(env: dict[str, str]) -> None:
         up.terminate()
         up.communicate(timeout=60)
     assert up.returncode == 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in members)
+    assert not any(map(alive, members))
     assert status(env)[0] == 6
