@@ -28,7 +28,9 @@ _CHECKS = {name: name for name in ("name", "result", "detail", "hint")}
 @click.option("--netns", metavar="NAME", help="Network namespace; 'host' uses the caller's own.")
 @click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances.")
 @click.option("--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback.")
-@click.option("--prepare", is_flag=True, help="Only make the state directory, its keys and certificates.")
+@click.option(
+    "--prepare", is_flag=True, help="Start nothing; only make the state directory, for a stack that others run."
+)
 @click.pass_context
 def up(
     ctx: click.Context,
@@ -46,6 +48,7 @@ def up(
     stack = _stack(settings)
     if prepare:
         stack.prepare()
+        stack.publish()
         return
     with _interrupts_as_keyboard():
         stack.up(_say)
