@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mvm.cli.base import Command, output_of
+from mvm.cli.render import emit, show_list, show_one
 
 if TYPE_CHECKING:
     from mvm.drivers.stack import Stack
     from mvm.settings import Settings
 
 _UNREACHABLE = 6
+_PARTS = {name: name for name in ("name", "state", "pid", "since", "answers", "note")}
+_CHECKS = {name: name for name in ("name", "result", "detail", "hint")}
 
 
 @click.command(cls=Command)
@@ -26,7 +28,9 @@ _UNREACHABLE = 6
 @click.option("--netns", metavar="NAME", help="Network namespace; 'host' uses the caller's own.")
 @click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances.")
 @click.option("--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback.")
-@click.option("--prepare", is_flag=True, help="Only make the state directory, its keys and certificates.")
+@click.option(
+    "--prepare", is_flag=True, help="Start nothing; only make the state directory, for a stack that others run."
+)
 @click.pass_context
 def up(
     ctx: click.Context,
@@ -44,13 +48,14 @@ def up(
     stack = _stack(settings)
     if prepare:
         stack.prepare()
+        stack.publish()
         return
     with _interrupts_as_keyboard():
         stack.up(_say)
         try:
             facts = connection(settings)
-            rows = [{"what": name, "where": value} for name, value in facts.items()]
-            _show(facts, rows, output_of(ctx))
+            with suppress(BrokenPipeError):
+                show_one(facts, output_of(ctx))
             _say(f"up; Flower's user is mvm, its password in {settings.layout.flower_password}")
             if detach:
                 return
@@ -80,7 +85,7 @@ def down(ctx: click.Context, instances: bool) -> None:
     if output_of(ctx) == "table":
         _say("down")
     else:
-        _show({"state": "down"}, [], output_of(ctx))
+        emit({"state": "down"}, output_of(ctx))
 
 
 @click.command(cls=Command)
@@ -90,8 +95,7 @@ def status(ctx: click.Context) -> None:
     from mvm.drivers.stack import running_settings
 
     parts = _stack(running_settings(_settings(ctx))).status()
-    rows = [part.to_dict() for part in parts]
-    _show(rows, [{**row, "answers": "yes" if row["answers"] else "no"} for row in rows], output_of(ctx))
+    show_list([part.to_dict() for part in parts], _PARTS, output_of(ctx), empty="")
     if all(part.state == "stopped" for part in parts):
         _say("not running; start it with: mvm up --detach")
     if not all(part.answers for part in parts):
@@ -105,7 +109,7 @@ def doctor(ctx: click.Context) -> None:
     from mvm.drivers.doctor import examine
 
     checks = [check.to_dict() for check in examine(_settings(ctx))]
-    _show(checks, checks, output_of(ctx))
+    show_list(checks, _CHECKS, output_of(ctx), empty="")
     if any(check["result"] == "fail" for check in checks):
         ctx.exit(1)
 
@@ -146,19 +150,5 @@ def _interrupts_as_keyboard() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _show(data: Any, rows: Sequence[Mapping[str, Any]], output: str) -> None:
-    if output == "json":
-        click.echo(json.dumps(data, indent=2))
-    elif output == "yaml":
-        import yaml
-
-        click.echo(yaml.safe_dump(data, sort_keys=False), nl=False)
-    elif rows:
-        cells = [list(rows[0]), *([str(v) if v is not None else "-" for v in row.values()] for row in rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        for i, line in enumerate(cells):
-            words = [word.upper() for word in line] if i == 0 else line
-            click.echo("  ".join(word.ljust(width) for word, width in zip(words, widths, strict=True)).rstrip())
+    with suppress(BrokenPipeError):  # whoever stops reading has not asked for the stack to end
+        click.echo(text, err=True)

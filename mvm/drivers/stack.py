@@ -121,12 +121,16 @@ class Stack:
         return (*self._external, *names, *(["metrics"] if "agent" in names else []))
 
     def prepare(self) -> None:
-        """The state directory exists, with all keys and certificates."""
+        """The state directory exists, with all keys and certificates; for stacks that others start, too."""
         from mvm.drivers.quic import certs
 
         state_dir.prepare(self._layout)
         certs.init(self._layout, self._settings.node)
         self._layout.metrics.mkdir(mode=0o700, exist_ok=True)
+
+    def publish(self) -> None:
+        """Write down for commands how to reach the stack."""
+        _write(self._layout.connection, connection(self._settings))
 
     def instances_remain(self) -> bool:
         """Whether something runs on in the namespace that we made."""
@@ -152,7 +156,7 @@ class Stack:
             try:
                 self._start(report)
                 self._wait_ready(report)
-                _write(self._layout.connection, connection(self._settings))
+                self.publish()
             except BaseException:
                 try:
                     self._down(report)
