@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import xmlrpc.client
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -33,10 +33,10 @@ def free_port() -> int:
 
 
 class LiveStack:
-    """One stack in a state directory of its own below `parent`; `close` leaves nothing of it."""
+    """One stack in a state directory of its own; `close` leaves nothing of it."""
 
-    def __init__(self, *flags: str, parent: Path | None = None, **settings: str) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="mvm-live-", dir=parent))
+    def __init__(self, *flags: str, **settings: str) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="mvm-live-"))
         self.layout = StateLayout(self.root / "state")
         self.flower_port = free_port()
         self.flags = flags
@@ -125,10 +125,13 @@ class LiveStack:
 
 
 @contextmanager
-def live_stack(*flags: str, **settings: str) -> Iterator[LiveStack]:
-    """A stack that is up; gone at the end of the block."""
+def live_stack(
+    *flags: str, before: Callable[[LiveStack], None] = lambda _: None, **settings: str
+) -> Iterator[LiveStack]:
+    """A stack that is up; gone at the end of the block. What `before` does, it finds."""
     stack = LiveStack(*flags, **settings)
     try:
+        before(stack)
         stack.up()
         yield stack
     finally:
