@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -36,6 +37,15 @@ class FleetScheduler(PersistentScheduler):  # type: ignore[misc]
     A node that still has this sweep queued or running gets no second one, and a message nobody takes expires: so
     nothing piles up when a node is slow or away.
     """
+
+    def tick(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's hook: fire what is due. Says that Beat lives, for whoever asks how the stack does."""
+        self._alive.touch()
+        return super().tick(*args, **kwargs)
+
+    @cached_property
+    def _alive(self) -> Path:
+        return load_settings().layout.beat_alive
 
     @cached_property
     def _jobs(self) -> Jobs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -159,12 +158,11 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.locks import FileLocks
+    from mvm.drivers.netns import of_parent
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
 
     shell = LocalShell()
-    # The supervisor, our parent, stayed where the network is that packages come from.
-    outside = Path(f"/proc/{os.getppid()}/ns/net") if settings.namespace else None
     return NodePorts(
         store,
         registry,
@@ -175,7 +173,7 @@ def open_ports(settings: Settings) -> NodePorts:
         UnixGuestChannel(),
         LinuxNetwork(shell),
         FileStorage(layout, shell),
-        BuiltinImages(layout, shell, netns=outside),
+        BuiltinImages(layout, shell, LocalShell(of_parent())),
     )
 
 
@@ -185,7 +183,8 @@ def build_node(
     """Services over `ports`: the same for real and fake ones."""
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.jobs import Jobs
-    from mvm.services.lifecycle import Lifecycle, LifecycleLimits
+    from mvm.services.lifecycle import Lifecycle
+    from mvm.services.microvm import Limits, MicroVms
     from mvm.services.pools import Pools
     from mvm.services.reconcile import Reconcile
     from mvm.services.runner import Runner
@@ -197,11 +196,12 @@ def build_node(
     address = f"{settings.agent_host}:{settings.agent_port}"
     jobs = Jobs(p.registry, p.queue, p.clock)
     runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, observers)
-    lifecycle = Lifecycle(
-        store=p.store, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
-        limits=LifecycleLimits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
+    microvms = MicroVms(
+        store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
+        limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
+    lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms)
     reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
     tenants = Tenants(p.store, p.registry, p.network)
     pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)

@@ -43,6 +43,11 @@ class _Peering(QuicConnectionProtocol):
         self._limit = self._loop.call_later(HANDSHAKE_S, partial(self._expire, "no handshake in time"))
         self.peer: Peer | None = None
 
+    @property
+    def closing(self) -> bool:
+        """Ended by either side; it only lingers to answer stray packets."""
+        return self._quic._close_event is not None
+
     def quic_event_received(self, event: events.QuicEvent) -> None:
         match event:
             case events.HandshakeCompleted():
@@ -117,7 +122,7 @@ class _Peering(QuicConnectionProtocol):
             self._replies[stream].cancel()
 
     def _expire(self, why: str) -> None:
-        if self._quic._close_event is None:
+        if not self.closing:
             log.info("agent.connection_closed", peer=str(self.peer), why=why)
         self.close(reason_phrase=why)
 
@@ -198,8 +203,9 @@ class Endpoint(QuicServer):
         return len(data) > 6 and data[0] & 0x80 != 0 and data[6 : 6 + data[5]] not in self._protocols
 
     def _full(self) -> bool:
-        unverified = sum(connection.peer is None for connection in self.connections)
-        return len(self.connections) >= MAX_CONNECTIONS or unverified >= MAX_UNVERIFIED
+        open_ = [connection for connection in self.connections if not connection.closing]
+        unverified = sum(connection.peer is None for connection in open_)
+        return len(open_) >= MAX_CONNECTIONS or unverified >= MAX_UNVERIFIED
 
     def _connect(self, quic: QuicConnection, stream_handler: Callable[..., None] | None = None) -> _Peering:
         peering = _Peering(quic, self)

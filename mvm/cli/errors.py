@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +65,7 @@ def _translate(failure: BaseException) -> MvmError:
         return MvmError("aborted", "nothing was done")
     if isinstance(failure, click.ClickException):
         return MvmError("usage", failure.format_message())
-    if isinstance(failure, PermissionError):
+    if isinstance(failure, PermissionError) and os.geteuid():
         from mvm.cli.fleet import no_permission
 
         return no_permission(failure.filename)

@@ -72,9 +72,10 @@ def follow(fleet: Fleet, ids: Sequence[JobId], timeout_s: float | None) -> dict[
                         raise _waited(ids, latest, timeout_s) from None
                     look = _look(fleet, latest, progress)
     except KeyboardInterrupt:
-        names = " ".join(_open(ids, latest))
-        click.echo(f"stopped waiting; the job goes on: {names}", err=True)
-        click.echo(f"hint: mvm job wait {names}; to end it: mvm job cancel", err=True)
+        names = _open(ids, latest)
+        if names:
+            click.echo(f"stopped waiting; the job goes on: {' '.join(names)}", err=True)
+            click.echo(f"hint: mvm job wait {' '.join(names)}; to end it: mvm job cancel {names[0]}", err=True)
         raise click.exceptions.Exit(130) from None
 
 
@@ -83,7 +84,11 @@ def _look(fleet: Fleet, latest: Mapping[JobId, Job], progress: Progress) -> bool
     note = next(filter(None, (note_of(fleet, job) for job in latest.values())), None)
     if note:
         progress.note(note)
-    return note is None and any(job.started_at is None for job in latest.values())
+    return note is None and any(_idle(job) for job in latest.values())
+
+
+def _idle(job: Job) -> bool:
+    return job.state is JobState.QUEUED or (job.verb is JobVerb.BULK and not job.progress.done)
 
 
 def note_of(fleet: Fleet, job: Job) -> str | None:

@@ -8,6 +8,8 @@ import sys
 from base64 import b64decode
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import click
@@ -68,6 +70,7 @@ def ssh(fleet: Fleet, _output: str, ref: InstanceRef, command: Sequence[str]) ->
     if fields["status"] != Status.RUNNING:
         raise NotAllowed("instance.not_running", f"{ref} is {fields['status']}", hint=f"mvm instance start {ref}",
                          subject=str(ref), status=fields["status"])  # fmt: skip
+    _know_host(fleet, ref)
     argv = ssh_argv(fleet, ref, str(fields["guest_ip"]), command)
     sys.stdout.flush()
     try:
@@ -77,12 +80,29 @@ def ssh(fleet: Fleet, _output: str, ref: InstanceRef, command: Sequence[str]) ->
                      program=argv[0]) from None  # fmt: skip
 
 
+def _know_host(fleet: Fleet, ref: InstanceRef) -> None:
+    """Write the guest's host key, which this node made, where ssh will look for it."""
+    from mvm.drivers.file_storage import FileStorage
+    from mvm.drivers.shell import LocalShell
+
+    public = FileStorage(fleet.layout, LocalShell()).keys(ref).host_public
+    path = known_hosts(fleet, ref)
+    with NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:  # 0600
+        file.write(f"{ref.instance} {public}\n")
+    Path(file.name).replace(path)
+
+
+def known_hosts(fleet: Fleet, ref: InstanceRef) -> Path:
+    """Where ssh finds the host key of `ref`, under the name of its id."""
+    return fleet.layout.instance(ref) / "known_hosts"
+
+
 def ssh_argv(fleet: Fleet, ref: InstanceRef, ip: str, command: Sequence[str]) -> list[str]:
     """ssh with the operator's key, to the guest whose host key we made; its words arrive as they are given."""
     enter = ["ip", "netns", "exec", fleet.netns] if fleet.netns else []
     options = {
         "IdentitiesOnly": "yes",
-        "UserKnownHostsFile": f'"{fleet.layout.instance(ref) / "known_hosts"}"',
+        "UserKnownHostsFile": f'"{known_hosts(fleet, ref)}"',
         "StrictHostKeyChecking": "yes",
         "HostKeyAlias": ref.instance,
         "LogLevel": "ERROR",

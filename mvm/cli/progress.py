@@ -50,8 +50,8 @@ class Progress:
         """A remark on a line of its own."""
         if self._terminal and self._shown:
             click.echo(err=True)
+            self._shown = ""  # to be drawn again below the remark
         click.echo(f"note: {clean(text)}", err=True)
-        self._shown = ""
 
     def _summary(self) -> str:
         ended = [job.state for job in self._jobs.values() if job.state.final]

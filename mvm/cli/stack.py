@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from mvm.cli.base import Command, output_of
 
 if TYPE_CHECKING:
     from mvm.drivers.stack import Stack
@@ -18,32 +21,36 @@ if TYPE_CHECKING:
 _UNREACHABLE = 6
 
 
-def _output(command: Callable[..., Any]) -> Callable[..., Any]:
-    choice = click.Choice(["table", "json", "yaml"])
-    return click.option("-o", "--output", type=choice, default="table", help="How to print the result.")(command)
-
-
-@click.command()
+@click.command(cls=Command)
 @click.option("--detach", is_flag=True, help="Return once every part answers; mvm down ends it.")
 @click.option("--netns", metavar="NAME", help="Network namespace; 'host' uses the caller's own.")
 @click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances.")
 @click.option("--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback.")
-@_output
+@click.option("--prepare", is_flag=True, help="Only make the state directory, its keys and certificates.")
 @click.pass_context
 def up(
-    ctx: click.Context, detach: bool, netns: str | None, driver: str | None, flower_port: int | None, output: str
+    ctx: click.Context,
+    detach: bool,
+    netns: str | None,
+    driver: str | None,
+    flower_port: int | None,
+    prepare: bool,
 ) -> None:
     """Start the stack on this machine; without --detach stay until Ctrl-C. Instances go on either way."""
     from mvm.drivers.stack import connection
 
+    os.umask(0o077)  # logs and sockets of the stack are for its user alone
     settings = _settings(ctx, netns=netns, driver=driver, flower_port=flower_port)
     stack = _stack(settings)
+    if prepare:
+        stack.prepare()
+        return
     with _interrupts_as_keyboard():
         stack.up(_say)
         try:
             facts = connection(settings)
             rows = [{"what": name, "where": value} for name, value in facts.items()]
-            _show(facts, rows, output)
+            _show(facts, rows, output_of(ctx))
             _say(f"up; Flower's user is mvm, its password in {settings.layout.flower_password}")
             if detach:
                 return
@@ -56,51 +63,49 @@ def up(
             raise
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--instances", is_flag=True, help="Stop all running instances first.")
-@_output
 @click.pass_context
-def down(ctx: click.Context, instances: bool, output: str) -> None:
+def down(ctx: click.Context, instances: bool) -> None:
     """Stop the stack and wait until it is gone. Instances go on unless --instances is given."""
     from mvm.drivers.stack import running_settings
 
     settings = running_settings(_settings(ctx))
+    stack = _stack(settings)
     if instances:
         from mvm.cli.stop_all import stop_instances
 
-        stop_instances(settings, _say)
-    _stack(settings).down(_say)
-    if output == "table":
+        stop_instances(settings, stack, _say)
+    stack.down(_say)
+    if output_of(ctx) == "table":
         _say("down")
     else:
-        _show({"state": "down"}, [], output)
+        _show({"state": "down"}, [], output_of(ctx))
 
 
-@click.command()
-@_output
+@click.command(cls=Command)
 @click.pass_context
-def status(ctx: click.Context, output: str) -> None:
+def status(ctx: click.Context) -> None:
     """Show every part of the stack; exit 0 when all of them answer, else 6."""
     from mvm.drivers.stack import running_settings
 
     parts = _stack(running_settings(_settings(ctx))).status()
     rows = [part.to_dict() for part in parts]
-    _show(rows, [{**row, "answers": "yes" if row["answers"] else "no"} for row in rows], output)
+    _show(rows, [{**row, "answers": "yes" if row["answers"] else "no"} for row in rows], output_of(ctx))
     if all(part.state == "stopped" for part in parts):
         _say("not running; start it with: mvm up --detach")
     if not all(part.answers for part in parts):
         ctx.exit(_UNREACHABLE)
 
 
-@click.command()
-@_output
+@click.command(cls=Command)
 @click.pass_context
-def doctor(ctx: click.Context, output: str) -> None:
+def doctor(ctx: click.Context) -> None:
     """Check what mvm needs of this machine; exit 1 when something is missing."""
     from mvm.drivers.doctor import examine
 
     checks = [check.to_dict() for check in examine(_settings(ctx))]
-    _show(checks, checks, output)
+    _show(checks, checks, output_of(ctx))
     if any(check["result"] == "fail" for check in checks):
         ctx.exit(1)
 

@@ -54,6 +54,11 @@ class StateLayout:
         return self.root / "logs"
 
     @property
+    def beat_alive(self) -> Path:
+        """Touched by Beat with every tick."""
+        return self.run / "beat.alive"
+
+    @property
     def certs(self) -> Path:
         """CA, node and coordinator certificates and keys."""
         return self.root / "certs"

@@ -30,15 +30,12 @@ _FILES = (_KERNEL, _INITRAMFS, _ROOTFS)
 
 
 class BuiltinImages:
-    """`ImageBuilder` for ``builtin:`` sources. Builds of one node take turns.
+    """`ImageBuilder` for ``builtin:`` sources, one build at a time on a node; packages come through `fetch`."""
 
-    Packages are fetched within the network namespace at `netns`: the node's own may have no way out.
-    """
-
-    def __init__(self, layout: StateLayout, shell: Shell, *, netns: Path | None = None) -> None:
+    def __init__(self, layout: StateLayout, shell: Shell, fetch: Shell | None = None) -> None:
         self._layout = layout
         self._shell = shell
-        self._packages = Packages(shell, layout.package_cache, netns)
+        self._packages = Packages(fetch or shell, layout.package_cache)
 
     def build(self, source: ImageSource, report: ProgressReport) -> Revision:
         """Build; see the port."""

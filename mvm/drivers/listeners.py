@@ -7,9 +7,7 @@ that was made over there.
 
 from __future__ import annotations
 
-import os
 import socket
-from pathlib import Path
 
 from mvm.drivers import netns
 from mvm.errors import NotAllowed
@@ -21,8 +19,8 @@ def loopback_listeners(port: int, *, namespaced: bool) -> list[socket.socket]:
     Raises `NotAllowed` (``stack.port_taken``).
     """
     found = [_listen(port)]
-    outside = Path(f"/proc/{os.getppid()}/ns/net")
-    if namespaced and outside.readlink() != Path("/proc/thread-self/ns/net").readlink():
+    outside = netns.of_parent() if namespaced else None
+    if outside is not None:
         with netns.entered(outside):
             found.append(_listen(port))
     return found

@@ -97,6 +97,15 @@ def socket_in(path: Path | None, family: int, kind: int) -> socket.socket:
         return socket.socket(family, kind)
 
 
+def of_parent() -> Path | None:
+    """The parent process's namespace; None when it is our own.
+
+    The stack's parts run in a namespace of their own, their parent (the supervisor) in the host's.
+    """
+    outside = Path(f"/proc/{os.getppid()}/ns/net")
+    return None if outside.readlink() == Path("/proc/thread-self/ns/net").readlink() else outside
+
+
 def _enter(fd: int, path: Path) -> None:
     if _libc.setns(fd, _CLONE_NEWNET) != 0:
         raise _error(path, ctypes.get_errno())

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import http.client
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from threading import Lock
 
 from mvm.drivers import netns
 from mvm.drivers.redis_link import RedisLink
@@ -16,6 +19,9 @@ from mvm.errors import MvmError
 from mvm.settings import Settings
 
 _ANSWER_S = 2.0
+_TICK_S = 10.0  # Beat ticks every second
+_PONG_S = 1.0  # a ping before the worker listens is lost, so this is also how soon it is asked again
+_importing = Lock()
 WORKERS = {"worker": "main", "urgent": "urgent"}
 
 
@@ -26,10 +32,16 @@ class Probes:
         self._settings = settings
         self._namespace = netns.path_of(settings.namespace) if settings.namespace else None
 
+    def ask_all(self, parts: Iterable[str], states: Mapping[str, PartState]) -> dict[str, str | None]:
+        """`ask` of several at once."""
+        names = list(parts)
+        with ThreadPoolExecutor(len(names) or 1) as pool:
+            return dict(zip(names, pool.map(lambda name: self.ask(name, states), names), strict=True))
+
     def ask(self, part: str, states: Mapping[str, PartState]) -> str | None:
         """What keeps `part` from being ready; it also has to run by what supervisord says."""
         state = states.get("agent" if part == "metrics" else part)
-        if state is not None and state.state != "RUNNING":
+        if state is not None and state.state not in ("STARTING", "RUNNING"):
             return state.state.lower()
         try:
             match part:
@@ -57,21 +69,25 @@ class Probes:
         return netns.entered(namespace) if namespace else nullcontext()
 
     def _redis(self) -> str | None:
-        with self._inside(self._namespace):
-            reply = RedisLink(self._settings.redis, code="redis.unreachable", timeout_s=_ANSWER_S).command("PING")
+        link = RedisLink(self._settings.redis, code="redis.unreachable", timeout_s=_ANSWER_S)
+        try:
+            with self._inside(self._namespace):
+                reply = link.command("PING")
+        finally:
+            link.close()
         return None if reply == b"PONG" else f"unexpected reply {reply!r}"
 
     def _worker(self, name: str) -> str | None:
-        from celery import Celery
-        from kombu.exceptions import OperationalError
-
+        with _importing:  # Celery's lazy modules are not made for two threads at once
+            from celery import Celery
+            from kombu.exceptions import OperationalError
         node = f"{name}@{self._settings.node}"
         app = Celery("mvm-probe", broker=self._settings.broker, set_as_current=False)
         app.conf.update(broker_connection_max_retries=0, broker_transport_options={"max_retries": 0})
         try:
             with self._inside(self._namespace), app.connection_for_write() as connection:
                 replies = app.control.broadcast(
-                    "ping", destination=[node], reply=True, limit=1, timeout=_ANSWER_S, connection=connection
+                    "ping", destination=[node], reply=True, limit=1, timeout=_PONG_S, connection=connection
                 )
         except OperationalError as error:
             return f"broker: {error}"
@@ -80,11 +96,16 @@ class Probes:
         return None if any(node in reply for reply in replies or []) else f"{node} does not answer pings"
 
     def _beat(self, state: PartState | None) -> str | None:
-        """Beat answers nobody; it is alive once it has written its schedule since it was started."""
-        schedule = schedule_file(self._settings)
+        """Beat answers nobody; it touches a file with every tick."""
+        try:
+            ticked = self._settings.layout.beat_alive.stat().st_mtime
+        except FileNotFoundError:
+            return "has not ticked yet"
         since = state.since.timestamp() if state and state.since else 0.0
-        written = [p.stat().st_mtime for p in schedule.parent.glob(f"{schedule.name}*")]
-        return None if written and max(written) >= since else "has not opened its schedule yet"
+        if ticked < since:
+            return "has not ticked since it was started"
+        silent_s = time.time() - ticked
+        return None if silent_s < _TICK_S else f"has not ticked for {silent_s:.0f} s"
 
     def _agent(self) -> str | None:
         from mvm.drivers.quic.client import QuicAgents
@@ -123,8 +144,3 @@ class Probes:
 def agent_address(settings: Settings) -> str:
     """Where the agent listens, ``HOST:PORT``."""
     return f"{settings.agent_host}:{settings.agent_port}"
-
-
-def schedule_file(settings: Settings) -> Path:
-    """Beat's record of when it fired what."""
-    return settings.layout.run / "beat-schedule"

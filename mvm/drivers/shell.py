@@ -18,10 +18,13 @@ _KEPT = 4000  # characters of a failed program's stderr
 
 
 class LocalShell:
-    """`Shell` on this host, in the caller's namespaces.
+    """`Shell` on this host, in the caller's namespaces; `run` in the network namespace at `netns`, if one is given.
 
     Who spawns reaps: `processes.reap` takes the exit status of a program that `spawn` started and that has ended.
     """
+
+    def __init__(self, netns: Path | None = None) -> None:
+        self._prefix = ("nsenter", f"--net={netns}", "--") if netns else ()
 
     def run(
         self,
@@ -35,7 +38,7 @@ class LocalShell:
         """Run to the end; `env` adds to the caller's environment."""
         try:
             done = subprocess.run(
-                argv, input=stdin, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout_s,
+                [*self._prefix, *argv], input=stdin, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout_s,
                 capture_output=True, encoding="utf-8", errors="replace", check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as expired:

@@ -8,7 +8,6 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 from mvm.domain.layout import StateLayout
 from mvm.drivers import netns, state_dir, supervisor
-from mvm.drivers.probes import WORKERS, Probes, agent_address, schedule_file
+from mvm.drivers.probes import WORKERS, Probes, agent_address
 from mvm.drivers.supervisor import Program, Supervisor
-from mvm.errors import Failed, Forbidden, NotAllowed, Unreachable
+from mvm.errors import Failed, Forbidden, MvmError, NotAllowed, Unreachable
 from mvm.ports.queue import node_queue
 from mvm.ports.shell import Shell
 from mvm.settings import Settings
@@ -28,7 +27,7 @@ from mvm.settings import Settings
 Report = Callable[[str], None]
 _READY_S = 120.0
 _ASK_AGAIN_S = 0.1
-_GIVE_UP_AFTER = 3  # failed starts of one part
+_GIVE_UP_AFTER = 3  # processes of one part, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def programs(settings: Settings) -> tuple[Program, ...]:
         ]  # fmt: skip
         return Program(name, argv, 20, patience, {"MVM_WORKER_ROLE": WORKERS[name]})
 
-    beat = [python, "-m", "celery", "-A", "beat.app", "beat", "-s", str(schedule_file(settings)), "--pidfile="]
+    beat = [python, "-m", "celery", "-A", "beat.app", "beat", "--pidfile=", "-l", "INFO"]
     redis = [
         "redis-server", "--unixsocket", str(layout.redis_socket), "--unixsocketperm", "700", "--port", "0",
         "--dir", str(layout.redis), "--appendonly", "yes", "--appendfsync", "everysec",
@@ -121,6 +120,19 @@ class Stack:
         names = [p.name for p in self._programs]
         return (*self._external, *names, *(["metrics"] if "agent" in names else []))
 
+    def prepare(self) -> None:
+        """The state directory exists, with all keys and certificates."""
+        from mvm.drivers.quic import certs
+
+        state_dir.prepare(self._layout)
+        certs.init(self._layout, self._settings.node)
+        self._layout.metrics.mkdir(mode=0o700, exist_ok=True)
+
+    def instances_remain(self) -> bool:
+        """Whether something runs on in the namespace that we made."""
+        mark = _namespace_mark(self._layout)
+        return mark.exists() and netns.exists(mark.read_text().strip()) and _is_used(mark.read_text().strip())
+
     def up(self, report: Report) -> None:
         """Start everything and return once every part has answered; what was begun is undone on failure.
 
@@ -130,7 +142,7 @@ class Stack:
         if os.geteuid() != 0 and (self._settings.driver != "fake" or self._settings.namespace):
             raise Forbidden("permission.root", "network namespaces, bridges and microVMs need root",
                             hint="run it as root, or without guests: --driver fake --netns host")  # fmt: skip
-        state_dir.prepare(self._layout)
+        self.prepare()
         with state_dir.held(self._layout):
             if self._supervisor.running():
                 raise supervisor.already_up(self._layout)
@@ -142,7 +154,10 @@ class Stack:
                 self._wait_ready(report)
                 _write(self._layout.connection, connection(self._settings))
             except BaseException:
-                self._down(report)
+                try:
+                    self._down(report)
+                except MvmError as error:  # the first failure is the one to hear of
+                    report(f"taking it down again failed: {error.message}")
                 raise
 
     def down(self, report: Report) -> None:
@@ -152,6 +167,10 @@ class Stack:
         self._layout.locks.mkdir(mode=0o700, exist_ok=True)
         with state_dir.held(self._layout):
             self._down(report)
+
+    def stop_part(self, name: str) -> None:
+        """Stop one part for good. Raises `Unreachable` (``stack.down``)."""
+        self._supervisor.stop_part(name)
 
     def watch(self) -> None:
         """Wait for the end of supervisord; raises `Failed` (``stack.died``) when it comes."""
@@ -164,25 +183,21 @@ class Stack:
             states = self._supervisor.parts()
         except Unreachable:
             return [Part(name, "stopped", None, None, False, "not running") for name in self.parts]
-        with ThreadPoolExecutor(len(self.parts)) as pool:
-            notes = list(pool.map(lambda name: self._probes.ask(name, states), self.parts))
         found = []
-        for name, note in zip(self.parts, notes, strict=True):
+        for name, note in self._probes.ask_all(self.parts, states).items():
             state = states.get("agent" if name == "metrics" else name)
-            if state:
-                found.append(Part(name, state.state.lower(), state.pid, state.since, note is None, note))
+            if state:  # supervisord calls a part "starting" for its first second, whatever it answers
+                word = "running" if note is None else state.state.lower()
+                found.append(Part(name, word, state.pid, state.since, note is None, note))
             else:
                 found.append(Part(name, "external", None, None, note is None, note))
         return found
 
     def _start(self, report: Report) -> None:
-        from mvm.drivers.quic import certs
-
         namespace = self._settings.namespace
         self._layout.connection.unlink(missing_ok=True)
         if namespace:
             self._own_namespace(namespace, report)
-        certs.init(self._layout, self._settings.node)
         for stale in (self._layout.metrics, self._layout.redis_socket):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
         self._layout.metrics.mkdir(mode=0o700)
@@ -214,18 +229,16 @@ class Stack:
 
     def _wait_ready(self, report: Report) -> None:
         waiting = dict.fromkeys(self.parts, "")
-        failures: dict[str, set[int]] = {}
+        lives: dict[str, set[int | None]] = {}
         deadline = monotonic() + _READY_S
         pause = Event()
         while waiting:
             states = self._supervisor.parts()
             for name, state in states.items():
-                if state.broken:
-                    failures.setdefault(name, set()).add(state.stopped)
-                    if state.state == "FATAL" or len(failures[name]) >= _GIVE_UP_AFTER:
-                        raise self._failed(name, "does not stay up")
-            for name in list(waiting):
-                problem = self._probes.ask(name, states)
+                lives.setdefault(name, set()).add(state.pid)
+                if state.state == "FATAL" or len(lives[name]) > _GIVE_UP_AFTER:
+                    raise self._failed(name, "does not stay up")
+            for name, problem in self._probes.ask_all(waiting, states).items():
                 if problem is None:
                     del waiting[name]
                     report(f"{name} answers")
@@ -285,6 +298,8 @@ def _is_used(namespace: str) -> bool:
             try:
                 found = (entry / "ns/net").stat()
             except (FileNotFoundError, ProcessLookupError):
+                continue
+            except PermissionError:  # of a stronger user: none that we started
                 continue
             if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
                 return True

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 
 from mvm.domain.job import Job
 from mvm.errors import InvalidInput
@@ -56,12 +57,16 @@ def configure(settings: Settings, stream: IO[str] | None = None) -> None:
     ]
     if settings.log_format == "json":
         render: list[structlog.typing.Processor] = [
-            structlog.processors.dict_tracebacks,
+            structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
             _hide_secrets,
             structlog.processors.JSONRenderer(default=str),
         ]
     else:
-        render = [_hide_secrets, structlog.dev.ConsoleRenderer(colors=out.isatty())]
+        render = [
+            structlog.processors.format_exc_info,
+            _hide_secrets,
+            structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback),
+        ]
     handler = logging.StreamHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -8,12 +8,12 @@ from threading import Barrier
 import pytest
 
 from mvm.drivers import netns
+from mvm.drivers.shell import LocalShell
 from mvm.errors import Failed, InvalidInput, NotFound
 from tests.support.namespace import unique_name
-from tests.support.shell import PlainShell
 
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
-shell = PlainShell()
+shell = LocalShell()
 
 
 def here() -> str:

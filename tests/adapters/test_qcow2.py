@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from mvm.drivers.qcow2 import write_empty
-from tests.support.shell import PlainShell
+from mvm.drivers.shell import LocalShell
 
-shell = PlainShell()
+shell = LocalShell()
 
 
 @pytest.mark.parametrize("size", [512, 1 << 20, (64 << 20) + 512, 512 << 20, (512 << 20) + 1024, 5 << 40])

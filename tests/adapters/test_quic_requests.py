@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mvm.agent.dispatch import UNSENT, Reply
 from mvm.drivers.quic import frames
 from mvm.drivers.quic.client import QuicAgents
 from mvm.drivers.quic.frames import MAX_FRAME, FrameReader, encode
@@ -170,7 +172,7 @@ def test_closing_a_stream_ends_its_generator(agent: Agent) -> None:
     assert agent.node.log_closed.wait(10)
 
 
-def test_a_reader_that_is_slow_holds_the_writer_back(agent: Agent) -> None:
+def test_much_text_arrives_whole(agent: Agent) -> None:
     agent.node.log_text = "x" * 50_000
     agent.node.gate.set()  # it writes as fast as it can
     stream = agent.agents.stream(agent.address, "instance.logs", {"ref": REF, "follow": True}, deadline_s=None)
@@ -178,6 +180,43 @@ def test_a_reader_that_is_slow_holds_the_writer_back(agent: Agent) -> None:
     assert sum(len(part["text"]) for part in taken) == 200 * 50_000
     stream.close()
     assert agent.node.log_closed.wait(10)
+
+
+class FullOutlet:
+    """A stream whose reader takes nothing."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    def write(self, data: bytes, *, end: bool) -> None:
+        self.waiting += len(data)
+
+    def unsent(self) -> int:
+        return self.waiting
+
+
+def test_a_reader_that_is_slow_holds_the_writer_back() -> None:
+    async def scene() -> None:
+        outlet = FullOutlet()
+        reply = Reply(asyncio.get_running_loop(), outlet, lambda _: None)
+        frame = b"x" * (UNSENT - 1)
+        assert await asyncio.to_thread(reply.send, frame)
+        second = asyncio.create_task(asyncio.to_thread(reply.send, frame))
+        while outlet.waiting < 2 * len(frame):
+            await asyncio.sleep(0)
+        reply.check_room()
+        assert not second.done()
+        outlet.waiting = 0
+        reply.check_room()
+        assert await second
+        third = asyncio.create_task(asyncio.to_thread(reply.send, frame + b"xx"))
+        while not outlet.waiting:
+            await asyncio.sleep(0)
+        reply.cancel()
+        assert not await third
+        assert not await asyncio.to_thread(reply.send, b"")
+
+    asyncio.run(scene())
 
 
 def test_a_stream_ends_with_an_error_when_the_agent_stops(tmp_path: Path) -> None:

@@ -21,19 +21,15 @@ from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import QuicEvent, StreamDataReceived
 from cryptography import x509
 
-from mvm.agent.methods import method_table
 from mvm.agent.server import listen, refuses_strangers
-from mvm.agent.server import serve as serve_agent
 from mvm.domain.ids import NodeId
 from mvm.drivers.quic.certs import CLIENT, SERVER, Issued, issue
 from mvm.drivers.quic.client import QuicAgents
 from mvm.drivers.quic.frames import ALPN, encode
 from mvm.drivers.quic.identity import load_credentials, node_dns, node_uri
-from mvm.errors import Failed, Forbidden, MvmError, NotFound, Unreachable
+from mvm.errors import Failed, Forbidden, NotFound, Unreachable
 from tests.support.quic_agent import (
     NODE,
-    StubNode,
-    connect,
     coordinator,
     days_from_now,
     free_udp_port,
@@ -140,14 +136,14 @@ def test_impostors_are_refused_and_learn_nothing(tmp_path: Path, name: str) -> N
         with pytest.raises(Forbidden) as caught:
             ping(address, certs_dir)
         assert caught.value.code == "agent.refused"
-        assert seen == []  # neither a request nor our certificate
+    assert seen == []  # neither a request nor our certificate
 
 
 def test_the_impostor_would_do_with_the_right_certificate(tmp_path: Path) -> None:
     certs_dir = make_certs(tmp_path)
     with impostor(node(ca_of(certs_dir))) as (address, seen):
         assert ping(address, certs_dir) == {}
-        assert len(seen) >= 2
+        until(lambda: len(seen) >= 2, 10, "the request and the certificate are seen")
 
 
 def test_another_protocol_is_told_apart(tmp_path: Path) -> None:
@@ -192,8 +188,8 @@ def test_a_socket_that_swallows_everything_is_unreachable(tmp_path: Path) -> Non
     certs_dir = make_certs(tmp_path)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(Unreachable) as caught:
-            address = f"127.0.0.1:{silent.getsockname()[1]}"
             QuicAgents(certs_dir).call(address, "node.ping", {}, deadline_s=0.3)
     assert caught.value.code == "agent.unreachable"
 
@@ -246,14 +242,3 @@ def test_a_killed_agent_is_noticed_in_the_middle_of_a_call(tmp_path: Path) -> No
         with pytest.raises(Unreachable) as caught:
             list(stream)
     assert caught.value.code == "agent.unreachable"
-
-
-def test_raw_connections_report_errors_of_the_port(tmp_path: Path) -> None:
-    ca = ca_of(make_certs(tmp_path))
-    with running_agent(tmp_path / "certs", StubNode()) as agent:
-        with closing(connect(agent.address, ca, coordinator(ca))) as connection:
-            assert list(connection.request(encode({"id": "", "method": "node.ping", "params": {}}))) == [{}]
-    with pytest.raises(MvmError):
-        ping(agent.address, agent.certs_dir)
-    assert set(method_table(agent.node))
-    assert serve_agent

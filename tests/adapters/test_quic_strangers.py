@@ -15,8 +15,8 @@ from mvm.drivers.quic.certs import SERVER, Issued, issue
 from mvm.drivers.quic.client import Connection
 from mvm.drivers.quic.frames import encode
 from mvm.drivers.quic.tls import _ClientTls
-from mvm.errors import Forbidden, MvmError, TimedOut, Unreachable
-from tests.support.quic_agent import Agent, coordinator, days_from_now, make_certs, node, running_agent
+from mvm.errors import Forbidden, MvmError, Unreachable
+from tests.support.quic_agent import REF, Agent, coordinator, days_from_now, make_certs, node, running_agent
 from tests.support.waiting import until
 
 INFO = encode({"id": "1", "method": "node.info", "params": {}})
@@ -132,8 +132,9 @@ def test_an_unfinished_handshake_ends_at_its_deadline(agent: Agent, monkeypatch:
     before = list(agent.node.calls)
     connection = agent.connect(coordinator(agent.ca))
     connection._quic.context = OmitsFinished
-    with pytest.raises((Unreachable, TimedOut, Forbidden)):
+    with pytest.raises(Unreachable) as caught:
         ask(connection)
+    assert "closed the connection" in caught.value.message
     answers(agent)
     assert agent.node.calls == before
 
@@ -171,6 +172,17 @@ def test_a_session_ticket_admits_nobody(agent: Agent) -> None:
         assert any(early), "early data was tried"
         assert not resuming._quic.tls.session_resumed
     answers(agent)
+
+
+def test_a_connection_does_not_outlive_its_certificate(agent: Agent) -> None:
+    brief = coordinator(agent.ca, not_before=days_from_now(-1), days=1 + 4 / 86400)
+    connection = agent.connect(brief)
+    follow = {"id": "1", "method": "instance.logs", "params": {"ref": REF, "follow": True}}
+    with closing(connection), pytest.raises(Unreachable) as caught:
+        list(connection.request(encode(follow)))
+    assert "expired" in caught.value.message
+    assert agent.node.log_closed.wait(10)
+    agent.node.calls.clear()
 
 
 def test_the_number_of_handshakes_is_bounded(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -122,6 +123,23 @@ def test_processes_exclude_each_other_though_lock_files_come_and_go(tmp_path: Pa
     assert [worker.wait(60) for worker in workers] == [0, 0, 0]
     assert total.read_text() == "300"
     assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_a_file_that_was_removed_before_it_was_locked_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its last holder ends between another's opening and locking it."""
+    locks, flock = FileLocks(tmp_path), fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        monkeypatch.undo()
+        (file,) = tmp_path.iterdir()
+        file.unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locks.hold("x", deadline_s=0), pytest.raises(TimedOut), locks.hold("x", deadline_s=0):
+        pytest.fail("two hold it")
 
 
 def test_lock_files_are_private(tmp_path: Path) -> None:

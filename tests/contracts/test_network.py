@@ -18,7 +18,7 @@ from mvm.drivers.linux_network import LinuxNetwork
 from mvm.errors import Failed, NotAllowed
 from mvm.ports.network import HostNetwork
 from tests.support.namespace import own_namespace
-from tests.support.shell import PlainShell
+from tests.support.shell import RecordingShell
 
 ACME = TenantNetwork(7, IPv4Network("10.240.7.0/24"))
 BETA = TenantNetwork(4095, IPv4Network("10.241.0.0/16"))
@@ -30,7 +30,7 @@ class Side:
 
     network: HostNetwork
     fake: FakeHost | None = None
-    shell: PlainShell | None = None
+    shell: RecordingShell | None = None
 
     def make_foreign(self, name: str, kind: str) -> None:
         if self.fake:
@@ -51,14 +51,14 @@ def side(request: pytest.FixtureRequest) -> Iterator[Side]:
         yield Side(fake.network, fake=fake)
     else:
         with own_namespace():
-            shell = PlainShell()
+            shell = RecordingShell()
             yield Side(LinuxNetwork(shell), shell=shell)
 
 
 @pytest.fixture
 def linux() -> Iterator[Side]:
     with own_namespace():
-        shell = PlainShell()
+        shell = RecordingShell()
         yield Side(LinuxNetwork(shell), shell=shell)
 
 
@@ -192,7 +192,7 @@ def test_a_start_in_a_tenant_that_has_its_bridge_runs_one_program(linux: Side) -
 @pytest.mark.root
 def test_many_at_once_get_all_of_theirs() -> None:
     with own_namespace() as name:
-        network = LinuxNetwork(PlainShell())
+        network = LinuxNetwork(RecordingShell())
 
         def start(offset: int) -> None:
             with netns.entered(netns.path_of(name)):

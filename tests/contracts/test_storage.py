@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from base64 import b64decode
 from collections.abc import Iterator
@@ -18,10 +16,11 @@ from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.file_storage import FileStorage
+from mvm.drivers.shell import LocalShell
 from mvm.errors import Failed, NotFound
 from mvm.ports.storage import NodeStorage
 from tests.support.make import ACME, instance_ref
-from tests.support.shell import PlainShell
+from tests.support.revisions import build_revision
 
 ONE, TWO = instance_ref(1), instance_ref(2)
 ELSEWHERE = instance_ref(1, PoolRef(ACME, PoolId("db")))
@@ -41,19 +40,6 @@ class Side:
         return isinstance(self.storage, FileStorage)
 
 
-def build(layout: StateLayout, rootfs: bytes = bytes(1 << 20)) -> Revision:
-    """A revision as an image builder leaves it."""
-    contents = {"vmlinux": b"kernel", "initramfs.cpio": b"initramfs", "rootfs.ext4": rootfs}
-    listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
-    manifest = json.dumps({"files": listed}).encode()
-    revision = Revision(hashlib.sha256(manifest).hexdigest())
-    directory = layout.revision(revision)
-    directory.mkdir(parents=True)
-    for name, data in {**contents, "manifest.json": manifest}.items():
-        (directory / name).write_bytes(data)
-    return revision
-
-
 @pytest.fixture
 def layout(tmp_path: Path) -> StateLayout:
     return StateLayout(tmp_path / "state")
@@ -65,8 +51,8 @@ def side(request: pytest.FixtureRequest, layout: StateLayout) -> Side:
         host = FakeHost()
         built = host.images.build(ImageSource("builtin:", "minimal"), lambda step: None)
         return Side(host.storage, built, host.storage.revision(built).rootfs)
-    built = build(layout)
-    return Side(FileStorage(layout, PlainShell()), built, layout.revision(built) / "rootfs.ext4")
+    built = build_revision(layout)
+    return Side(FileStorage(layout, LocalShell()), built, layout.revision(built) / "rootfs.ext4")
 
 
 def touch_runtime(side: Side) -> None:
@@ -176,12 +162,12 @@ def test_an_unknown_revision_is_not_found(side: Side) -> None:
 
 @pytest.fixture
 def files(layout: StateLayout) -> FileStorage:
-    return FileStorage(layout, PlainShell())
+    return FileStorage(layout, LocalShell())
 
 
 def test_everything_is_private(files: FileStorage, layout: StateLayout) -> None:
     files.prepare(ONE, data_disk_mib=8)
-    rootfs = layout.revision(build(layout)) / "rootfs.ext4"
+    rootfs = layout.revision(build_revision(layout)) / "rootfs.ext4"
     files.fresh_overlay(ONE, rootfs)
     directory = files.directory(ONE)
     assert {path.name for path in directory.iterdir()} == {"ssh_host_key", "data.img", "overlay.qcow2"}
@@ -203,7 +189,7 @@ def test_the_host_key_is_what_dropbear_reads(files: FileStorage) -> None:
 def test_ssh_reads_the_public_line(files: FileStorage, tmp_path: Path) -> None:
     files.prepare(ONE, data_disk_mib=0)
     (tmp_path / "key.pub").write_text(files.keys(ONE).host_public + "\n")
-    assert "ED25519" in PlainShell().run(["ssh-keygen", "-l", "-f", str(tmp_path / "key.pub")]).stdout
+    assert "ED25519" in LocalShell().run(["ssh-keygen", "-l", "-f", str(tmp_path / "key.pub")]).stdout
 
 
 @pytest.mark.parametrize("mib", [4, 64])
@@ -213,10 +199,10 @@ def test_the_data_disk_is_a_sparse_journalled_ext4(files: FileStorage, mib: int)
     assert disk is not None
     assert disk.stat().st_size == mib << 20
     assert disk.stat().st_blocks * 512 < mib << 20
-    about = PlainShell().run(["dumpe2fs", "-h", str(disk)]).stdout
+    about = LocalShell().run(["dumpe2fs", "-h", str(disk)]).stdout
     assert "volume name:   mvm-data" in about
     assert "has_journal" in about
-    PlainShell().run(["e2fsck", "-fn", str(disk)])
+    LocalShell().run(["e2fsck", "-fn", str(disk)])
 
 
 def test_a_data_disk_is_not_formatted_again(files: FileStorage) -> None:
@@ -238,7 +224,7 @@ def test_a_data_disk_left_half_made_is_made_anew(files: FileStorage) -> None:
 
 def test_keys_disk_and_console_outlive_a_run(files: FileStorage, layout: StateLayout) -> None:
     files.prepare(ONE, data_disk_mib=4)
-    files.fresh_overlay(ONE, layout.revision(build(layout)) / "rootfs.ext4")
+    files.fresh_overlay(ONE, layout.revision(build_revision(layout)) / "rootfs.ext4")
     names = ("qmp.sock", "agent.sock", "agent.lock", "vmm.pid", "overlay.qcow2.tmp", "console.log")
     for name in names:
         (files.directory(ONE) / name).touch()
@@ -276,11 +262,11 @@ def test_directories_that_became_empty_go_too(files: FileStorage, layout: StateL
 def small(tmp_path: Path) -> Iterator[StateLayout]:
     """A state directory on a file system of 256 KiB."""
     (tmp_path / "small").mkdir()
-    PlainShell().run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path / "small")])
+    LocalShell().run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path / "small")])
     try:
         yield StateLayout(tmp_path / "small")
     finally:
-        PlainShell().run(["umount", str(tmp_path / "small")])
+        LocalShell().run(["umount", str(tmp_path / "small")])
 
 
 def fill(layout: StateLayout) -> None:
@@ -290,7 +276,7 @@ def fill(layout: StateLayout) -> None:
 
 @pytest.mark.root
 def test_a_data_disk_that_does_not_fit_leaves_nothing_half_made(small: StateLayout) -> None:
-    storage = FileStorage(small, PlainShell())
+    storage = FileStorage(small, LocalShell())
     storage.prepare(ONE, data_disk_mib=0)
     with pytest.raises(Failed) as full:
         storage.prepare(ONE, data_disk_mib=64)
@@ -301,7 +287,7 @@ def test_a_data_disk_that_does_not_fit_leaves_nothing_half_made(small: StateLayo
 
 @pytest.mark.root
 def test_keys_and_overlays_that_do_not_fit_leave_nothing_half_made(small: StateLayout, tmp_path: Path) -> None:
-    storage = FileStorage(small, PlainShell())
+    storage = FileStorage(small, LocalShell())
     storage.prepare(ONE, data_disk_mib=0)
     fill(small)
     rootfs = tmp_path / "rootfs"
@@ -317,54 +303,3 @@ def test_keys_and_overlays_that_do_not_fit_leave_nothing_half_made(small: StateL
     (small.root / "filler").unlink()
     storage.prepare(TWO, data_disk_mib=0)
     assert len(storage.keys(TWO).host_private) == 83
-
-
-# --- damaged revisions
-
-
-@pytest.mark.parametrize("name", ["vmlinux", "initramfs.cpio", "rootfs.ext4", "manifest.json"])
-@pytest.mark.parametrize("harm", ["flip", "shorten", "lose"])
-def test_damage_is_found_and_named(files: FileStorage, layout: StateLayout, name: str, harm: str) -> None:
-    built = build(layout)
-    files.revision(built)
-    path = layout.revision(built) / name
-    data = path.read_bytes()
-    path.unlink()
-    if harm == "flip":
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    elif harm == "shorten":
-        path.write_bytes(data[:-1])
-    with pytest.raises(Failed) as damaged:
-        files.revision(built)
-    assert damaged.value.code == "revision.damaged"
-    assert damaged.value.fields["file"] == name
-    path.write_bytes(data)
-    assert files.revision(built).rootfs.exists()
-
-
-def test_a_manifest_that_lists_too_little_is_damage(files: FileStorage, layout: StateLayout) -> None:
-    for manifest in (b"{}", b"[]", b"no JSON", b'{"files": {"vmlinux": {"sha256": "00", "size": 6}}}'):
-        revision = Revision(hashlib.sha256(manifest).hexdigest())
-        layout.revision(revision).mkdir(parents=True)
-        for name in ("vmlinux", "initramfs.cpio", "rootfs.ext4"):
-            (layout.revision(revision) / name).write_bytes(b"kernel")
-        (layout.revision(revision) / "manifest.json").write_bytes(manifest)
-        with pytest.raises(Failed) as damaged:
-            files.revision(revision)
-        assert damaged.value.code == "revision.damaged"
-
-
-def test_what_was_verified_is_not_read_again(
-    files: FileStorage, layout: StateLayout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = build(layout)
-    files.revision(built)
-
-    def read(*_: object) -> None:
-        raise AssertionError("it was read again")
-
-    monkeypatch.setattr(hashlib, "file_digest", read)
-    files.revision(built)
-    (layout.revision(built) / "rootfs.ext4").touch()
-    with pytest.raises(AssertionError):
-        files.revision(built)

@@ -18,6 +18,7 @@ from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.drivers.sqlite_store import SqliteStore
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
+from tests.support.command_line import ADDRESS, CommandLine, LocalAgents, MemoryClient, WorkedJobs
 
 NODE = NodeId("n1")
 
@@ -98,3 +99,11 @@ def node(tmp_path: Path, settings: Settings) -> Iterator[Node]:
     )
     yield Node(host, clock, queue, registry, build_node(ports, settings, authorized_key="ssh-ed25519 AAAA test"))
     store.close()
+
+
+@pytest.fixture
+def mvm(node: Node, tmp_path: Path) -> CommandLine:
+    """The ``mvm`` command over the node in memory."""
+    jobs = WorkedJobs(node.registry, node.queue, node.clock, node.drain)
+    agents = LocalAgents({ADDRESS: node.services.view})
+    return CommandLine(tmp_path / "state", MemoryClient(node.registry, jobs, agents, NODE))

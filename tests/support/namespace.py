@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import count
 
 from mvm.drivers import netns
-from tests.support.shell import PlainShell
+from mvm.drivers.shell import LocalShell
 
 _serial = count(1)
 
@@ -20,7 +20,7 @@ def unique_name() -> str:
 @contextmanager
 def own_namespace() -> Iterator[str]:
     """The calling thread is in a new namespace until the end of the block."""
-    shell, name = PlainShell(), unique_name()
+    shell, name = LocalShell(), unique_name()
     netns.create(shell, name)
     try:
         with netns.entered(netns.path_of(name)):

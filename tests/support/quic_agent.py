@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -121,29 +122,21 @@ def running_agent(certs_dir: Path, node: StubNode | None = None) -> Iterator[Age
     """An agent in a thread with an event loop of its own; a failure to start or stop is raised here."""
     node = node or StubNode()
     sock = listen("127.0.0.1", 0)
-    failure: list[BaseException] = []
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
     def run() -> None:
-        try:
-            with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                runner.run(serve(sock, certs_dir, method_table(node), stop))
-        except BaseException as error:
-            failure.append(error)
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(serve(sock, certs_dir, method_table(node), stop))
 
     address = f"127.0.0.1:{sock.getsockname()[1]}"
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield Agent(address, certs_dir, node)
-    finally:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(stop.set)
-        thread.join(20)
-        if failure:
-            raise failure[0]
-        assert not thread.is_alive()
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(run)
+        try:
+            yield Agent(address, certs_dir, node)
+        finally:
+            with suppress(RuntimeError):  # it did not start; the result says why
+                loop.call_soon_threadsafe(stop.set)
+            serving.result(20)
 
 
 def coordinator(ca: Issued | None, **changes: Any) -> Issued:

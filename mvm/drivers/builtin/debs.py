@@ -11,12 +11,10 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from mvm.drivers import netns
 from mvm.drivers.builtin.tree import Tree
 from mvm.errors import Failed, MvmError
 from mvm.ports.shell import Shell
@@ -38,15 +36,11 @@ class Package:
 
 
 class Packages:
-    """The archive apt is set up for, reached through the network namespace at `netns` (None: the caller's).
+    """The archive apt is set up for, and a cache of package files named by their sha256."""
 
-    `cache` keeps package files, named by their sha256.
-    """
-
-    def __init__(self, shell: Shell, cache: Path, netns: Path | None = None) -> None:
+    def __init__(self, shell: Shell, cache: Path) -> None:
         self._shell = shell
         self._cache = cache
-        self._netns = netns
 
     def dependency(self, name: str, pattern: re.Pattern[str]) -> str:
         """The package that the metapackage `name` stands for."""
@@ -101,8 +95,7 @@ class Packages:
 
     def _apt(self, argv: Sequence[str], *, cwd: Path | None = None, timeout_s: float = 60) -> str:
         try:
-            with netns.entered(self._netns) if self._netns else nullcontext():
-                return self._shell.run(argv, env=_ENV, cwd=cwd, timeout_s=timeout_s).stdout
+            return self._shell.run(argv, env=_ENV, cwd=cwd, timeout_s=timeout_s).stdout
         except MvmError as error:
             words = f"{error.message} {error.fields.get('stderr', '')}"
             if "No space left" in words:

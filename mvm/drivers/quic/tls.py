@@ -22,7 +22,11 @@ from mvm.drivers.quic.identity import Credentials, Peer, Refused, verify_client,
 if TYPE_CHECKING:
     from cryptography.x509.verification import Store
 
-logging.getLogger("quic").addHandler(logging.NullHandler())  # every refusal is an error or a log line of ours
+# aioquic tells of each connection; what matters of it is an error or a log line of ours.
+_logger = logging.getLogger("quic")
+_logger.addHandler(logging.NullHandler())
+if _logger.level == logging.NOTSET:
+    _logger.setLevel(logging.CRITICAL)
 
 IDLE_S = 15.0  # both sides; whoever waits pings more often
 CRYPTO_ERROR = 0x100  # a QUIC close code is this plus the TLS alert

@@ -1,0 +1,210 @@
+"""Bringing the stack up and down, with a real Redis as its only part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mvm.drivers import netns, state_dir
+from mvm.drivers.shell import LocalShell
+from mvm.drivers.stack import Stack, programs, running_settings
+from mvm.drivers.supervisor import Program
+from mvm.errors import Failed, Forbidden, InvalidInput, NotAllowed, Unreachable
+from mvm.settings import Settings, load_settings
+
+pytestmark = pytest.mark.redis
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="mvm-t-"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def settings(root: Path) -> Settings:
+    return load_settings(
+        state_dir=root / "s", netns="host", driver="fake", flower_port=free_port(), metrics_port=free_port()
+    )
+
+
+def quiet(_text: str) -> None:
+    """No progress."""
+
+
+def redis_only(settings: Settings) -> Stack:
+    return Stack(settings, LocalShell(), [p for p in programs(settings) if p.name == "redis"])
+
+
+@pytest.fixture
+def stack(settings: Settings) -> Iterator[Stack]:
+    stack = redis_only(settings)
+    yield stack
+    stack.down(quiet)
+
+
+def test_up_status_down_and_again(stack: Stack, settings: Settings) -> None:
+    layout = settings.layout
+    assert [part.answers for part in stack.status()] == [False]
+    for _ in range(2):
+        said: list[str] = []
+        stack.up(said.append)
+        assert "redis answers" in said
+        facts = json.loads(layout.connection.read_text())
+        assert facts["redis_url"] == f"unix://{layout.redis_socket}"
+        assert facts["netns"] is None
+        [part] = stack.status()
+        assert (part.name, part.state, part.answers) == ("redis", "running", True)
+        assert running_settings(load_settings(state_dir=layout.root)) == settings
+        stack.down(quiet)
+        assert not layout.connection.exists()
+        assert not layout.redis_socket.exists()
+        stack.down(quiet)
+
+
+def test_everything_is_private(stack: Stack, settings: Settings) -> None:
+    stack.prepare()
+    for path in (settings.layout.ssh_key, settings.layout.flower_password, settings.layout.certs / "node.key"):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert settings.layout.root.stat().st_mode & 0o777 == 0o700
+    password, key = settings.layout.flower_password.read_text(), settings.layout.ssh_key.read_text()
+    stack.prepare()
+    assert (settings.layout.flower_password.read_text(), settings.layout.ssh_key.read_text()) == (password, key)
+    LocalShell().run(["ssh-keygen", "-y", "-f", str(settings.layout.ssh_key)])
+    argv = " ".join(word for program in programs(settings) for word in program.argv)
+    assert password.strip() not in argv
+
+
+def test_a_second_up_is_refused(stack: Stack, settings: Settings) -> None:
+    stack.up(quiet)
+    with pytest.raises(NotAllowed) as caught:
+        redis_only(settings).up(quiet)
+    assert caught.value.code == "stack.already_up"
+    assert stack.status()[0].answers
+
+
+def test_two_at_once_are_refused(stack: Stack, settings: Settings) -> None:
+    state_dir.prepare(settings.layout)
+    with state_dir.held(settings.layout), pytest.raises(NotAllowed) as caught:
+        stack.up(quiet)
+    assert caught.value.code == "stack.busy"
+
+
+def test_a_part_that_fails_is_named_with_its_words_and_all_is_taken_down(settings: Settings) -> None:
+    redis = next(p for p in programs(settings) if p.name == "redis")
+    bad = Program("agent", ["sh", "-c", "echo no such luck; exit 3"], 20)
+    stack = Stack(settings, LocalShell(), [redis, bad])
+    with pytest.raises(Failed) as caught:
+        stack.up(quiet)
+    assert caught.value.code == "stack.part_failed"
+    assert caught.value.fields["part"] == "agent"
+    assert "no such luck" in caught.value.message
+    assert not settings.layout.connection.exists()
+    assert {part.state for part in stack.status()} == {"stopped"}
+
+
+def test_a_taken_port_names_the_flag(stack: Stack, settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", settings.flower_port)), pytest.raises(NotAllowed) as caught:
+        stack.up(quiet)
+    assert caught.value.code == "stack.port_taken"
+    assert "--flower-port" in caught.value.hint
+
+
+def test_another_version_is_refused(stack: Stack, settings: Settings) -> None:
+    settings.state_dir.mkdir()
+    settings.layout.version.write_text("99\n")
+    for act in (stack.up, stack.down):
+        with pytest.raises(NotAllowed) as caught:
+            act(quiet)
+        assert caught.value.code == "state.version"
+    settings.layout.version.write_text("1\n")
+
+
+def test_a_directory_of_something_else_is_left_alone(stack: Stack, settings: Settings) -> None:
+    settings.state_dir.mkdir(mode=0o755)
+    (settings.state_dir / "thesis.txt").touch()
+    with pytest.raises(NotAllowed) as caught:
+        stack.up(quiet)
+    assert caught.value.code == "state.foreign"
+    assert settings.state_dir.stat().st_mode & 0o777 == 0o755
+    (settings.state_dir / "thesis.txt").unlink()
+
+
+def test_without_root_only_the_fake_driver_in_the_own_namespace(
+    root: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for driver, name in (("qemu", "host"), ("qemu", ""), ("fake", "")):
+        with pytest.raises(Forbidden) as caught:
+            redis_only(load_settings(state_dir=root / "s", netns=name, driver=driver)).up(quiet)
+        assert caught.value.code == "permission.root"
+
+
+def test_a_path_too_long_for_sockets(root: Path) -> None:
+    with pytest.raises(InvalidInput):
+        redis_only(load_settings(state_dir=root / ("x" * 80)))
+
+
+def test_an_external_redis_that_is_down_is_known_at_once(root: Path) -> None:
+    settings = load_settings(
+        state_dir=root / "s", netns="host", driver="fake", redis_url=f"unix://{root}/none.sock",
+        flower_port=free_port(), metrics_port=free_port(),
+    )  # fmt: skip
+    with pytest.raises(Unreachable) as caught:
+        Stack(settings, LocalShell(), []).up(quiet)
+    assert caught.value.code == "registry.unreachable"
+
+
+@pytest.mark.root
+def test_the_namespace_is_made_and_stays_while_something_runs_in_it(settings: Settings) -> None:
+    settings = load_settings(**{**settings.model_dump(), "netns": ""})
+    name = settings.namespace
+    assert name is not None
+    stack = redis_only(settings)
+    stack.up(quiet)
+    try:
+        pid = stack.status()[0].pid
+        assert Path(f"/proc/{pid}/ns/net").stat().st_ino == netns.path_of(name).stat().st_ino
+        with subprocess.Popen(["nsenter", f"--net={netns.path_of(name)}", "sleep", "300"]) as guest:
+            inside = netns.path_of(name).stat().st_ino
+            while Path(f"/proc/{guest.pid}/ns/net").stat().st_ino != inside:
+                assert guest.poll() is None
+            stack.down(quiet)
+            assert netns.exists(name)
+            assert stack.instances_remain()
+            with pytest.raises(NotAllowed) as caught:
+                redis_only(load_settings(**{**settings.model_dump(), "netns": "mvm-t-other"})).up(quiet)
+            assert caught.value.code == "stack.other_netns"
+            stack.up(quiet)
+            guest.kill()
+    finally:
+        stack.down(quiet)
+    assert not netns.exists(name)
+    assert not stack.instances_remain()
+
+
+@pytest.mark.root
+def test_a_namespace_of_somebody_else_is_used_and_kept(settings: Settings) -> None:
+    shell, name = LocalShell(), f"mvm-t-{os.getpid()}"
+    netns.create(shell, name)
+    try:
+        stack = redis_only(load_settings(**{**settings.model_dump(), "netns": name}))
+        stack.up(quiet)
+        stack.down(quiet)
+        assert netns.exists(name)
+    finally:
+        netns.delete(shell, name)
