@@ -23,8 +23,11 @@ class LocalShell:
     Who spawns reaps: `processes.reap` takes the exit status of a program that `spawn` started and that has ended.
     """
 
+    _prefix: tuple[str, ...] = ()
+
     def __init__(self, netns: Path | None = None) -> None:
-        self._prefix = ("nsenter", f"--net={netns}", "--") if netns else ()
+        if netns is not None:
+            self._prefix = ("nsenter", f"--net={netns}", "--")
 
     def run(
         self,
