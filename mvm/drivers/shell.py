@@ -20,7 +20,7 @@ _KEPT = 4000  # characters of a failed program's stderr
 class LocalShell:
     """`Shell` on this host, in the caller's namespaces; `run` in the network namespace at `netns`, if one is given.
 
-    Who spawns reaps: `processes.reap` takes the exit status of a program that `spawn` started and that has ended.
+    What `spawn` started and has ended is reaped when `processes` looks at it.
     """
 
     _prefix: tuple[str, ...] = ()

@@ -145,6 +145,7 @@ class Apt(LocalShell):
     """A shell in which apt does something else."""
 
     def __init__(self, script: str) -> None:
+        super().__init__()
         self.script = script
 
     def run(self, argv, **options):  # type: ignore[no-untyped-def]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +24,7 @@ class Scripted(LocalShell):
     """A shell whose every run ends as told."""
 
     def __init__(self, outcome: Completed | Exception) -> None:
+        super().__init__()
         self.outcome = outcome
         self.runs: list[list[str]] = []
 
@@ -109,7 +108,6 @@ def test_the_probe_guest_says_its_word(tmp_path: Path, monkeypatch: pytest.Monke
     assert chosen == Accelerator("kvm", "a guest booted on it")
 
 
-@pytest.mark.skipif(not os.access("/proc/cpuinfo", os.R_OK), reason="needs /proc/cpuinfo")
 def test_the_measured_rate_is_stable_and_near_what_the_kernel_shows() -> None:
     first = host_tsc_khz()
     host_tsc_khz.cache_clear()
@@ -117,4 +115,3 @@ def test_the_measured_rate_is_stable_and_near_what_the_kernel_shows() -> None:
     shown = re.search(r"cpu MHz\s*: ([0-9.]+)", Path("/proc/cpuinfo").read_text())
     assert shown
     assert 0.2 < float(shown[1]) * 1000 / first < 3  # the core's present frequency, which need not be the counter's
-    assert time.monotonic() > 0

@@ -61,8 +61,7 @@ def kernel_line(tsc_khz: int, *extra: str) -> str:
     """
     return " ".join(
         ("console=ttyS0", "quiet", "loglevel=3", "panic=-1", "reboot=t", f"tsc_early_khz={tsc_khz}", "tsc=reliable",
-         "cryptomgr.notests",
-         "rcupdate.rcu_expedited=1", *extra)
+         "cryptomgr.notests", "rcupdate.rcu_expedited=1", *extra)
     )  # fmt: skip
 
 
