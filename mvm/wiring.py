@@ -183,7 +183,8 @@ def build_node(
     """Services over `ports`: the same for real and fake ones."""
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.jobs import Jobs
-    from mvm.services.lifecycle import Lifecycle, LifecycleLimits
+    from mvm.services.lifecycle import Lifecycle
+    from mvm.services.microvm import Limits, MicroVms
     from mvm.services.pools import Pools
     from mvm.services.reconcile import Reconcile
     from mvm.services.runner import Runner
@@ -195,11 +196,12 @@ def build_node(
     address = f"{settings.agent_host}:{settings.agent_port}"
     jobs = Jobs(p.registry, p.queue, p.clock)
     runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, observers)
-    lifecycle = Lifecycle(
-        store=p.store, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
-        limits=LifecycleLimits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
+    microvms = MicroVms(
+        store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
+        limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
+    lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms)
     reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
     tenants = Tenants(p.store, p.registry, p.network)
     pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)

@@ -18,6 +18,7 @@ from mvm.settings import Settings, load_settings
 
 _SAVE_EVERY_MS = 30_000
 _MAX_TASKS = 20_000
+_COLUMNS = "name,kwargs,state,received,runtime,worker,uuid"  # what was asked of whom, before anything else
 
 
 def serve(app: Any, settings: Settings, sockets: Sequence[socket]) -> None:
@@ -36,6 +37,7 @@ def serve(app: Any, settings: Settings, sockets: Sequence[socket]) -> None:
     options.state_save_interval = _SAVE_EVERY_MS
     options.max_tasks = _MAX_TASKS
     options.purge_offline_workers = 3600
+    options.tasks_columns = _COLUMNS
     asyncio.set_event_loop(asyncio.new_event_loop())
     flower = Flower(capp=app, options=options, io_loop=IOLoop.current(), **web)
     server = HTTPServer(flower)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -99,10 +99,3 @@ class LazyGroup(Group):
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in self._lazy.items()])
-
-
-def pass_on(ctx: click.Context, names: tuple[str, ...]) -> None:
-    """Make the format given before the subcommand the default of commands that have an ``--output`` of their own."""
-    if _OUTPUT in ctx.meta:
-        defaults: MutableMapping[str, Any] = {name: {"output": ctx.meta[_OUTPUT]} for name in names}
-        ctx.default_map = defaults

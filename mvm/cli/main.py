@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from mvm.cli.base import LazyGroup, output_in, output_of, pass_on, wants_debug
+from mvm.cli.base import LazyGroup, output_in, output_of, wants_debug
 
-STACK = ("up", "down", "status", "doctor")
 _COMMANDS = {
     "up": ("mvm.cli.stack:up", "Start the stack on this machine."),
     "down": ("mvm.cli.stack:down", "Stop the stack; instances go on."),
@@ -43,7 +42,6 @@ class Root(LazyGroup):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand."""
         try:
-            pass_on(ctx, STACK)
             result = super().invoke(ctx)
             sys.stdout.flush()
         except (click.exceptions.Exit, BrokenPipeError):  # click ends quietly when nobody reads on

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+
+from mvm.cli.base import Command, output_of
+from mvm.cli.render import emit, show_list, show_one
 
 if TYPE_CHECKING:
     from mvm.drivers.stack import Stack
     from mvm.settings import Settings
 
 _UNREACHABLE = 6
+_PARTS = {name: name for name in ("name", "state", "pid", "since", "answers", "note")}
+_CHECKS = {name: name for name in ("name", "result", "detail", "hint")}
 
 
-def _output(command: Callable[..., Any]) -> Callable[..., Any]:
-    choice = click.Choice(["table", "json", "yaml"])
-    return click.option("-o", "--output", type=choice, default="table", help="How to print the result.")(command)
-
-
-@click.command()
+@click.command(cls=Command)
 @click.option("--detach", is_flag=True, help="Return once every part answers; mvm down ends it.")
 @click.option("--netns", metavar="NAME", help="Network namespace; 'host' uses the caller's own.")
 @click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances.")
 @click.option("--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback.")
-@click.option("--prepare", is_flag=True, help="Only make the state directory, its keys and certificates.")
-@_output
+@click.option(
+    "--prepare", is_flag=True, help="Start nothing; only make the state directory, for a stack that others run."
+)
 @click.pass_context
 def up(
     ctx: click.Context,
@@ -39,7 +39,6 @@ def up(
     driver: str | None,
     flower_port: int | None,
     prepare: bool,
-    output: str,
 ) -> None:
     """Start the stack on this machine; without --detach stay until Ctrl-C. Instances go on either way."""
     from mvm.drivers.stack import connection
@@ -49,13 +48,14 @@ def up(
     stack = _stack(settings)
     if prepare:
         stack.prepare()
+        stack.publish()
         return
     with _interrupts_as_keyboard():
         stack.up(_say)
         try:
             facts = connection(settings)
-            rows = [{"what": name, "where": value} for name, value in facts.items()]
-            _show(facts, rows, output)
+            with suppress(BrokenPipeError):
+                show_one(facts, output_of(ctx))
             _say(f"up; Flower's user is mvm, its password in {settings.layout.flower_password}")
             if detach:
                 return
@@ -68,11 +68,10 @@ def up(
             raise
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--instances", is_flag=True, help="Stop all running instances first.")
-@_output
 @click.pass_context
-def down(ctx: click.Context, instances: bool, output: str) -> None:
+def down(ctx: click.Context, instances: bool) -> None:
     """Stop the stack and wait until it is gone. Instances go on unless --instances is given."""
     from mvm.drivers.stack import running_settings
 
@@ -83,37 +82,34 @@ def down(ctx: click.Context, instances: bool, output: str) -> None:
 
         stop_instances(settings, stack, _say)
     stack.down(_say)
-    if output == "table":
+    if output_of(ctx) == "table":
         _say("down")
     else:
-        _show({"state": "down"}, [], output)
+        emit({"state": "down"}, output_of(ctx))
 
 
-@click.command()
-@_output
+@click.command(cls=Command)
 @click.pass_context
-def status(ctx: click.Context, output: str) -> None:
+def status(ctx: click.Context) -> None:
     """Show every part of the stack; exit 0 when all of them answer, else 6."""
     from mvm.drivers.stack import running_settings
 
     parts = _stack(running_settings(_settings(ctx))).status()
-    rows = [part.to_dict() for part in parts]
-    _show(rows, [{**row, "answers": "yes" if row["answers"] else "no"} for row in rows], output)
+    show_list([part.to_dict() for part in parts], _PARTS, output_of(ctx), empty="")
     if all(part.state == "stopped" for part in parts):
         _say("not running; start it with: mvm up --detach")
     if not all(part.answers for part in parts):
         ctx.exit(_UNREACHABLE)
 
 
-@click.command()
-@_output
+@click.command(cls=Command)
 @click.pass_context
-def doctor(ctx: click.Context, output: str) -> None:
+def doctor(ctx: click.Context) -> None:
     """Check what mvm needs of this machine; exit 1 when something is missing."""
     from mvm.drivers.doctor import examine
 
     checks = [check.to_dict() for check in examine(_settings(ctx))]
-    _show(checks, checks, output)
+    show_list(checks, _CHECKS, output_of(ctx), empty="")
     if any(check["result"] == "fail" for check in checks):
         ctx.exit(1)
 
@@ -154,19 +150,5 @@ def _interrupts_as_keyboard() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _show(data: Any, rows: Sequence[Mapping[str, Any]], output: str) -> None:
-    if output == "json":
-        click.echo(json.dumps(data, indent=2))
-    elif output == "yaml":
-        import yaml
-
-        click.echo(yaml.safe_dump(data, sort_keys=False), nl=False)
-    elif rows:
-        cells = [list(rows[0]), *([str(v) if v is not None else "-" for v in row.values()] for row in rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        for i, line in enumerate(cells):
-            words = [word.upper() for word in line] if i == 0 else line
-            click.echo("  ".join(word.ljust(width) for word, width in zip(words, widths, strict=True)).rstrip())
+    with suppress(BrokenPipeError):  # whoever stops reading has not asked for the stack to end
+        click.echo(text, err=True)

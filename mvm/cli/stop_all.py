@@ -5,18 +5,18 @@ from __future__ import annotations
 import getpass
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from mvm.domain.ids import NodeId
-from mvm.domain.job import JobState, JobVerb, Reason
+from mvm.domain.ids import JobId, NodeId
+from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.drivers.stack import Stack
-from mvm.errors import Failed, Unreachable
+from mvm.errors import Failed, NotAllowed, NotFound, Unreachable
 from mvm.settings import Settings
-from mvm.wiring import open_client
+from mvm.wiring import Client, open_client
 
 
 def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None]) -> None:
-    """Stop every running instance by one bulk job and wait for it.
+    """Cancel what is queued or running, stop every running instance by one bulk job, and wait for it.
 
     Raises `Unreachable` (``stack.down``) when instances run on without a stack, and `Failed`
     (``instance.stop_failed``) when one could not be stopped: the stack then stays up.
@@ -30,20 +30,35 @@ def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None])
             "stack.down", "the stack is not running, so nothing can stop instances", hint="mvm up --detach, then again"
         ) from None
     client = open_client(facts, settings.layout)
+    stack.stop_part("beat")  # its reconcile would start again what stops here
+    node = NodeId(facts["node_id"])
+    actor = os.environ.get("SUDO_USER") or getpass.getuser()
+    _cancel_open_jobs(client, node, say)
     answer = client.agents.call(facts["agent_address"], "instance.list", {"status": "running"}, deadline_s=10)
     refs = [str(row["ref"]) for row in answer["items"]]
     if not refs:
         return
     say(f"stopping {len(refs)} instances")
-    node = NodeId(facts["node_id"])
-    actor = os.environ.get("SUDO_USER") or getpass.getuser()
     parent = client.jobs.submit_bulk(JobVerb.INSTANCE_STOP, refs, lambda _: node, actor=actor, reason=Reason.SHUTDOWN)
-    last = parent
-    for job in client.jobs.follow([parent.job_id]):
-        if job.job_id == parent.job_id:
-            last = job
+    [last] = [job for job in _finals(client, [parent.job_id]) if job.job_id == parent.job_id]
     if last.state is not JobState.SUCCEEDED:
         raise Failed(
             "instance.stop_failed", f"{last.progress.failed} of {len(refs)} instances could not be stopped",
             hint=f"see: mvm job show {parent.job_id}", job_id=str(parent.job_id),
         )  # fmt: skip
+
+
+def _cancel_open_jobs(client: Client, node: NodeId, say: Callable[[str], None]) -> None:
+    """No job of the node is queued or running any more; one that ends may have asked for others."""
+    while jobs := client.registry.open_jobs(node):
+        say(f"cancelling {len(jobs)} jobs")
+        for job in jobs:
+            try:
+                client.jobs.cancel(job.job_id)
+            except (NotAllowed, NotFound):  # it has ended meanwhile
+                continue
+        _finals(client, [job.job_id for job in jobs])
+
+
+def _finals(client: Client, ids: Sequence[JobId]) -> list[Job]:
+    return [job for job in client.jobs.follow(ids) if job.state.final]

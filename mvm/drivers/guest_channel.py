@@ -9,6 +9,7 @@ import fcntl
 import os
 import secrets
 import socket
+import struct
 import threading
 import time
 from base64 import b64decode, b64encode
@@ -60,7 +61,7 @@ class UnixGuestChannel:
             "gateway": identity.gateway,
             "epoch": str(round(identity.now.timestamp())),
             "host_key": _encode(identity.ssh_host_key),
-            "authorized_key": _encode(identity.authorized_key.strip().encode() + b"\n"),
+            "authorized_key": _encode(identity.authorized_key.strip().encode()),
             "entropy": _encode(identity.entropy),
         }
         for name, value in fields.items():
@@ -143,7 +144,7 @@ class _Call:
         token = secrets.token_hex(8)
         try:
             self._socket.settimeout(self.left())
-            self._socket.sendall(f"\n{token} {' '.join(request)}\n".encode())
+            self._socket.sendall(f"\n{token} {' '.join(request)} .\n".encode())
             for line in self._lines():
                 first, *reply = line.split(" ")
                 if first == token:
@@ -181,7 +182,10 @@ class _Call:
         try:
             with _open_directory(self._directory) as fd:
                 port = self._take_turn(fd)
-                self._socket.settimeout(self.left())
+                # A blocking connect waits while the VMM has not yet dismissed clients that were killed.
+                seconds, fraction = divmod(self.left(), 1)
+                limit = struct.pack("@ll", int(seconds), int(fraction * 1e6))
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
                 self._socket.connect(_path(fd, port))
         except (FileNotFoundError, NotADirectoryError, ConnectionError):
             raise self._gone() from None

@@ -114,6 +114,7 @@ class RedisLink:
         db = self._url.path.strip("/") if self._url.scheme != "unix" else ""
         if db and db != "0":
             self._hello(connection, "SELECT", db)
+        self._hello(connection, "PING")  # the kernel connects us to a Redis that hangs, too
         return connection
 
     @staticmethod

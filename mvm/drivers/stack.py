@@ -27,7 +27,7 @@ from mvm.settings import Settings
 Report = Callable[[str], None]
 _READY_S = 120.0
 _ASK_AGAIN_S = 0.1
-_GIVE_UP_AFTER = 3  # failed starts of one part
+_GIVE_UP_AFTER = 3  # processes of one part, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +121,16 @@ class Stack:
         return (*self._external, *names, *(["metrics"] if "agent" in names else []))
 
     def prepare(self) -> None:
-        """The state directory exists, with all keys and certificates."""
+        """The state directory exists, with all keys and certificates; for stacks that others start, too."""
         from mvm.drivers.quic import certs
 
         state_dir.prepare(self._layout)
         certs.init(self._layout, self._settings.node)
         self._layout.metrics.mkdir(mode=0o700, exist_ok=True)
+
+    def publish(self) -> None:
+        """Write down for commands how to reach the stack."""
+        _write(self._layout.connection, connection(self._settings))
 
     def instances_remain(self) -> bool:
         """Whether something runs on in the namespace that we made."""
@@ -152,7 +156,7 @@ class Stack:
             try:
                 self._start(report)
                 self._wait_ready(report)
-                _write(self._layout.connection, connection(self._settings))
+                self.publish()
             except BaseException:
                 try:
                     self._down(report)
@@ -167,6 +171,10 @@ class Stack:
         self._layout.locks.mkdir(mode=0o700, exist_ok=True)
         with state_dir.held(self._layout):
             self._down(report)
+
+    def stop_part(self, name: str) -> None:
+        """Stop one part for good. Raises `Unreachable` (``stack.down``)."""
+        self._supervisor.stop_part(name)
 
     def watch(self) -> None:
         """Wait for the end of supervisord; raises `Failed` (``stack.died``) when it comes."""
@@ -225,16 +233,15 @@ class Stack:
 
     def _wait_ready(self, report: Report) -> None:
         waiting = dict.fromkeys(self.parts, "")
-        failures: dict[str, set[int]] = {}
+        lives: dict[str, set[int | None]] = {}
         deadline = monotonic() + _READY_S
         pause = Event()
         while waiting:
             states = self._supervisor.parts()
             for name, state in states.items():
-                if state.broken:
-                    failures.setdefault(name, set()).add(state.stopped)
-                    if state.state == "FATAL" or len(failures[name]) >= _GIVE_UP_AFTER:
-                        raise self._failed(name, "does not stay up")
+                lives.setdefault(name, set()).add(state.pid)
+                if state.state == "FATAL" or len(lives[name]) > _GIVE_UP_AFTER:
+                    raise self._failed(name, "does not stay up")
             for name, problem in self._probes.ask_all(waiting, states).items():
                 if problem is None:
                     del waiting[name]

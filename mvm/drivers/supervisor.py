@@ -46,18 +46,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class PartState:
-    """What supervisord says of a part; `failures` tells one failed start from the next."""
+    """What supervisord says of a part."""
 
     name: str
     state: str
     pid: int | None
     since: datetime | None
-    stopped: int
-
-    @property
-    def broken(self) -> bool:
-        """Whether it is not running and was not asked to stop."""
-        return self.state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN")
 
 
 def check_path(layout: StateLayout) -> None:
@@ -187,9 +181,14 @@ class Supervisor:
                 state=info["statename"],
                 pid=info["pid"] or None,
                 since=datetime.fromtimestamp(info["start"], UTC) if running and info["start"] else None,
-                stopped=info["stop"],
             )
         return found
+
+    def stop_part(self, name: str) -> None:
+        """Stop one part and wait for its end; it is not started again."""
+        for info in self._call("getAllProcessInfo"):
+            if info["name"] == name and info["statename"] in ("STARTING", "RUNNING", "BACKOFF"):
+                self._call("stopProcess", f"{info['group']}:{name}")
 
     def wait(self) -> None:
         """Wait until supervisord has ended."""
@@ -259,13 +258,13 @@ class Supervisor:
     def _conf(self) -> Path:
         return self._layout.run / "supervisord.conf"
 
-    def _call(self, method: str) -> Any:
+    def _call(self, method: str, *words: str) -> Any:
         from supervisor.xmlrpc import SupervisorTransport
 
         transport = SupervisorTransport(None, None, f"unix://{_socket(self._layout)}")
         try:
             proxy = xmlrpc.client.ServerProxy("http://localhost", transport=cast("Any", transport))
-            return getattr(cast("Any", proxy).supervisor, method)()
+            return getattr(cast("Any", proxy).supervisor, method)(*words)
         except (OSError, http.client.HTTPException, xmlrpc.client.Error):
             raise Unreachable("stack.down", "the stack is not running", hint="mvm up --detach") from None
         finally:

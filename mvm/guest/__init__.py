@@ -9,9 +9,10 @@ everything but commands, and `EXEC` for commands, so that a long command never d
 serves one client and one request at a time.
 
 **Lines.** Requests and replies are lines of ASCII words separated by single spaces. Each is *preceded* by an empty
-line, which ends what a killed client or a vanished host may have left half written; empty lines mean nothing.
-A request begins with an id of the client's choosing and its reply with the same; a client ignores every line with
-another id. BASE64 is on one line, ``-`` when empty. The guest speaks only when asked.
+line, which ends what a killed client or a vanished host may have left half written; empty lines mean nothing. A
+request ends with the word ``.``, without which it is such a half and is ignored. It begins with an id of the
+client's choosing, and its reply with the same; a client ignores every line with another id. BASE64 is on one line,
+``-`` when empty. The guest speaks only when asked.
 
 ==================================  ==========================================================================
 request                             reply

@@ -77,7 +77,10 @@ class VmmDriver(Protocol):
         ...
 
     def console_tail(self, directory: Path, *, lines: int) -> str:
-        """The last lines of the guest's console, control characters removed; empty when there is none."""
+        """The last lines of the guest's console, control characters removed; empty when there is none.
+
+        When its kernel panicked, the lines are those that say why, not the registers and stack that follow.
+        """
         ...
 
     def console(self, directory: Path, *, offset: int) -> tuple[str, int]:

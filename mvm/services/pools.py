@@ -95,13 +95,16 @@ class Pools:
     def destroy(self, context: JobContext) -> Mapping[str, Any]:
         """Remove a pool that has no instances. Its image stays, others may use it."""
         ref = PoolRef.parse(context.job.subject)
-        with self._store.transaction():
-            self._store.pool(ref)
-            count = len(self._store.instances(pool=ref))
-            if count:
-                raise NotAllowed("pool.not_empty", f"pool {ref} has {count} instances",
-                                 hint=f"destroy them first: mvm instance destroy {ref} --all",
-                                 subject=str(ref), instances=count)  # fmt: skip
-            self._store.delete_pool(ref)
+        self._check_empty(ref)
         self._registry.unplace_pool(ref)
-        return {"ref": str(ref)}
+        with context.ending(ref=str(ref)):
+            self._check_empty(ref)
+            self._store.delete_pool(ref)
+        return {}
+
+    def _check_empty(self, ref: PoolRef) -> None:
+        count = len(self._store.instances(pool=self._store.pool(ref).ref))
+        if count:
+            raise NotAllowed("pool.not_empty", f"pool {ref} has {count} instances",
+                             hint=f"destroy them first: mvm instance destroy {ref} --all",
+                             subject=str(ref), instances=count)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from mvm.domain.addressing import parse_net_id, parse_subnet
 from mvm.domain.ids import TenantId
-from mvm.domain.tenant import Quota
+from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import InvalidInput, NotAllowed
 from mvm.ports.network import HostNetwork
 from mvm.ports.registry import Registry
@@ -59,6 +59,16 @@ class Tenants:
     def destroy(self, context: JobContext) -> Mapping[str, Any]:
         """Remove a tenant that has no pools and no instances; its net id is never given again."""
         tenant = self._store.tenant(TenantId(context.job.subject))
+        self._check_empty(tenant)
+        context.step("remove bridge", 0, 1)
+        self._network.remove_bridges(frozenset({tenant.network.bridge}))
+        self._registry.remove_tenant(tenant.id)
+        with context.ending(tenant_id=str(tenant.id)):
+            self._check_empty(tenant)
+            self._store.delete_tenant(tenant.id)
+        return {}
+
+    def _check_empty(self, tenant: Tenant) -> None:
         pools = self._store.pools(tenant.id)
         if pools:
             instances = len(self._store.instances(tenant=tenant.id))
@@ -67,12 +77,6 @@ class Tenants:
                 hint=f"destroy them first: mvm instance destroy {pools[0].ref} --all; mvm pool destroy {pools[0].ref}",
                 subject=str(tenant.id), pools=len(pools), instances=instances,
             )  # fmt: skip
-        context.step("remove bridge", 0, 1)
-        self._network.remove_bridges(frozenset({tenant.network.bridge}))
-        self._registry.remove_tenant(tenant.id)
-        with context.ending(tenant_id=str(tenant.id)):
-            self._store.delete_tenant(tenant.id)
-        return {}
 
 
 def _quota(base: Quota, changes: Mapping[str, int]) -> Quota:

@@ -18,7 +18,7 @@ import pytest
 from mvm.drivers import netns, state_dir
 from mvm.drivers.shell import LocalShell
 from mvm.settings import Settings, load_settings
-from tests.adapters.test_stack import free_port
+from tests.support.local import free_port
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 

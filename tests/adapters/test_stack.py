@@ -19,13 +19,9 @@ from mvm.drivers.stack import Stack, programs, running_settings
 from mvm.drivers.supervisor import Program
 from mvm.errors import Failed, Forbidden, InvalidInput, NotAllowed, Unreachable
 from mvm.settings import Settings, load_settings
+from tests.support.local import free_port
 
 pytestmark = pytest.mark.redis
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from mvm.drivers import state_dir
 from mvm.drivers.shell import LocalShell
 from mvm.drivers.supervisor import Program, Supervisor, check_path, log_of, render_conf, tail
 from mvm.errors import Failed, InvalidInput, NotAllowed, Unreachable
+from tests.support.local import alive
 from tests.support.waiting import until
 
 SLEEP = [sys.executable, "-c", "import signal; print('here', flush=True); signal.pause()"]
@@ -36,13 +37,6 @@ def layout() -> Iterator[StateLayout]:
 @pytest.fixture
 def supervisor(layout: StateLayout) -> Supervisor:
     return Supervisor(layout, LocalShell())
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def test_conf_is_what_supervisord_reads() -> None:

@@ -314,3 +314,40 @@ def test_jobs_keep_their_words(node: Node) -> None:
     job = node.submit(V.TENANT_CREATE, "acme")
     assert Job.from_dict(job.to_dict()) == job
     assert job.node_id == NODE
+
+
+def test_a_create_that_fails_in_the_middle_creates_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pool(data_disk_mib=16)
+    real, calls = node.host.storage.prepare, []
+
+    def full_at_the_third(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise Failed("disk.full", "no space left")
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(node.host.storage, "prepare", full_at_the_third)
+    node.fails("disk.full", V.INSTANCE_CREATE, "acme/web", count=5)
+    assert node.services.view.instances(None, None, None) == []
+    assert not node.host.storage.instances()
+
+
+@pytest.mark.parametrize("verb", [V.INSTANCE_START, V.INSTANCE_STOP, V.INSTANCE_DESTROY])
+def test_a_failed_job_holds_nothing(node: Node, verb: JobVerb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when it failed by a bug: the instance is free, and the next job may have it."""
+    node.pool()
+    (ref,) = node.create()
+    if verb is V.INSTANCE_STOP:
+        node.ok(V.INSTANCE_START, ref)
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(node.host.network, "remove_taps", broken)
+    monkeypatch.setattr(node.host.network, "ensure_tap", broken)
+    node.fails("internal", verb, ref)
+    assert node.instance(ref).in_flight is None
+    assert node.instance(ref).last_error
+    monkeypatch.undo()
+    node.ok(V.INSTANCE_DESTROY, ref)
+    assert not node.host.leaks()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,11 @@ PARTS = ["redis", "worker", "urgent", "beat", "agent", "flower", "metrics"]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CliRunner]:
     monkeypatch.setenv("MVM_STATE_DIR", str(tmp_path / "s"))
-    return CliRunner()
+    umask = os.umask(0o022)
+    yield CliRunner()
+    os.umask(umask)
 
 
 def test_status_when_nothing_runs(run: CliRunner) -> None:
@@ -63,3 +67,11 @@ def test_doctor_fails_only_for_what_is_missing(run: CliRunner, monkeypatch: pyte
     assert json.loads(result.stdout)[1] == {"name": "accelerator", "result": "warn", "detail": "tcg", "hint": "slow"}
     found.append(Check("tun", "fail", "missing", "modprobe tun"))
     assert run.invoke(stack.doctor).exit_code == 1
+
+
+def test_a_reader_that_stops_reading_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_args: object, **_more: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("click.echo", broken)
+    stack._say("progress")

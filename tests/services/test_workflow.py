@@ -122,3 +122,15 @@ def test_a_job_delivered_twice_runs_once(node: Node, verb: JobVerb) -> None:
     assert node.drain() == 2
     assert node.services.jobs.job(job.job_id).state is JobState.SUCCEEDED
     assert len(node.host.vmm.processes()) == (verb is JobVerb.INSTANCE_START)
+
+
+def test_a_hundred_messages_delivered_twice_leave_what_one_delivery_leaves(node: Node) -> None:
+    node.pool()
+    refs = node.create(50)
+    for verb, status, processes in ((JobVerb.INSTANCE_START, "running", 50), (JobVerb.INSTANCE_STOP, "stopped", 0)):
+        jobs = [node.submit(verb, ref) for ref in refs]
+        node.queue.send(list(reversed(jobs)))
+        assert node.drain() == 100
+        assert {node.services.jobs.job(job.job_id).state for job in jobs} == {JobState.SUCCEEDED}
+        assert [i["status"] for i in node.services.view.instances(None, None, None)] == [status] * 50
+        assert sum(len(found) for found in node.host.vmm.processes().values()) == processes

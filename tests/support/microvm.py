@@ -76,10 +76,13 @@ class SshKey:
         return cls(private, public.decode(), dropbear)
 
 
+HOST_KEY = SshKey.make()
+
+
 def identity(hostname: str = "i-00000001", address: str = f"{GUEST_IP}/24", **changes: object) -> GuestIdentity:
     made = GuestIdentity(
         hostname=hostname, address=address, gateway="10.240.1.1", now=datetime.now(UTC),
-        ssh_host_key=SshKey.make().dropbear, authorized_key=SshKey.make().public, entropy=os.urandom(64),
+        ssh_host_key=HOST_KEY.dropbear, authorized_key=SshKey.make().public, entropy=os.urandom(64),
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 

@@ -33,6 +33,7 @@ _UP_DEADLINE_S = 15.0
 _KILL_DEADLINE_S = 10.0
 _TAIL_BYTES = 256 * 1024
 _CONSOLE_BYTES = 64 * 1024
+_PANIC = "Kernel panic - not syncing"
 _PARTIAL = 4  # bytes of the longest character: fewer at the end are no half that is still being written
 _NOT_TEXT = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
 
@@ -129,7 +130,10 @@ class QemuDriver:
                 text = file.read().decode(errors="replace")
         except FileNotFoundError:
             return ""
-        return "\n".join(_NOT_TEXT.sub("", text).strip().splitlines()[-lines:]) if lines > 0 else ""
+        found = _NOT_TEXT.sub("", text).strip().splitlines()
+        panic = next((at for at, line in enumerate(found) if _PANIC in line), None)
+        end = len(found) if panic is None else panic + max(1, lines // 4)  # mostly what led to it
+        return "\n".join(found[max(0, end - lines) : end])
 
     def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
         """See the port; control characters are removed. Shorter than `offset`, it is a new run's: from its start."""

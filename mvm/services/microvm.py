@@ -1,0 +1,179 @@
+"""One microVM on this host: bringing it up and taking it down.
+
+Each step observes before it acts, so that any of them can be repeated after a crash. What a step creates (a
+process, a TAP, files) has a name that derives from the instance's row, which was written before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import structlog
+
+from mvm.domain.addressing import TenantNetwork
+from mvm.domain.instance import Instance
+from mvm.domain.pool import WorkerPool
+from mvm.errors import Failed, NotAllowed, TimedOut, Unreachable
+from mvm.ports.clock import Clock
+from mvm.ports.guest import GuestChannel, GuestIdentity
+from mvm.ports.network import HostNetwork
+from mvm.ports.storage import NodeStorage, RevisionFiles
+from mvm.ports.store import NodeStore
+from mvm.ports.vmm import BootSpec, Nic, VmmDriver
+from mvm.services.runner import JobContext
+
+log = structlog.get_logger("mvm.lifecycle")
+
+_CONSOLE_LINES = 12
+_GUEST_S = 10.0
+_STEPS = ("verify image", "prepare disks", "connect network", "boot", "identify guest")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many boots at once, and the deadlines in seconds."""
+
+    parallel_boots: int
+    boot_deadline_s: float
+    stop_grace_s: float
+
+
+class MicroVms:
+    """The steps, over the node's ports. The caller holds the instance's lock."""
+
+    def __init__(
+        self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, network: HostNetwork,
+        storage: NodeStorage, limits: Limits, authorized_key: str,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._clock = clock
+        self._vmm = vmm
+        self._guest = guest
+        self._network = network
+        self._storage = storage
+        self._limits = limits
+        self._authorized_key = authorized_key
+        self._boots = threading.BoundedSemaphore(limits.parallel_boots)
+
+    def prepare(self, instance: Instance, pool: WorkerPool) -> None:
+        """What it keeps for its life is there: directory, keys, data disk."""
+        self._storage.prepare(instance.ref, data_disk_mib=pool.resources.data_disk_mib)
+
+    def bring_up(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
+        """Boot `instance` and give it its identity; returns its row with process and revision.
+
+        A guest that stays silent past the deadline is booted once more. Raises what the ports raise, and `Failed`
+        (``guest.panicked``, ``guest.ended``) with the console's last lines.
+        """
+        context.step(_STEPS[0], 0, len(_STEPS))
+        if pool.revision is None:
+            raise NotAllowed("pool.not_built", f"pool {pool.ref} has no image yet", hint=f"mvm pool build {pool.ref}",
+                             subject=str(pool.ref))  # fmt: skip
+        files = self._storage.revision(pool.revision)
+        context.step(_STEPS[1], 1, len(_STEPS))
+        self.prepare(instance, pool)
+        context.step(_STEPS[2], 2, len(_STEPS))
+        self._network.ensure_tap(network, instance.offset)
+        with self._boot_slot(context):
+            context.step(_STEPS[3], 3, len(_STEPS))
+            instance = self._boot(instance, pool, network, files)
+            try:
+                self._await_guest(instance)
+            except TimedOut:
+                log.warning("guest silent, booting it once more", deadline_s=self._limits.boot_deadline_s)
+                context.step("boot again", 3, len(_STEPS))
+                self._vmm.kill(instance.ref, instance.process)
+                instance = self._boot(instance, pool, network, files)
+                self._await_guest(instance)
+        context.step(_STEPS[4], 4, len(_STEPS))
+        self._identify(instance, network)
+        return instance
+
+    def _boot(self, instance: Instance, pool: WorkerPool, network: TenantNetwork, files: RevisionFiles) -> Instance:
+        """Start the VMM, unless it runs already: left by a worker that was killed, it is kept as it is."""
+        ref = instance.ref
+        running = self._vmm.processes().get(ref)
+        if running:
+            return self._store.save_instance(replace(instance, process=running[0]))
+        # Which image it is comes first, so that a process found later is known for what it runs.
+        instance = self._store.save_instance(replace(instance, revision=pool.revision))
+        spec = BootSpec(
+            ref=ref,
+            directory=self._storage.directory(ref),
+            kernel=files.kernel,
+            initramfs=files.initramfs,
+            rootfs=files.rootfs,
+            overlay=self._storage.fresh_overlay(ref, files.rootfs),
+            data_disk=self._storage.data_disk(ref),
+            vcpus=pool.resources.vcpus,
+            mem_mib=pool.resources.mem_mib,
+            nic=Nic(network.tap(instance.offset), network.mac(instance.offset)),
+        )
+        return self._store.save_instance(replace(instance, process=self._vmm.boot(spec)))
+
+    @contextmanager
+    def _boot_slot(self, context: JobContext) -> Iterator[None]:
+        """Booting is all CPU: no more at once than the host can do. Waiting for a slot can be cancelled."""
+        while not self._boots.acquire(timeout=1.0):
+            context.step("wait for a boot slot", 3, len(_STEPS))
+        try:
+            yield
+        finally:
+            self._boots.release()
+
+    def _await_guest(self, instance: Instance) -> None:
+        directory = self._storage.directory(instance.ref)
+        try:
+            self._guest.hello(instance.ref, directory, deadline_s=self._limits.boot_deadline_s)
+        except Unreachable:
+            raise self._boot_failed(instance) from None
+
+    def _boot_failed(self, instance: Instance) -> Failed:
+        tail = self._vmm.console_tail(self._storage.directory(instance.ref), lines=_CONSOLE_LINES)
+        panicked = "Kernel panic" in tail
+        what = "panicked" if panicked else "ended before its agent answered"
+        return Failed(
+            "guest.panicked" if panicked else "guest.ended",
+            f"the guest of {instance.ref} {what}; its console's last lines:\n{tail or '(nothing)'}",
+            hint=f"see: mvm instance logs {instance.ref}", subject=str(instance.ref), console=tail,
+        )  # fmt: skip
+
+    def _identify(self, instance: Instance, network: TenantNetwork) -> None:
+        identity = GuestIdentity(
+            hostname=str(instance.ref.instance),
+            address=f"{network.ip(instance.offset)}/{network.subnet.prefixlen}",
+            gateway=str(network.gateway),
+            now=self._clock.now(),
+            ssh_host_key=self._storage.keys(instance.ref).host_private,
+            authorized_key=self._authorized_key,
+            entropy=self._clock.random(64),
+        )
+        try:
+            self._guest.configure(instance.ref, self._storage.directory(instance.ref), identity, deadline_s=_GUEST_S)
+        except Unreachable:
+            raise self._boot_failed(instance) from None
+
+    def shut_down(self, instance: Instance) -> bool:
+        """Ask the guest to power off; whether it did so within the grace time."""
+        if instance.process is None:
+            return False
+        grace_s = self._limits.stop_grace_s
+        try:
+            self._guest.shutdown(instance.ref, self._storage.directory(instance.ref), deadline_s=min(_GUEST_S, grace_s))
+        except (TimedOut, Unreachable):
+            return False
+        return self._vmm.wait_gone(instance.process, deadline_s=grace_s)
+
+    def take_down(self, instance: Instance, network: TenantNetwork) -> None:
+        """No process, no TAP, no files of the run."""
+        self._vmm.kill(instance.ref, instance.process)
+        self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+        self._storage.clean_runtime(instance.ref)
+
+    def remove(self, instance: Instance, network: TenantNetwork) -> None:
+        """Nothing of it is left on the host, its data disk included."""
+        self.take_down(instance, network)
+        self._storage.remove(instance.ref)

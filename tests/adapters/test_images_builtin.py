@@ -1,0 +1,237 @@
+"""The built-in image builder, with Debian's real packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from hashlib import file_digest, sha256
+from pathlib import Path
+
+import pytest
+
+from mvm.domain.ids import Revision
+from mvm.domain.layout import StateLayout
+from mvm.domain.pool import ImageSource
+from mvm.drivers.builtin import recipe
+from mvm.drivers.images_builtin import BuiltinImages
+from mvm.drivers.shell import LocalShell
+from mvm.errors import Failed
+from tests.support.microvm import fresh_layout
+
+FILES = {"vmlinux", "initramfs.cpio", "rootfs.ext4", "manifest.json"}
+MINIMAL = ImageSource("builtin:", "minimal")
+
+
+def build(layout: StateLayout, profile: str = "minimal") -> tuple[Revision, list[str]]:
+    steps: list[str] = []
+    return BuiltinImages(layout, LocalShell()).build(ImageSource("builtin:", profile), steps.append), steps
+
+
+def rootfs(layout: StateLayout, revision: Revision, command: str) -> str:
+    image = layout.revision(revision) / "rootfs.ext4"
+    return subprocess.run(["debugfs", "-R", command, str(image)], capture_output=True, text=True, check=True).stdout
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: file_digest(path.open("rb"), "sha256").hexdigest() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> StateLayout:
+    return fresh_layout(tmp_path_factory.mktemp("images") / "state")
+
+
+@pytest.fixture(scope="module")
+def minimal(layout: StateLayout) -> tuple[Revision, list[str]]:
+    return build(layout)
+
+
+def test_a_revision_is_complete_read_only_and_named_by_its_manifest(
+    layout: StateLayout, minimal: tuple[Revision, list[str]]
+) -> None:
+    directory = layout.revision(minimal[0])
+    assert set(digests(directory)) == FILES
+    assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o400}
+    text = (directory / "manifest.json").read_bytes()
+    assert sha256(text).hexdigest() == minimal[0]
+    manifest = json.loads(text)
+    assert set(manifest) == {"format", "profile", "kernel_release", "files", "inputs"}
+    for name, listed in manifest["files"].items():
+        assert listed == {"sha256": digests(directory)[name], "size": (directory / name).stat().st_size}
+    assert {"busybox-static", "dropbear-bin", "linux-image-cloud-amd64", "guest/agent"} <= set(manifest["inputs"])
+
+
+def test_nothing_else_is_left_and_progress_is_told(layout: StateLayout, minimal: tuple[Revision, list[str]]) -> None:
+    assert {path.name for path in layout.images.iterdir() if not path.name.startswith(".lock")} == {minimal[0]}
+    assert [step for step in minimal[1] if not step.startswith("download")] == [
+        "find packages", "unpack kernel", "make initramfs", "make root file system", "record",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", ["minimal", "python"])
+def test_built_again_elsewhere_it_is_the_same_to_the_byte(tmp_path: Path, profile: str) -> None:
+    first, second = fresh_layout(tmp_path / "one"), fresh_layout(tmp_path / "two")
+    umask = os.umask(0o077)
+    try:
+        revision = build(first, profile)[0]
+    finally:
+        os.umask(umask)
+    assert build(second, profile)[0] == revision
+    assert digests(first.revision(revision)) == digests(second.revision(revision))
+
+
+def test_what_exists_is_kept(layout: StateLayout, minimal: tuple[Revision, list[str]]) -> None:
+    before = (layout.revision(minimal[0]) / "rootfs.ext4").stat()
+    again, steps = build(layout, "baseline")  # minimal by its older name
+    assert (again, steps) == (minimal[0], ["find packages", "already built"])
+    assert (layout.revision(again) / "rootfs.ext4").stat() == before
+
+
+def test_what_is_damaged_or_left_behind_is_mended(tmp_path: Path) -> None:
+    layout = fresh_layout(tmp_path / "state")
+    revision = build(layout)[0]
+    image = layout.revision(revision) / "rootfs.ext4"
+    whole = digests(image.parent)
+    image.chmod(0o600)
+    with image.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"damage")
+    (layout.images / ".build-killed").mkdir()
+    (layout.images / ".build-killed" / "rootfs.ext4").write_bytes(b"x")
+    assert build(layout)[0] == revision
+    assert digests(image.parent) == whole
+    assert {path.name for path in layout.images.iterdir()} == {".lock", revision}
+
+
+def test_the_root_file_system_is_sound_roomy_and_sparse(
+    layout: StateLayout, minimal: tuple[Revision, list[str]], tmp_path: Path
+) -> None:
+    image = layout.revision(minimal[0]) / "rootfs.ext4"
+    subprocess.run(["e2fsck", "-fn", str(image)], check=True, capture_output=True)
+    header = dict(line.split(":", 1) for line in rootfs(layout, minimal[0], "stats -h").splitlines() if ":" in line)
+    free = int(header["Free blocks"]) * int(header["Block size"]) / (1 << 20)
+    assert 60 <= free <= 72
+    assert image.stat().st_blocks * 512 < image.stat().st_size / 3
+
+
+def test_the_root_file_system_holds_no_key_and_belongs_to_root(
+    layout: StateLayout, minimal: tuple[Revision, list[str]]
+) -> None:
+    def listing(path: str) -> dict[str, list[str]]:
+        lines = (line.split("/") for line in rootfs(layout, minimal[0], f"ls -p {path}").splitlines() if "/" in line)
+        return {fields[5]: fields[2:5] for fields in lines}
+
+    assert listing("/")["root"] == ["040700", "0", "0"]
+    assert listing("/")["tmp"] == ["041777", "0", "0"]
+    assert listing("/etc")["shadow"] == ["100600", "0", "0"]
+    assert listing("/usr/lib/mvm")["agent"] == ["100755", "0", "0"]
+    assert not [name for name in listing("/etc") if "dropbear" in name or "ssh" in name]
+    assert "/run/mvm/ssh" in rootfs(layout, minimal[0], "stat /root/.ssh")
+
+
+def test_the_python_profile_has_python(tmp_path: Path) -> None:
+    layout = fresh_layout(tmp_path / "state")
+    revision = build(layout, "python")[0]
+    assert "python3.11" in rootfs(layout, revision, "ls /usr/bin")
+    assert "python3" in rootfs(layout, revision, "stat /usr/bin/python3")
+
+
+# --- bad luck
+class Apt(LocalShell):
+    """A shell in which apt does something else."""
+
+    def __init__(self, script: str, environment: dict[str, str] | None = None) -> None:
+        self.script = script
+        self.environment = environment or {}
+
+    def run(self, argv, **options):  # type: ignore[no-untyped-def]
+        if argv[0].startswith("apt") and self.script:
+            argv = ["sh", "-c", self.script, *argv]
+        options["env"] = {**(options.get("env") or {}), **self.environment}
+        return super().run(argv, **options)
+
+
+def failure(layout: StateLayout, shell: LocalShell) -> Failed:
+    with pytest.raises(Failed) as caught:
+        BuiltinImages(layout, shell).build(MINIMAL, lambda step: None)
+    assert {path.name for path in layout.images.iterdir()} <= {".lock"}
+    return caught.value
+
+
+def test_without_package_lists_it_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    config = tmp_path / "apt.conf"
+    config.write_text(f'Dir::State::lists "{tmp_path}/lists";\nDir::Cache "{tmp_path}";\n')
+    error = failure(fresh_layout(tmp_path / "state"), Apt("", {"APT_CONFIG": str(config)}))
+    assert error.code == "image.fetch_failed"
+    assert "apt-get update" in error.hint
+
+
+def test_an_unknown_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "BUSYBOX", "no-such-package")
+    error = failure(fresh_layout(tmp_path / "state"), LocalShell())
+    assert error.code == "image.fetch_failed"
+    assert "no-such-package" in error.message
+
+
+class NoNetwork(LocalShell):
+    """apt as it is without a network."""
+
+    def run(self, argv, **options):  # type: ignore[no-untyped-def]
+        if argv[0] == "apt-get" and "--print-uris" not in argv:
+            argv = [argv[0], "-o", "Acquire::http::Proxy=http://127.0.0.1:9", "-o", "Acquire::Retries=0", *argv[1:]]
+        return super().run(argv, **options)
+
+
+def test_without_network_it_says_so(tmp_path: Path) -> None:
+    error = failure(StateLayout(tmp_path), NoNetwork())
+    assert error.code == "image.fetch_failed"
+    assert "127.0.0.1" in error.message
+    assert not list(StateLayout(tmp_path).package_cache.iterdir())
+
+
+def test_a_package_that_is_not_what_the_list_says_is_refused(tmp_path: Path) -> None:
+    script = '[ "$2" = --print-uris ] || [ "$0" = apt-cache ] || { shift 2; for p; do : >"${p}_1_amd64.deb"; done; exit; }; "$0" "$@"'
+    error = failure(StateLayout(tmp_path), Apt(script))
+    assert error.code == "image.fetch_failed"
+
+
+def test_a_damaged_cached_package_is_refused_once(tmp_path: Path) -> None:
+    layout = fresh_layout(tmp_path / "state")
+    build(layout)
+    shared, own = layout.package_cache.resolve(), StateLayout(tmp_path / "other")
+    own.package_cache.mkdir(parents=True)
+    for deb in shared.glob("*.deb"):
+        (own.package_cache / deb.name).symlink_to(deb)
+    victim = min(own.package_cache.glob("*.deb"), key=lambda path: path.stat().st_size)
+    victim.unlink()
+    victim.write_bytes(b"damaged")
+    assert failure(own, LocalShell()).code == "image.fetch_failed"
+    assert not victim.exists()
+    assert build(own)[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of the test's own."""
+    at = tmp_path / "small"
+    at.mkdir()
+    yield at
+    subprocess.run(["umount", str(at)], check=False, capture_output=True)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("size_mib", [8, 40, 58, 64, 74])
+def test_a_full_disk_is_told_wherever_it_strikes(small_disk: Path, tmp_path: Path, size_mib: int) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "none", str(small_disk)], check=True)
+    error = failure(fresh_layout(small_disk / "state"), LocalShell())
+    assert error.code == "disk.full"
+
+
+@pytest.mark.root
+def test_a_full_disk_is_told_while_packages_come(small_disk: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(small_disk)], check=True)
+    assert failure(StateLayout(small_disk / "state"), LocalShell()).code == "disk.full"

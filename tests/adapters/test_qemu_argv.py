@@ -1,0 +1,99 @@
+"""QEMU's command line: a pure function."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mvm import guest
+from mvm.drivers.qemu import argv
+from mvm.ports.vmm import BootSpec, Nic
+from tests.support.make import instance_ref
+
+ONE = instance_ref(1)
+MARK = argv.marker(Path("/var/lib/mvm"))
+FDS = argv.Descriptors(tap=10, monitor=11, ports={name: 12 + at for at, name in enumerate(guest.PORTS)})
+SPEC = BootSpec(
+    ref=ONE, directory=Path("/s/i"), kernel=Path("/s/vmlinux"), initramfs=Path("/s/initramfs"), rootfs=Path("/s/rootfs"),
+    overlay=Path("/s/i/overlay"), data_disk=Path("/s/i/data"), vcpus=2, mem_mib=256, nic=Nic("tn1i3", "02:6d:00:01:00:03"),
+)  # fmt: skip
+
+
+def command(spec: BootSpec = SPEC, accel: argv.AccelName = "tcg") -> list[str]:
+    return argv.command(spec, FDS, accel, 2_600_000, MARK)
+
+
+def values(words: list[str], option: str) -> list[str]:
+    return [value for name, value in zip(words, words[1:], strict=False) if name == option]
+
+
+def test_shape_and_card() -> None:
+    words = command()
+    assert values(words, "-smp") == ["2"]
+    assert values(words, "-m") == ["256M"]
+    assert values(words, "-netdev") == ["tap,id=net,fd=10,vhost=off"]
+    assert "virtio-net-device,netdev=net,mac=02:6d:00:01:00:03" in values(words, "-device")
+
+
+def test_disks_are_told_apart_by_serial_and_the_image_is_read_only() -> None:
+    image, root, data = (json.loads(value) for value in values(command(), "-blockdev"))
+    assert (image["driver"], image["read-only"], image["file"]["filename"]) == ("raw", True, "/s/rootfs")
+    assert (root["driver"], root["backing"], root["file"]["filename"]) == ("qcow2", image["node-name"], "/s/i/overlay")
+    assert (data["driver"], data["file"]["filename"]) == ("raw", "/s/i/data")
+    disks = [value for value in values(command(), "-device") if value.startswith("virtio-blk")]
+    assert disks == ["virtio-blk-device,drive=root,serial=root", "virtio-blk-device,drive=data,serial=data"]
+
+
+def test_no_data_disk_no_device() -> None:
+    assert "data" not in " ".join(command(replace(SPEC, data_disk=None)))
+
+
+def test_each_guest_port_has_its_descriptor_and_number() -> None:
+    words = command()
+    for number, name in enumerate(guest.PORTS, start=1):
+        assert f"socket,id=port{number},fd={FDS.ports[name]},server=on,wait=off" in values(words, "-chardev")
+        assert f"virtserialport,chardev=port{number},name={name},nr={number}" in values(words, "-device")
+
+
+def test_the_kernel_learns_the_rate_and_nothing_of_the_instance() -> None:
+    (line,) = values(command(), "-append")
+    assert "tsc_early_khz=2600000" in line.split()
+    assert "panic=-1" in line.split()
+    assert not any(part in line for part in (ONE.tenant, ONE.pool, ONE.instance, "10.240", "02:6d"))
+
+
+@pytest.mark.parametrize(("accel", "cpu"), [("tcg", "max"), ("kvm", "host")])
+def test_accelerators(accel: argv.AccelName, cpu: str) -> None:
+    words = command(accel=accel)
+    assert [value.split(",")[0] for value in values(words, "-accel")] == [accel]
+    assert values(words, "-cpu") == [cpu]
+
+
+def test_commas_in_a_path_end_no_option() -> None:
+    words = command(replace(SPEC, directory=Path("/s/a,b=c")))
+    assert "file,id=console,path=/s/a,,b=c/console.log,append=on" in values(words, "-chardev")
+
+
+def test_a_command_line_tells_whose_it_is() -> None:
+    assert argv.started_for(command(), MARK) == ONE
+    assert argv.started_for(["/usr/bin/" + argv.BINARY, *command()[1:]], MARK) == ONE
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["grep", *command()[1:]],
+        [argv.BINARY],
+        [argv.BINARY, "-name"],
+        [argv.BINARY, "-name", "guest=vm"],
+        [argv.BINARY, "-name", f"guest={MARK}:acme/web"],
+        [argv.BINARY, "-name", f"guest={MARK}:Acme/web/i-00000001"],
+        argv.command(SPEC, FDS, "tcg", 1, argv.marker(Path("/var/lib/other"))),
+    ],
+)
+def test_other_command_lines_are_nobodys(words: list[str]) -> None:
+    assert argv.started_for(words, MARK) is None

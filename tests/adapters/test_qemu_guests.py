@@ -1,0 +1,404 @@
+"""Real guests: what only they can show."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from mvm import guest
+from mvm.drivers.builtin import cpio
+from mvm.drivers.builtin.tree import Tree
+from mvm.errors import Failed, InvalidInput, MvmError, TimedOut, Unreachable
+from mvm.ports.guest import ExecResult
+from mvm.ports.vmm import BootSpec, Presence
+from tests.support.microvm import (
+    ANSWER_S,
+    BOOT_S,
+    GUEST_IP,
+    HOST_KEY,
+    QemuHost,
+    SshKey,
+    identity,
+    minimal_image,
+    qemu_host,
+)
+from tests.support.waiting import until
+
+pytestmark = [pytest.mark.root, pytest.mark.guest]
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuHost]:
+    with qemu_host(tmp_path_factory.mktemp("host")) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def shared(host: QemuHost) -> BootSpec:
+    """A guest for all tests that leave it running."""
+    spec = host.spec(1)
+    host.running(spec)
+    return spec
+
+
+@pytest.fixture
+def own(host: QemuHost) -> Iterator[BootSpec]:
+    """What a guest of the test's own needs; it is gone afterwards."""
+    spec = host.spec(2)
+    yield spec
+    host.vmm.kill(spec.ref, None)
+
+
+def execute(host: QemuHost, spec: BootSpec, command: str, deadline_s: float = ANSWER_S) -> ExecResult:
+    return host.guest.execute(spec.ref, spec.directory, command, deadline_s=deadline_s)
+
+
+# --- commands
+def test_a_mebibyte_of_each_stream_is_kept(host: QemuHost, shared: BootSpec) -> None:
+    result = execute(host, shared, f"head -c {MIB} /dev/zero; head -c {MIB + 1} /dev/zero >&2")
+    assert (result.exit_code, len(result.stdout), len(result.stderr), result.truncated) == (0, MIB, MIB, True)
+    whole = execute(host, shared, f"head -c {MIB} /dev/urandom | tee /tmp/sent; sha256sum /tmp/sent >&2")
+    assert (len(whole.stdout), whole.truncated) == (MIB, False)
+
+
+@pytest.mark.parametrize(
+    "command", ["echo before; sleep 600", "echo before; sleep 600 & wait", "echo before; sleep 600 &"]
+)
+def test_past_its_deadline_a_command_is_ended(host: QemuHost, shared: BootSpec, command: str) -> None:
+    assert execute(host, shared, command, 0.5) == ExecResult(guest.DEADLINE_EXIT, b"before\n", b"")
+    assert execute(host, shared, "ps | grep -c '[s]leep 600'").stdout == b"0\n"
+
+
+def test_a_command_may_leave_a_process_behind_that_holds_no_stream(host: QemuHost, shared: BootSpec) -> None:
+    assert execute(host, shared, "sleep 601 >/dev/null 2>&1 & echo started").stdout == b"started\n"
+    assert execute(host, shared, "ps | grep -c '[s]leep 601'; killall sleep").stdout == b"1\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("cat; echo $?", ExecResult(0, b"0\n", b"")),  # stdin is at its end
+        ("kill -9 $$", ExecResult(137, b"", b"")),
+        ("pwd; id -u; echo $HOME", ExecResult(0, b"/root\n0\n/root\n", b"")),
+        ("printf '\\0\\377\\n\\n'", ExecResult(0, b"\0\xff\n\n", b"")),
+        ("echo 'ä \"$x\" *' \\\\", ExecResult(0, 'ä "$x" * \\\n'.encode(), b"")),
+        (": " + "x" * 90_000 + "; echo long", ExecResult(0, b"long\n", b"")),
+    ],
+)  # fmt: skip
+def test_commands_arrive_as_they_are(host: QemuHost, shared: BootSpec, command: str, expected: ExecResult) -> None:
+    assert execute(host, shared, command) == expected
+
+
+@pytest.mark.parametrize("command", ["", "echo \0", "x" * 100_000])
+def test_commands_no_shell_can_be_given_are_refused(host: QemuHost, shared: BootSpec, command: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        execute(host, shared, command)
+    assert caught.value.code == "guest.invalid_command"
+
+
+def test_commands_run_beside_each_other_and_beside_control(host: QemuHost, shared: BootSpec) -> None:
+    waiting = "touch /tmp/here.$$; until [ -e /tmp/go ]; do usleep 20000; done; echo went"
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(execute, host, shared, waiting) for _ in range(2)]
+        until(lambda: execute(host, shared, "ls /tmp/here.* | wc -l").stdout == b"2\n", BOOT_S, "both run")
+        assert host.guest.ping(shared.ref, shared.directory, deadline_s=ANSWER_S) > 0
+        execute(host, shared, "touch /tmp/go")
+        assert [call.result().stdout for call in calls] == [b"went\n"] * 2
+
+
+def test_more_commands_than_ports_take_turns(host: QemuHost, shared: BootSpec) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda n: execute(host, shared, f"echo {n}", BOOT_S).stdout, range(8)))
+    assert results == [f"{n}\n".encode() for n in range(8)]
+
+
+def test_whoever_waits_too_long_for_a_turn_is_told(host: QemuHost, shared: BootSpec) -> None:
+    with ThreadPoolExecutor(len(guest.EXEC)) as pool:
+        busy = "touch /tmp/busy.$$; until [ -e /tmp/free ]; do usleep 20000; done"
+        calls = [pool.submit(execute, host, shared, busy, BOOT_S) for _ in guest.EXEC]
+        locks = [shared.directory / f"{port}.lock" for port in guest.EXEC]
+        until(lambda: all(_is_locked(lock) for lock in locks), BOOT_S, "all ports taken")
+        with pytest.raises(TimedOut) as caught:
+            execute(host, shared, "true", 0.1)
+        assert caught.value.code == "guest.silent"
+        with _client(shared, guest.CONTROL) as control:  # the control port knows no exec
+            control.sendall(b"\nx exec 1 eA== .\n")
+            with control.makefile("rb") as replies:
+                assert next(line for line in replies if line.strip()) == b"x 127 unknown request\n"
+        host.guest.configure(shared.ref, shared.directory, identity(), deadline_s=BOOT_S)
+        _ssh(host, shared, "touch /tmp/free")
+        assert [call.result().exit_code for call in calls] == [0] * len(guest.EXEC)
+
+
+def test_a_client_that_goes_away_takes_its_command_along_and_frees_the_port(host: QemuHost, shared: BootSpec) -> None:
+    for port in guest.EXEC:
+        with _client(shared, port) as client:
+            client.sendall(b"\nold exec 600 " + b"c2xlZXAgNjAy .\n")  # sleep 602
+        with _client(shared, port) as client:
+            client.sendall(b"\nhalf exec 600 c2x")
+    for _ in range(2 * len(guest.EXEC)):
+        assert execute(host, shared, "echo free").stdout == b"free\n"
+    until(lambda: execute(host, shared, "ps | grep -c '[s]leep 602'").stdout == b"0\n", ANSWER_S, "the commands ended")
+
+
+# --- identity
+def test_configure_sets_everything(host: QemuHost, shared: BootSpec) -> None:
+    then = datetime.now(UTC) - timedelta(days=400)
+    who = identity("i-0badcafe", now=then)
+    host.guest.configure(shared.ref, shared.directory, who, deadline_s=BOOT_S)
+    shown = execute(
+        host, shared,
+        "hostname; ip -o -4 addr show eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/'; ip route | grep default; date -u +%Y;"
+        "stat -c '%a %n' /run/mvm/ssh/*; stat -f -c %T /root/.ssh/; cat /root/.ssh/authorized_keys",
+    ).stdout.decode()  # fmt: skip
+    assert shown.splitlines() == [
+        "i-0badcafe", f"{GUEST_IP}/24", "default via 10.240.1.1 dev eth0 ", str(then.year),
+        "600 /run/mvm/ssh/authorized_keys", "600 /run/mvm/ssh/host_key", "tmpfs", who.authorized_key,
+    ]  # fmt: skip
+    keys = [who.authorized_key.split()[1].encode(), who.ssh_host_key]
+    told = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid, _ in host.vmm.processes()[shared.ref]]
+    told += [execute(host, shared, "cat /proc/cmdline /proc/*/cmdline").stdout]
+    assert not [text for text in told for key in keys if key in text]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "step"),
+    [
+        ({"address": "10.240.1.300/24"}, "address"),
+        ({"gateway": "192.0.2.1"}, "gateway"),
+        ({"ssh_host_key": b""}, "keys"),
+        ({"authorized_key": ""}, "keys"),
+    ],
+)
+def test_a_guest_that_cannot_become_it_says_why(
+    host: QemuHost, shared: BootSpec, wrong: dict[str, object], step: str
+) -> None:
+    with pytest.raises(Failed) as caught:
+        host.guest.configure(shared.ref, shared.directory, identity(**wrong), deadline_s=BOOT_S)  # type: ignore[arg-type]
+    assert caught.value.code == "guest.refused"
+    assert f"{step}:" in caught.value.message
+
+
+def test_no_identity_may_smuggle_in_another_word(host: QemuHost, shared: BootSpec) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        host.guest.configure(shared.ref, shared.directory, identity("a hostname=b"), deadline_s=ANSWER_S)
+    assert caught.value.fields["field"] == "hostname"
+
+
+def test_ssh_with_a_pinned_host_key(host: QemuHost, shared: BootSpec) -> None:
+    result = _ssh(host, shared, "echo out; echo err >&2; exit 7")
+    assert (result.returncode, result.stdout, result.stderr) == (7, "out\n", "err\n")
+
+
+# --- disks
+def test_the_data_disk_outlives_a_run_and_the_root_disk_does_not(host: QemuHost, own: BootSpec, tmp_path: Path) -> None:
+    disk = tmp_path / "data.img"
+    host.shell.run(["mkfs.ext4", "-q", str(disk), "16M"])
+    spec = replace(own, data_disk=disk)
+    host.running(spec)
+    written = execute(host, spec, "echo kept >/data/file; echo lost >/root/file; df -m / | awk 'NR==2 {print $4}'")
+    assert 50 <= int(written.stdout) <= 80
+    (process,) = host.vmm.processes()[spec.ref]
+    host.guest.shutdown(spec.ref, spec.directory, deadline_s=ANSWER_S)
+    assert host.vmm.wait_gone(process, deadline_s=ANSWER_S)
+    state = host.shell.run(["dumpe2fs", "-h", str(disk)])
+    assert "needs_recovery" not in state.stdout  # let go cleanly
+
+    again = replace(host.spec(2), data_disk=disk)
+    host.running(again)
+    assert execute(host, again, "cat /data/file /root/file").stdout == b"kept\n"
+
+
+def test_a_broken_data_disk_is_told(host: QemuHost, own: BootSpec, tmp_path: Path) -> None:
+    disk = tmp_path / "data.img"
+    os.truncate(os.open(disk, os.O_CREAT | os.O_WRONLY), 16 * MIB)
+    spec = replace(own, data_disk=disk)
+    host.running(spec)
+    with pytest.raises(Failed, match="data disk: mount"):
+        host.guest.configure(spec.ref, spec.directory, identity(), deadline_s=BOOT_S)
+
+
+# --- bad luck
+def test_a_panic_ends_the_vm_and_is_on_the_console(host: QemuHost, own: BootSpec) -> None:
+    host.running(own)
+    with pytest.raises(Unreachable) as caught:
+        execute(host, own, "echo c >/proc/sysrq-trigger", BOOT_S)
+    assert caught.value.code == "guest.gone"
+    assert "Kernel panic - not syncing: sysrq triggered crash" in host.vmm.console_tail(own.directory, lines=12)
+    text, offset = host.vmm.console(own.directory, offset=0)
+    assert "Kernel panic" in text
+    assert host.vmm.console(own.directory, offset=offset) == ("", offset)
+
+
+def _initramfs(at: Path, init: str) -> Path:
+    """A guest's own initramfs with another first process."""
+    tree = Tree()
+    tree.file("bin/busybox", _busybox(), 0o755)
+    tree.file("init", init.encode(), 0o755)
+    tree.directory("dev")
+    at.write_bytes(cpio.archive(tree))
+    return at
+
+
+def _busybox() -> bytes:
+    image = minimal_image() / "rootfs.ext4"
+    return subprocess.run(["debugfs", "-R", "cat /usr/bin/busybox", str(image)], capture_output=True, check=True).stdout
+
+
+def test_a_guest_that_hangs_is_silent_until_it_is_killed(host: QemuHost, own: BootSpec, tmp_path: Path) -> None:
+    hanging = _initramfs(
+        tmp_path / "i", "#!/bin/busybox sh\necho here I hang\nwhile :; do /bin/busybox sleep 1; done\n"
+    )
+    spec = replace(own, initramfs=hanging)
+    process = host.vmm.boot(spec)
+    until(lambda: "here I hang" in host.vmm.console_tail(spec.directory, lines=3), BOOT_S, "it hangs")
+    with pytest.raises(TimedOut) as caught:
+        host.guest.hello(spec.ref, spec.directory, deadline_s=0.2)
+    assert caught.value.code == "guest.silent"
+    host.vmm.kill(spec.ref, process)
+    host.running(own)
+
+
+@pytest.mark.parametrize("init", ["#!/bin/busybox sh\necho no way\n", "not a program"])
+def test_a_guest_whose_init_ends_is_noticed_at_once(host: QemuHost, own: BootSpec, tmp_path: Path, init: str) -> None:
+    spec = replace(own, initramfs=_initramfs(tmp_path / "initramfs", init))
+    host.vmm.boot(spec)
+    with pytest.raises(Unreachable) as caught:
+        host.guest.hello(spec.ref, spec.directory, deadline_s=BOOT_S)
+    assert caught.value.code == "guest.gone"
+    assert "Kernel panic" in host.vmm.console_tail(spec.directory, lines=12)
+
+
+def test_a_killed_vmm_is_noticed_by_who_waits_for_it(host: QemuHost, own: BootSpec) -> None:
+    process = host.vmm.boot(own)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(host.guest.hello, own.ref, own.directory, deadline_s=BOOT_S)
+        until(lambda: _is_locked(own.directory / f"{guest.CONTROL}.lock"), ANSWER_S, "hello waits")
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(Unreachable):
+            waiting.result()
+    assert host.vmm.wait_gone(process, deadline_s=ANSWER_S)
+    assert not Path(f"/proc/{process.pid}").exists()  # reaped, not a zombie
+
+
+def test_clients_killed_while_the_guest_boots_disturb_nobody(host: QemuHost, own: BootSpec) -> None:
+    host.vmm.boot(own)
+    for words in (b"", b"\nx hello", b"\nx hello .\n", b"\nx hello .\n\ny shutdown\n\nz shutdow"):
+        with _client(own, guest.CONTROL) as client:
+            client.sendall(words)
+    assert host.guest.hello(own.ref, own.directory, deadline_s=BOOT_S).version == guest.PROTOCOL_VERSION
+
+
+# --- the VMM's process
+_STARTER = """
+import os, pickle, signal, sys
+from mvm.drivers.qemu.driver import QemuDriver
+from mvm.drivers.shell import LocalShell
+layout, spec = pickle.load(sys.stdin.buffer)
+print(QemuDriver(layout, LocalShell()).boot(spec).pid, flush=True)
+os.killpg(0, signal.SIGKILL)
+"""
+
+
+def test_a_vmm_outlives_its_starter_and_is_found_again(host: QemuHost, own: BootSpec) -> None:
+    starter = subprocess.run(
+        [sys.executable, "-c", _STARTER], input=pickle.dumps((host.layout, own)), capture_output=True,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
+    )  # fmt: skip
+    assert starter.returncode == -signal.SIGKILL, starter.stderr
+    (process,) = host.vmm.processes()[own.ref]
+    assert process.pid == int(starter.stdout)
+    assert host.vmm.boot(own) == process
+    assert host.running(own) == own.ref
+    host.vmm.kill(own.ref, process)
+    assert host.vmm.observe(own.ref, process) is Presence.ABSENT
+
+
+def test_a_vmm_that_cannot_start_says_so_in_its_own_words(host: QemuHost, own: BootSpec, tmp_path: Path) -> None:
+    for wrong, words in (
+        (replace(own, kernel=tmp_path / "none"), "could not open kernel|load kernel|none"),
+        (replace(own, overlay=tmp_path / "none.qcow2"), "No such file"),
+        (replace(own, nic=replace(own.nic, mac="nonsense")), "mac"),
+    ):
+        with pytest.raises(Failed, match=words) as caught:
+            host.vmm.boot(wrong)
+        assert caught.value.code == "vmm.start_failed"
+        assert own.ref not in host.vmm.processes()
+
+
+def test_a_missing_tap_is_told_and_not_made(host: QemuHost, own: BootSpec) -> None:
+    with pytest.raises(Failed) as caught:
+        host.vmm.boot(replace(own, nic=replace(own.nic, tap="tn1i77")))
+    assert caught.value.code == "vmm.no_tap"
+    assert "tn1i77" not in Path("/proc/self/net/dev").read_text()
+
+
+def test_a_tap_in_use_is_told(host: QemuHost, shared: BootSpec, own: BootSpec) -> None:
+    with pytest.raises(MvmError) as caught:
+        host.vmm.boot(replace(own, nic=shared.nic))
+    assert caught.value.code == "vmm.no_tap"
+
+
+def test_boots_at_once_from_many_threads(host: QemuHost) -> None:
+    specs = [host.spec(number) for number in (11, 12, 13)]
+    with ThreadPoolExecutor(3) as pool:
+        refs = list(pool.map(host.running, specs))
+    assert set(refs) <= set(host.vmm.processes())
+    for ref in refs:
+        host.vmm.kill(ref, None)
+    assert not set(refs) & set(host.vmm.processes())
+
+
+# ---
+def _client(spec: BootSpec, port: str) -> socket.socket:
+    """A client of a guest's port that keeps to no rule."""
+    client = socket.socket(socket.AF_UNIX)
+    fd = os.open(spec.directory, os.O_RDONLY)
+    try:
+        client.connect(f"/proc/self/fd/{fd}/{port}.sock")
+    finally:
+        os.close(fd)
+    client.settimeout(ANSWER_S)
+    return client
+
+
+def _is_locked(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _ssh(host: QemuHost, spec: BootSpec, command: str) -> subprocess.CompletedProcess[str]:
+    """Run `command` over ssh, trusting nothing but the host key that the guest was given."""
+    host.shell.run(["ip", "address", "replace", "10.240.1.1/24", "dev", spec.nic.tap])
+    user, address = SshKey.make(), GUEST_IP
+    host.guest.configure(spec.ref, spec.directory, identity(authorized_key=user.public), deadline_s=BOOT_S)
+    with tempfile.TemporaryDirectory() as directory:
+        key, known = Path(directory, "key"), Path(directory, "known_hosts")
+        key.touch(0o600)
+        key.write_bytes(user.private)
+        known.write_text(f"{address} {HOST_KEY.public}\n")
+        options = [f"UserKnownHostsFile={known}", "StrictHostKeyChecking=yes", "BatchMode=yes", "LogLevel=ERROR"]
+        return subprocess.run(
+            ["ssh", "-F", "none", "-i", str(key), *(word for option in options for word in ("-o", option)),
+             f"root@{address}", command],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
