@@ -99,7 +99,7 @@ def test_a_process_runs_under_its_identity_alone(shell: LocalShell, tmp_path: Pa
     process = spawn(shell, tmp_path, "sleep", "600")
     assert processes.identify(process.pid) == process
     assert processes.runs(process)
-    assert processes.arguments(process.pid) == ["sleep", "600"]
+    until(lambda: processes.arguments(process.pid) == ["sleep", "600"], LONG, "the kernel has set its words up")
     other = process._replace(start_ticks=process.start_ticks + 1)
     assert not processes.runs(other)
     processes.kill(other)

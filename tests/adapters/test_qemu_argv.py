@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ ONE = instance_ref(1)
 MARK = argv.marker(Path("/var/lib/mvm"))
 FDS = argv.Descriptors(tap=10, monitor=11, ports={name: 12 + at for at, name in enumerate(guest.PORTS)})
 SPEC = BootSpec(
-    ref=ONE, directory=Path("/s/i"), kernel=Path("/s/vmlinux"), initramfs=Path("/s/initramfs"), rootfs=Path("/s/rootfs"),
-    overlay=Path("/s/i/overlay"), data_disk=Path("/s/i/data"), vcpus=2, mem_mib=256, nic=Nic("tn1i3", "02:6d:00:01:00:03"),
+    ref=ONE, directory=Path("/s/i"), kernel=Path("/s/vmlinux"), initramfs=Path("/s/initramfs"),
+    rootfs=Path("/s/rootfs"), overlay=Path("/s/i/overlay"), data_disk=Path("/s/i/data"), vcpus=2, mem_mib=256,
+    nic=Nic("tn1i3", "02:6d:00:01:00:03"),
 )  # fmt: skip
 
 
@@ -27,7 +29,7 @@ def command(spec: BootSpec = SPEC, accel: argv.AccelName = "tcg") -> list[str]:
 
 
 def values(words: list[str], option: str) -> list[str]:
-    return [value for name, value in zip(words, words[1:], strict=False) if name == option]
+    return [value for name, value in pairwise(words) if name == option]
 
 
 def test_shape_and_card() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,11 +32,13 @@ def extract(bz_image: bytes, into: Path, shell: Shell) -> None:
     offset = int.from_bytes(bz_image[_PAYLOAD : _PAYLOAD + 4], "little")
     length = int.from_bytes(bz_image[_PAYLOAD + 4 : _PAYLOAD + 8], "little")
     start = (bz_image[_SETUP_SECTS] + 1) * 512 + offset
-    payload = bz_image[start : start + length - 4]  # its size follows it
+    payload, size = bz_image[start : start + length - 4], bz_image[start + length - 4 : start + length]
     if not payload.startswith(_LZ4_LEGACY):
         raise Failed("image.build_failed", "the kernel's compression is not LZ4", magic=payload[:4].hex())
     packed = into.with_name("payload.lz4")
     packed.write_bytes(payload)
+    with into.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, int.from_bytes(size, "little"))  # lz4 cannot say that space ran out
     shell.run(["lz4", "-d", "-q", "-f", str(packed), str(into)])
     packed.unlink()
     with into.open("rb") as file:
