@@ -129,6 +129,7 @@ def open_ports(settings: Settings) -> NodePorts:
     """The drivers that `settings` names."""
     from mvm.drivers.celery_queue import CeleryQueue
     from mvm.drivers.clock import SystemClock
+    from mvm.drivers.locks import FileLocks
     from mvm.drivers.redis_link import RedisLink
     from mvm.drivers.redis_registry import RedisRegistry
     from mvm.drivers.sqlite_store import SqliteStore
@@ -138,26 +139,17 @@ def open_ports(settings: Settings) -> NodePorts:
     registry = RedisRegistry(RedisLink(settings.redis, code="registry.unreachable"))
     queue = CeleryQueue(RedisLink(settings.broker, code="broker.unreachable"))
     if settings.driver == "fake":
-        from mvm.drivers.fake import FakeHost
+        from mvm.drivers.fake.shared import SharedFakeHost
 
-        host = FakeHost(SystemClock())
+        host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
-            store,
-            registry,
-            queue,
-            host.locks,
-            host.clock,
-            host.vmm,
-            host.guest,
-            host.network,
-            host.storage,
-            host.images,
-        )
+            store, registry, queue, FileLocks(layout.locks), host.clock, host.vmm, host.guest, host.network,
+            host.storage, host.images,
+        )  # fmt: skip
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import UnixGuestChannel
     from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
-    from mvm.drivers.locks import FileLocks
     from mvm.drivers.netns import of_parent
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from inspect import signature
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake import POINTS, FakeHost, ManualClock
+from mvm.drivers.fake.shared import SharedFakeHost
 from mvm.errors import Failed, MvmError, TimedOut, Unreachable
 from mvm.ports.guest import GuestIdentity
 from mvm.ports.vmm import BootSpec, Nic, Presence
@@ -215,3 +217,26 @@ def test_a_damaged_revision_is_refused(host: FakeHost) -> None:
     with pytest.raises(Failed) as damaged:
         host.storage.revision(built)
     assert damaged.value.code == "revision.damaged"
+
+
+# --- shared
+
+
+def test_processes_share_one_host_through_a_file(tmp_path: Path) -> None:
+    one, other = (SharedFakeHost(ManualClock(), tmp_path / "host") for _ in range(2))
+    process = one.vmm.boot(spec(one))
+    assert other.vmm.processes() == {REF: (process,)}
+    assert other.network.taps() == {ACME.tap(3): ACME.bridge}
+    other.vmm.kill(REF, process)
+    assert one.vmm.observe(REF, process) is Presence.ABSENT
+    another = one.vmm.boot(spec(one))
+    assert another != process
+    other.fail("vmm.observe", BROKEN)
+    assert one.vmm.observe(REF, another) is Presence.PRESENT, "a fault is of one process"
+
+
+def test_many_hosts_on_one_file_lose_nothing(tmp_path: Path) -> None:
+    hosts = [SharedFakeHost(ManualClock(), tmp_path / "host") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: hosts[n % 4].vmm.boot(spec(hosts[n % 4], instance_ref(n), 3 + n)), range(40)))
+    assert len({process for (process,) in hosts[0].vmm.processes().values()}) == 40

@@ -1,7 +1,7 @@
 """``python -m tests.benchmarks [PREFIX]``: those whose name begins so; a table, and ``build/bench.json``.
 
-Exits 1 when a bar is missed, 2 when no name begins so, 7 without root. Whatever it started is gone when it ends, also on
-Ctrl-C. ``MVM_TEST_IMAGE_CACHE`` names a directory that keeps packages and images from one run to the next.
+Exits 1 when a bar is missed, 2 when no name begins so, 7 without root. Whatever it started is gone when it ends, also
+on Ctrl-C. ``MVM_TEST_IMAGE_CACHE`` names a directory that keeps packages and images from one run to the next.
 """
 
 from __future__ import annotations

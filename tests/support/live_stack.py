@@ -81,9 +81,8 @@ class LiveStack:
     def close(self) -> None:
         """Stop instances and stack, and remove the state directory."""
         try:
-            if self.layout.root.exists():
-                if self("down", "--instances", within_s=_UP_S).returncode:  # without a stack, they are its guests still
-                    self.ok("down", within_s=_UP_S)
+            if self.layout.root.exists() and self("down", "--instances", within_s=_UP_S).returncode:
+                self.ok("down", within_s=_UP_S)
         finally:
             shutil.rmtree(self.root)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import wraps
@@ -94,7 +95,11 @@ class HostState:
         self.hangs: Counter[InstanceRef] = Counter()
         self.panics: Counter[InstanceRef] = Counter()
         self._faults: dict[str, deque[MvmError]] = {}
-        self._pids = count(1000)
+        self.last_pid = 999
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Within it a part has the host to itself."""
+        return self.lock
 
     def meet(self, point: str) -> None:
         """Raise what `fail` prepared for `point`, if anything."""
@@ -109,8 +114,8 @@ class HostState:
 
     def next_process(self) -> ProcessIdentity:
         """A pid never used before."""
-        pid = next(self._pids)
-        return ProcessIdentity(pid, pid * 100)
+        self.last_pid += 1
+        return ProcessIdentity(self.last_pid, self.last_pid * 100)
 
     def kill_process(self, ref: InstanceRef) -> None:
         """The VMM process ends at once and leaves everything else as it was."""
@@ -146,7 +151,7 @@ def point(name: str) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Conc
     def decorate(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
         @wraps(method)
         def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            with self._host.lock:
+            with self._host.turn():
                 self._host.meet(name)
                 return method(self, *args, **kwargs)
 

@@ -1,0 +1,40 @@
+"""One fake host for all processes of a stack."""
+
+from __future__ import annotations
+
+import fcntl
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mvm.drivers.fake import FakeHost
+from mvm.ports.clock import Clock
+
+_KEPT = ("machines", "consoles", "taps", "bridges", "files", "revisions", "last_pid")
+
+
+class SharedFakeHost(FakeHost):
+    """A `FakeHost` whose contents are in the file `path` between any two calls.
+
+    So the urgent worker's sweeps see what the other worker started, and guests outlive the stack as real ones do.
+    Faults are each process's own, and so are its `locks`: a stack takes real ones.
+    """
+
+    def __init__(self, clock: Clock, path: Path) -> None:
+        super().__init__(clock)
+        self._path = path
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within it no other thread or process reads or changes the host."""
+        with self.lock, self._path.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._path.exists():
+                vars(self).update(pickle.loads(self._path.read_bytes()))
+            try:
+                yield
+            finally:
+                draft = self._path.with_suffix(".new")
+                draft.write_bytes(pickle.dumps({name: getattr(self, name) for name in _KEPT}))
+                draft.replace(self._path)
