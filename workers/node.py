@@ -11,6 +11,7 @@ from celery import signals
 
 from mvm.domain.job import JobState
 from mvm.errors import MvmError, TimedOut
+from mvm.telemetry.metrics import show_instances
 from workers.app import role, settings
 from workers.base import job_of, services
 
@@ -32,10 +33,11 @@ def _ready(**_: Any) -> None:
 
 
 def _beat() -> None:
-    heartbeat = services().heartbeat
+    node = services()
     while True:
         try:
-            heartbeat.beat()
+            node.heartbeat.beat()
+            show_instances(node.view.node_info()["instances"])
         except MvmError as error:
             log.warning("no heartbeat", code=error.code, error=error.message)
         if _leaving.wait(settings.heartbeat_s):

@@ -17,6 +17,7 @@ from mvm.agent.methods import Call, Method, accept
 from mvm.drivers.quic.frames import encode
 from mvm.drivers.quic.identity import Peer
 from mvm.errors import Failed, InvalidInput, MvmError, QuotaExceeded, Unreachable
+from mvm.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
@@ -117,6 +118,7 @@ class Dispatcher:
             threads.submit(lambda: _run(peer, call, reply))
         except MvmError as error:
             log.info("agent.request_refused", peer=str(peer), code=error.code)
+            metrics.AGENT_REQUESTS.labels("-", "refused").inc()
             reply.finish(error_frame(error))
 
     def close(self) -> None:
@@ -138,6 +140,7 @@ def _stopping() -> Unreachable:
 
 
 def _run(peer: Peer, call: Call, reply: Reply) -> None:
+    outcome = "ok"
     held = b""  # the last part of a short answer leaves together with the stream's end
     try:
         with closing(call.run()) as parts:
@@ -150,15 +153,18 @@ def _run(peer: Peer, call: Call, reply: Reply) -> None:
                     held = frame
                 if not heard:
                     log.debug("agent.request_abandoned", peer=str(peer), method=call.name, request=call.id)
+                    outcome = "abandoned"
                     break
     except MvmError as error:
-        held = error_frame(error)
+        held, outcome = error_frame(error), "failed"
         log.info("agent.request_failed", peer=str(peer), method=call.name, request=call.id, code=error.code)
     except Exception:  # a defect: the caller learns that there is one, the log learns which
         log.exception("agent.request_crashed", peer=str(peer), method=call.name, request=call.id)
+        outcome = "crashed"
         held = error_frame(
             MvmError("internal", "the agent failed to answer", hint="its log has the details", request=call.id)
         )
+    metrics.AGENT_REQUESTS.labels(call.name, outcome).inc()
     reply.finish(held)
 
 

@@ -25,7 +25,7 @@ class _Name(str):
         if not cls.rule.fullmatch(text):
             raise InvalidInput(
                 f"{cls.what}.invalid_id",
-                f"{text!r} is not a {cls.what} id",
+                f"{text!r} is not the id of {_a(cls.what)}",
                 hint=f"allowed: {cls.allowed}",
                 field=cls.what,
                 value=text[:80],
@@ -151,6 +151,10 @@ class InstanceRef:
     def pool_ref(self) -> PoolRef:
         """The pool that owns it."""
         return PoolRef(self.tenant, self.pool)
+
+
+def _a(what: str) -> str:
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
 
 
 def node_id_from_hostname(hostname: str) -> NodeId:

@@ -16,7 +16,7 @@ from mvm.domain.ids import JobId, NodeId, PoolRef, TenantId
 from mvm.domain.job import Job, JobState, JobVerb, Progress
 from mvm.domain.refusals import job_not_found, tenant_exists
 from mvm.domain.tenant import Quota, Tenant
-from mvm.errors import Failed, NotAllowed, TimedOut
+from mvm.errors import Cancelled, Failed, NotAllowed, TimedOut
 from mvm.ports.clock import Clock
 from mvm.ports.registry import NodeRecord
 
@@ -192,10 +192,11 @@ class MemoryRegistry:
         parent = replace(parent, progress=Progress(len(ended), total, failed))
         done = len(ended) >= total
         if done:
+            cancelled = parent_id in self._cancels
             parent = replace(
                 parent,
-                state=JobState.FAILED if failed else JobState.SUCCEEDED,
-                error=_bulk_failed(parent_id, failed, total).to_dict() if failed else None,
+                state=(JobState.CANCELLED if cancelled else JobState.FAILED) if failed else JobState.SUCCEEDED,
+                error=_bulk_ended(parent_id, failed, total, cancelled=cancelled).to_dict() if failed else None,
                 finished_at=self._clock.now(),
             )
         self._publish(parent)
@@ -293,7 +294,9 @@ class MemoryRegistry:
                 del self._sweeps[verb, node]
 
 
-def _bulk_failed(parent: JobId, failed: int, total: int) -> Failed:
-    return Failed(
-        "bulk.failed", f"{failed} of {total} failed", hint=f"see: mvm job show {parent}", failed=failed, total=total
-    )
+def _bulk_ended(parent: JobId, failed: int, total: int, *, cancelled: bool) -> Failed:
+    hint = f"see: mvm job show {parent}"
+    if cancelled:
+        message = f"{failed} of {total} were cancelled or failed"
+        return Cancelled("job.cancelled", message, hint=hint, failed=failed, total=total)
+    return Failed("bulk.failed", f"{failed} of {total} failed", hint=hint, failed=failed, total=total)

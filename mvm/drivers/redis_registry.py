@@ -191,9 +191,10 @@ class RedisRegistry:
 
     def update(self, job: Job) -> Job | None:
         """See ports/registry.py."""
+        keep_s = _KEEP_SWEEP_S if job.verb.is_sweep else _KEEP_JOB_S
         ended = self._link.command(
             "EVAL", UPDATE_JOB, 0, job.job_id, json.dumps(job.to_dict()), job.state, int(job.state.final),
-            job.node_id, job.parent or "", datetime.now(UTC).isoformat(), _KEEP_JOB_S,
+            job.node_id, job.parent or "", datetime.now(UTC).isoformat(), keep_s,
         )  # fmt: skip
         return Job.from_dict(json.loads(ended)) if ended else None
 

@@ -63,9 +63,14 @@ if done < total then
   announce(ARGV[6])
   return ''
 end
-parent.state = failed == 0 and 'succeeded' or 'failed'
+local cancelled = redis.call('EXISTS', 'mvm:cancel:' .. ARGV[6]) == 1
+parent.state = failed == 0 and 'succeeded' or cancelled and 'cancelled' or 'failed'
 parent.finished_at = ARGV[7]
-if failed > 0 then
+if failed > 0 and cancelled then
+  parent.error = {kind = 'cancelled', code = 'job.cancelled',
+    message = failed .. ' of ' .. total .. ' were cancelled or failed',
+    hint = 'see: mvm job show ' .. ARGV[6], fields = {failed = failed, total = total}}
+elseif failed > 0 then
   parent.error = {kind = 'failed', code = 'bulk.failed', message = failed .. ' of ' .. total .. ' failed',
     hint = 'see: mvm job show ' .. ARGV[6], fields = {failed = failed, total = total}}
 end

@@ -35,7 +35,3 @@ class Heartbeat:
             self._registry.restore(self._store.tenants(), pools, self._store.given_net_ids())
         self._registry.heartbeat(NodeRecord(self._node_id, self._address, self._clock.now(), self._facts))
         self._beats += 1
-
-    def leave(self) -> None:
-        """The node leaves in an orderly way."""
-        self._registry.forget_node(self._node_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import takewhile
 from typing import Any
 
 from mvm.domain.ids import JobId, NodeId
@@ -54,9 +55,8 @@ class Jobs:
         if parallel is not None and parallel < 1:
             raise InvalidInput("job.invalid_parallel", f"--parallel is {parallel}", hint="allowed: 1 and up",
                                field="parallel", value=parallel)  # fmt: skip
-        common = subjects[0].rsplit("/", 1)[0]
         parent = self.new(
-            JobVerb.BULK, common, node_of(subjects[0]), reason=reason, actor=actor,
+            JobVerb.BULK, _common(subjects), node_of(subjects[0]), reason=reason, actor=actor,
             params={"verb": verb.value, "count": len(subjects), "parallel": parallel or len(subjects)},
         ).with_(state=JobState.RUNNING, progress=Progress(total=len(subjects)))  # fmt: skip
         parent = parent.with_(started_at=parent.submitted_at)
@@ -132,3 +132,10 @@ class Jobs:
             return f"no worker has taken it: node {job.node_id} has never been seen"
         ago = int((self._clock.now() - seen).total_seconds())
         return f"no worker has taken it: node {job.node_id}'s worker was last seen {ago} s ago"
+
+
+def _common(subjects: Sequence[str]) -> str:
+    """What all subjects lie below: a pool, a tenant, or ``*``."""
+    paths = [subject.split("/")[:-1] for subject in subjects]
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return "/".join(names[0] for names in shared) or "*"

@@ -152,7 +152,7 @@ class Runner:
     def _tell(self, job: Job) -> bool:
         try:
             self._registry.update(job)
-        except Unreachable as error:  # the node's record is the truth; the next heartbeat publishes it
+        except Unreachable as error:  # the node's record is the truth; a sweep publishes it later
             log.warning("not published", error=error.message)
             return False
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from socket import socket
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from mvm.domain.job import Job
+from mvm.domain.lifecycle import Status
 
 JOBS = Counter("mvm_jobs_total", "Jobs ended, by verb and final state.", ["verb", "state"])
 JOB_SECONDS = Histogram(
@@ -26,7 +27,6 @@ JOB_SECONDS = Histogram(
 )  # fmt: skip
 INSTANCES = Gauge("mvm_instances", "Instances of this node, by status.", ["status"], multiprocess_mode="mostrecent")
 SWEEP_FINDINGS = Counter("mvm_sweep_findings_total", "What sweeps found and put right.", ["sweep"])
-BOOT_RETRIES = Counter("mvm_boot_retries_total", "Boots that hung and were tried again.")
 AGENT_REQUESTS = Counter("mvm_agent_requests_total", "Requests to the agent.", ["method", "outcome"])
 
 
@@ -36,6 +36,15 @@ def observe_job(job: Job) -> None:
         JOBS.labels(job.verb.value, job.state.value).inc()
         if job.started_at and job.finished_at:
             JOB_SECONDS.labels(job.verb.value).observe((job.finished_at - job.started_at).total_seconds())
+    if job.verb.is_sweep and job.result:
+        found = sum(len(job.result.get(name, ())) for name in ("stopped", "removed", "pools"))
+        SWEEP_FINDINGS.labels(job.verb.value).inc(found)
+
+
+def show_instances(counts: Mapping[str, int]) -> None:
+    """Show how many instances of each status there are; statuses not named have none."""
+    for status in Status:
+        INSTANCES.labels(status.value).set(counts.get(status.value, 0))
 
 
 def serve(sockets: Iterable[socket]) -> Callable[[], None]:
