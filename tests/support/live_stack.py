@@ -12,13 +12,15 @@ import sys
 import tempfile
 import xmlrpc.client
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 from supervisor.xmlrpc import SupervisorTransport
 
 from mvm.domain.layout import StateLayout
+from mvm.drivers.qemu.driver import QemuDriver
+from mvm.drivers.shell import LocalShell
 from tests.support.waiting import until
 
 COMMAND = Path(sys.executable).with_name("mvm")
@@ -90,6 +92,34 @@ class LiveStack:
         """The process of one part, as ``mvm status`` tells."""
         rows = json.loads(self("status", "-o", "json").stdout)
         return cast("int | None", next(row["pid"] for row in rows if row["name"] == part))
+
+    def statuses(self) -> dict[str, str]:
+        """Every instance's status."""
+        return {row["ref"]: row["status"] for row in self.json("instance", "list")}
+
+    def in_namespace(self, *argv: str) -> str:
+        """What a program says that runs in the stack's network namespace."""
+        name = json.loads(self.layout.connection.read_text())["netns"]
+        return subprocess.run(["ip", "netns", "exec", name, *argv], capture_output=True, text=True, check=True).stdout
+
+    def taps(self) -> set[str]:
+        """TAPs in the stack's namespace."""
+        return {link["ifname"] for link in json.loads(self.in_namespace("ip", "-j", "tuntap", "show"))}
+
+    def vmms(self) -> list[int]:
+        """Pids of the VMM processes of this state directory."""
+        found = QemuDriver(self.layout, LocalShell()).processes().values()
+        return [process.pid for several in found for process in several]
+
+    def processes(self) -> list[str]:
+        """Command lines that name this state directory."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with suppress(OSError):
+                    words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found += [words] if str(self.layout.root) in words else []
+        return found
 
     @contextmanager
     def without(self, part: str) -> Iterator[None]:
