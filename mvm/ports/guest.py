@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -23,16 +24,20 @@ class GuestHello:
 class GuestIdentity:
     """What makes a booted guest this instance. The keys never appear in arguments or logs.
 
-    `address` is ``IP/PREFIX``; `ssh_host_key` is dropbear's private form, `entropy` reseeds the guest's RNG.
+    `mac` is its card's; `address` is ``IP/PREFIX``; `machine_id` is 32 hex digits; `ssh_host_key` is dropbear's
+    private form; `entropy` (64 bytes) reseeds the guest's RNG. With `data_disk` it must have one and mounts it.
     """
 
     hostname: str
+    machine_id: str
+    mac: str
     address: str
     gateway: str
     now: datetime
     ssh_host_key: bytes
     authorized_key: str
     entropy: bytes
+    data_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,30 @@ class ExecResult:
     stdout: bytes
     stderr: bytes
     truncated: bool = False
+
+
+class Worker(StrEnum):
+    """What the workload says of itself by the file ``/run/mvm/worker-*`` it last made; UNKNOWN if it made none."""
+
+    READY = "ready"
+    IDLE = "idle"
+    BUSY = "busy"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestStatus:
+    """What tells how idle a guest is: counters since its boot, CPU in seconds and card in bytes, and the 1 min load.
+
+    `cpu_s` is what all vCPUs spent on anything but waiting.
+    """
+
+    uptime_s: float
+    worker: Worker
+    cpu_s: float
+    load: float
+    rx_bytes: int
+    tx_bytes: int
 
 
 class GuestChannel(Protocol):
@@ -60,8 +89,25 @@ class GuestChannel(Protocol):
     def configure(self, ref: InstanceRef, directory: Path, identity: GuestIdentity, *, deadline_s: float) -> None:
         """Give the guest its identity; returns once it has acknowledged all of it.
 
-        Raises `Failed` (``guest.refused``) with the guest's words when it could not.
+        Raises `Failed` (``guest.refused``) with the guest's words when it could not; ``missing`` in its fields lists
+        the parts that were not acknowledged.
         """
+        ...
+
+    def status(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> GuestStatus:
+        """What the guest does."""
+        ...
+
+    def prepare_sleep(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """Make the guest small before it is saved; returns once its disks are synced and its caches dropped.
+
+        Workloads are told by an executable ``/etc/mvm/sleep``, if the image has one, which may take its time.
+        Raises `Failed` (``guest.refused``) when that fails.
+        """
+        ...
+
+    def wake(self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, deadline_s: float) -> None:
+        """Tell a resumed guest the time and give it fresh entropy (64 bytes); returns once it has both."""
         ...
 
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:

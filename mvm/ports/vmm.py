@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
-from mvm.domain.ids import InstanceRef
+from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import ProcessIdentity
+from mvm.domain.snapshot import Compression, SnapshotManifest
 
 
 class Presence(StrEnum):
@@ -46,6 +47,34 @@ class BootSpec:
     vcpus: int
     mem_mib: int
     nic: Nic
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateSpec:
+    """What the cold boot of a template needs: a `BootSpec` without an identity.
+
+    Its card has a TAP of its own that leads nowhere, and its data disk is an empty one of `data_disk_mib` (0: none),
+    so that every clone finds the devices it was saved with. `ref` names its process; no instance may have it.
+    """
+
+    ref: InstanceRef
+    directory: Path
+    kernel: Path
+    initramfs: Path
+    rootfs: Path
+    overlay: Path
+    data_disk_mib: int
+    vcpus: int
+    mem_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What a VMM's process holds of the host's memory, in bytes: resident, its fair share of it, its alone."""
+
+    rss: int
+    pss: int
+    private: int
 
 
 class VmmDriver(Protocol):
@@ -85,4 +114,90 @@ class VmmDriver(Protocol):
 
     def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
         """The guest's console from byte `offset` on, at most 64 KiB, and the offset behind it."""
+        ...
+
+
+@runtime_checkable
+class Snapshotting(Protocol):
+    """An optional ability: pausing, templates and their clones, sleeping to disk.
+
+    A **template** is a directory made once by `save_template`, read-only ever after: a booted guest without an identity,
+    saved with the layer it wrote over the rootfs. `clone` makes instances of it, which share its memory until they
+    write. A **snapshot** is a directory made by `save`: one sleeping instance, whose overlay and data disk stay where
+    they are. A snapshot of a clone holds what differs from its template, one of a cold-booted instance all of it; for
+    the latter `template` is None everywhere.
+
+    A restored guest is PAUSED, and knows neither what time it is nor, as a clone, who it is: the caller resumes it
+    and then tells it (`GuestChannel.wake`, `configure`). Once resumed it writes to its overlay, and then its
+    snapshot is of the past: it is refused (``snapshot.other_disk``), and the caller removes it.
+
+    Raises `Unreachable` (``vmm.gone``) when the process does not run, `TimedOut` (``vmm.silent``) when it does not
+    answer, `Failed` (``disk.full``) when there is no space, `NotFound` (``snapshot.not_found``) and `Failed`
+    (``snapshot.damaged``, naming the file; ``snapshot.other_*``, naming what differs) for what cannot be restored;
+    nothing is started then.
+    """
+
+    def boot_template(self, spec: TemplateSpec) -> ProcessIdentity:
+        """Start a VMM that `save_template` can save; otherwise as `VmmDriver.boot`."""
+        ...
+
+    def save_template(
+        self, spec: TemplateSpec, process: ProcessIdentity, *, revision: Revision, into: Path
+    ) -> SnapshotManifest:
+        """Make the template `into`, durable and read-only, and end the VMM. The overlay moves into it.
+
+        `into` appears whole, replacing another. When this fails nothing is left but the VMM, which may have ended.
+        """
+        ...
+
+    def clone(self, template: Path, spec: BootSpec, *, revision: Revision) -> ProcessIdentity:
+        """A new instance from `template`, PAUSED; `spec.overlay` is empty. One that has a process keeps it.
+
+        Nothing it does can change the template. Its card still has the template's MAC and is down in the guest;
+        `configure` gives it its own before it comes up.
+        """
+        ...
+
+    def pause(self, ref: InstanceRef, process: ProcessIdentity) -> None:
+        """No vCPU runs when this returns. May be repeated."""
+        ...
+
+    def resume(self, ref: InstanceRef, process: ProcessIdentity) -> None:
+        """The vCPUs run; the guest's clock is as late as it was paused. May be repeated."""
+        ...
+
+    def paused(self, ref: InstanceRef, process: ProcessIdentity) -> bool:
+        """Whether its vCPUs stand still."""
+        ...
+
+    def save(
+        self,
+        spec: BootSpec,
+        process: ProcessIdentity,
+        *,
+        template: Path | None,
+        revision: Revision,
+        into: Path,
+        compression: Compression,
+    ) -> SnapshotManifest:
+        """Put an instance to sleep in `into`, which appears whole and durable; only then its VMM is ended.
+
+        `template` is what it was cloned from. On any failure nothing is left of the snapshot and the guest is as it
+        was: running, or paused.
+        """
+        ...
+
+    def restore(self, snapshot: Path, template: Path | None, spec: BootSpec, *, revision: Revision) -> ProcessIdentity:
+        """Wake what `save` put into `snapshot`, PAUSED; one that has a process already keeps it.
+
+        The snapshot is verified first, and stays; `spec.nic` has the MAC that the guest has.
+        """
+        ...
+
+    def manifest(self, snapshot: Path) -> SnapshotManifest:
+        """What a template or snapshot says of itself; its other files are not looked at."""
+        ...
+
+    def memory(self, process: ProcessIdentity) -> MemoryUse:
+        """What `process` uses now."""
         ...
