@@ -42,9 +42,11 @@ def up(
 ) -> None:
     """Start the stack on this machine; without --detach stay until Ctrl-C. Instances go on either way."""
     from mvm.drivers.stack import connection
+    from mvm.telemetry.logging import parse_filter
 
     os.umask(0o077)  # logs and sockets of the stack are for its user alone
     settings = _settings(ctx, netns=netns, driver=driver, flower_port=flower_port)
+    parse_filter(settings.log)  # every part would refuse it
     stack = _stack(settings)
     if prepare:
         stack.prepare()
