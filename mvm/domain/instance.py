@@ -33,7 +33,8 @@ class Instance:
     """What the node's store says of one instance.
 
     `generation` grows by one with every write; a write names the generation it read (compare-and-set).
-    `offset` is its place in the tenant's subnet; addresses derive from it.
+    `offset` is its place in the tenant's subnet; addresses derive from it. `cloned` says that it began as a clone of
+    its pool's template at `revision`, and not by a boot.
     """
 
     ref: InstanceRef
@@ -43,6 +44,7 @@ class Instance:
     created_at: datetime
     generation: int = 0
     revision: Revision | None = None
+    cloned: bool = False
     process: ProcessIdentity | None = None
     in_flight: InFlight | None = None
     last_error: str | None = None
@@ -69,6 +71,7 @@ class Instance:
             "status": self.status.value,
             "created_at": self.created_at.isoformat(),
             "revision": self.revision,
+            "cloned": self.cloned,
             "process": list(self.process) if self.process else None,
             "in_flight": [str(self.in_flight.job_id), self.in_flight.verb.value] if self.in_flight else None,
             "last_error": self.last_error,
@@ -88,6 +91,7 @@ class Instance:
             created_at=datetime.fromisoformat(data["created_at"]),
             generation=generation,
             revision=Revision(data["revision"]) if data["revision"] else None,
+            cloned=data.get("cloned", False),
             process=ProcessIdentity(*data["process"]) if data["process"] else None,
             in_flight=InFlight(JobId(in_flight[0]), Verb(in_flight[1])) if in_flight else None,
             last_error=data["last_error"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from mvm.domain.ids import InstanceRef, Revision
+from mvm.domain.ids import InstanceRef, PoolRef, Revision
 
 STATE_VERSION = 1
 DEFAULT_STATE_DIR = Path("/var/lib/mvm")
@@ -82,6 +82,10 @@ class StateLayout:
         """The directory of one revision."""
         return self.images / revision
 
+    def template(self, pool: PoolRef, revision: Revision) -> Path:
+        """What instances of `pool` at `revision` are cloned from; no other pool's are."""
+        return self.root / "templates" / pool.tenant / pool.pool / revision
+
     @property
     def package_cache(self) -> Path:
         """Downloaded Debian packages."""
@@ -95,6 +99,10 @@ class StateLayout:
     def instance(self, ref: InstanceRef) -> Path:
         """The directory of one instance."""
         return self.instances / ref.tenant / ref.pool / ref.instance
+
+    def snapshot(self, ref: InstanceRef) -> Path:
+        """What a sleeping instance wakes from."""
+        return self.instance(ref) / "snapshot"
 
     @property
     def locks(self) -> Path:

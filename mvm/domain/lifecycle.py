@@ -41,6 +41,8 @@ TRANSITIONS: Mapping[tuple[Status, Verb], Status] = MappingProxyType(
         (S.CREATED, V.START): S.RUNNING,  # by way of ready
         (S.READY, V.START): S.RUNNING,
         (S.STOPPED, V.START): S.RUNNING,
+        (S.WARM, V.START): S.RUNNING,  # as wake
+        (S.SLEEPING, V.START): S.RUNNING,  # as wake; forced, from its disks alone
         (S.RUNNING, V.WARM): S.WARM,
         (S.WARM, V.WAKE): S.RUNNING,
         (S.WARM, V.SLEEP): S.SLEEPING,

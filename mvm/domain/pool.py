@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from mvm.domain.ids import NodeId, PoolRef, Revision
+from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput
 
 MAX_COUNT = 10_000
@@ -23,6 +24,13 @@ class Profile(StrEnum):
 
 
 BUILTIN = "builtin:"
+
+
+class StartMode(StrEnum):
+    """How a pool's instances start: as clones of its template, or each by a boot of its own."""
+
+    CLONE = "clone"
+    COLD = "cold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,8 @@ class WorkerPool:
     node_id: NodeId
     created_at: datetime
     desired: DesiredCounts | None = None
+    start: StartMode = StartMode.CLONE
+    compression: Compression = Compression.ZSTD
     revision: Revision | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +118,8 @@ class WorkerPool:
             "node_id": str(self.node_id),
             "created_at": self.created_at.isoformat(),
             "desired": asdict(self.desired) if self.desired else None,
+            "start": self.start.value,
+            "compression": self.compression.value,
             "revision": self.revision,
         }
 
@@ -121,5 +133,7 @@ class WorkerPool:
             node_id=NodeId(data["node_id"]),
             created_at=datetime.fromisoformat(data["created_at"]),
             desired=DesiredCounts(**data["desired"]) if data["desired"] else None,
+            start=StartMode(data.get("start", StartMode.CLONE)),
+            compression=Compression(data.get("compression", Compression.ZSTD)),
             revision=Revision(data["revision"]) if data["revision"] else None,
         )

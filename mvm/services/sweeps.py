@@ -26,6 +26,8 @@ from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.sweeps")
 
+_CONSOLE_BYTES = 1 << 20  # of a running guest's console that are kept
+
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
@@ -58,13 +60,14 @@ class Sweeps:
         self._first_seen: dict[str, float] = {}
 
     def stale_pids(self, context: JobContext) -> Mapping[str, Any]:
-        """Instances recorded running whose process is gone become stopped, with the reason."""
+        """Instances recorded running whose process is gone become stopped, with the reason; consoles are kept short."""
         context.step("compare processes", 0, 1)
         gone = []
         for instance in self._store.instances():
             if instance.status not in (Status.RUNNING, Status.WARM) or instance.in_flight:
                 continue
             if self._vmm.observe(instance.ref, instance.process) is not Presence.ABSENT:
+                self._vmm.trim_console(self._storage.directory(instance.ref), keep=_CONSOLE_BYTES)
                 continue
             reason = self._reason(instance)
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -13,7 +14,8 @@ from click.testing import CliRunner
 from mvm.cli import following, params
 from mvm.cli.errors import report
 from mvm.cli.main import cli
-from mvm.domain.job import JobVerb
+from mvm.domain.ids import JobId
+from mvm.domain.job import Job, JobVerb
 from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.errors import (
     Cancelled,
@@ -215,6 +217,30 @@ def test_a_dead_registry_and_a_dead_broker_are_told(
 
     monkeypatch.setattr(MemoryRegistry, "record", dead)
     mvm.fails(6, "registry.unreachable", "tenant", "create", "other")
+
+
+def test_a_registry_that_restarts_is_waited_for(mvm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = mvm.client.jobs
+    healthy = jobs.follow
+
+    def restarting(ids: Sequence[JobId], *, deadline_s: float | None = None) -> Iterator[Job]:
+        monkeypatch.setattr(jobs, "follow", healthy)
+        yield jobs.job(ids[0])
+        raise Unreachable("registry.unreachable", "Redis does not answer", hint="see: mvm status")
+
+    monkeypatch.setattr(jobs, "follow", restarting)
+    result = mvm("tenant", "create", "acme")
+    assert result.exit_code == 0, result.output
+    assert "note: Redis does not answer; waiting for it" in result.stderr
+
+
+def test_a_registry_that_stays_away_leaves_the_jobs_named(mvm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_args: object, **_kwargs: object) -> None:
+        raise Unreachable("registry.unreachable", "Redis does not answer", hint="see: mvm status")
+
+    monkeypatch.setattr(mvm.client.jobs, "follow", gone)
+    error = json.loads(mvm.fails(6, "registry.unreachable", "tenant", "create", "acme").stdout)["error"]
+    assert f"mvm job wait {error['fields']['jobs'][0]}" in error["hint"]
 
 
 def test_ctrl_c_stops_the_waiting_and_not_the_job(mvm: CommandLine, node: Node) -> None:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mvm.cli import stack
 from mvm.drivers import doctor
 from mvm.drivers.doctor import Check
-from mvm.errors import NotAllowed
+from mvm.errors import InvalidInput, NotAllowed
 
 PARTS = ["redis", "worker", "urgent", "beat", "agent", "flower", "metrics"]
 
@@ -51,6 +51,12 @@ def test_up_refuses_another_version(run: CliRunner, tmp_path: Path) -> None:
     result = run.invoke(stack.up, ["--detach", "--driver", "fake", "--netns", "host"])
     assert isinstance(result.exception, NotAllowed)
     assert result.exception.code == "state.version"
+
+
+def test_up_refuses_a_log_filter_that_no_part_could_read(run: CliRunner, tmp_path: Path) -> None:
+    result = run.invoke(stack.up, ["--detach", "--driver", "fake", "--netns", "host"], env={"MVM_LOG": "loud"})
+    assert isinstance(result.exception, InvalidInput)
+    assert not (tmp_path / "s").exists()
 
 
 def test_prepare_makes_the_state_directory_and_starts_nothing(run: CliRunner, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
-from mvm.drivers import processes, tap
+from mvm.drivers import files, processes, tap
 from mvm.drivers.guest_channel import listen
 from mvm.drivers.qemu import argv
 from mvm.drivers.qemu.accel import Accelerator, AcceleratorProbe
@@ -139,13 +139,20 @@ class QemuDriver:
         """See the port; control characters are removed. Shorter than `offset`, it is a new run's: from its start."""
         try:
             with (directory / argv.CONSOLE_LOG).open("rb") as file:
-                start = offset if offset <= file.seek(0, os.SEEK_END) else 0
-                file.seek(start)
+                end = file.seek(0, os.SEEK_END)
+                start = offset if offset <= end else 0
+                if start < end:
+                    start = file.seek(start, os.SEEK_DATA)  # past what was trimmed
                 data = file.read(_CONSOLE_BYTES)
         except FileNotFoundError:
             return "", offset
         text, used = codecs.utf_8_decode(data, "replace", len(data) < _PARTIAL)  # a character cut in two is left
         return _NOT_TEXT.sub("", text), start + used
+
+    def trim_console(self, directory: Path, *, keep: int) -> None:
+        """See the port."""
+        with suppress(FileNotFoundError), (directory / argv.CONSOLE_LOG).open("r+b") as file:
+            files.punch(file.fileno(), file.seek(0, os.SEEK_END) - keep)
 
     def _of(self, ref: InstanceRef) -> tuple[ProcessIdentity, ...]:
         return self.processes().get(ref, ())
