@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     urgent_threads: int = Field(4, ge=1, le=64)
     parallel_boots: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
     boot_deadline_s: float = Field(30.0, gt=0, le=600)
+    sleep_deadline_s: float = Field(10.0, gt=0, le=600)
     stop_grace_s: float = Field(10.0, ge=0, le=600)
     visibility_timeout_s: int = Field(60, ge=5, le=86400)
     stale_pid_sweep_s: float = Field(10.0, ge=0.5, le=86400)

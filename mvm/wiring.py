@@ -180,16 +180,23 @@ def build_node(
     from mvm.services.pools import Pools
     from mvm.services.reconcile import Reconcile
     from mvm.services.runner import Runner
+    from mvm.services.snapshots import Snapshots
     from mvm.services.sweeps import Sweeps
     from mvm.services.tenants import Tenants
+    from mvm.services.urgent import UrgentWake
     from mvm.services.views import NodeView
 
     p, node = ports, settings.node
     address = f"{settings.agent_host}:{settings.agent_port}"
     jobs = Jobs(p.registry, p.queue, p.clock)
     runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, observers)
+    snapshots = Snapshots(
+        locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
+        boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
+    )  # fmt: skip
     microvms = MicroVms(
         store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
+        snapshots=snapshots,
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
@@ -213,6 +220,9 @@ def build_node(
         JobVerb.INSTANCE_CREATE: lifecycle.create,
         JobVerb.INSTANCE_START: lifecycle.start,
         JobVerb.INSTANCE_STOP: lifecycle.stop,
+        JobVerb.INSTANCE_WARM: lifecycle.warm,
+        JobVerb.INSTANCE_SLEEP: lifecycle.sleep,
+        JobVerb.INSTANCE_WAKE: lifecycle.wake,
         JobVerb.INSTANCE_DESTROY: lifecycle.destroy,
         JobVerb.SWEEP_STALE_PIDS: sweeps.stale_pids,
         JobVerb.SWEEP_ORPHANS: sweeps.orphans,
@@ -220,7 +230,14 @@ def build_node(
     }.items():
         runner.register(verb, handler)
     view = NodeView(
-        store=p.store, storage=p.storage, guest=p.guest, vmm=p.vmm, clock=p.clock, node_id=node, address=address
+        store=p.store,
+        storage=p.storage,
+        guest=p.guest,
+        vmm=p.vmm,
+        clock=p.clock,
+        node_id=node,
+        address=address,
+        urgent=UrgentWake(p.store, p.registry, jobs, runner, node),
     )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,

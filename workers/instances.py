@@ -31,3 +31,21 @@ def stop(self: JobTask, **job: Any) -> str:
 def destroy(self: JobTask, **job: Any) -> str:
     """See the service."""
     return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.INSTANCE_WARM.task_name)
+def warm(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.INSTANCE_SLEEP.task_name)
+def sleep(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.INSTANCE_WAKE.task_name)
+def wake(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)

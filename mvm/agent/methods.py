@@ -54,6 +54,10 @@ class NodeApi(Protocol):
         """One instance."""
         ...
 
+    def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
+        """Wake an instance now; what the job that did it says."""
+        ...
+
     def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
         """Run a command in the guest."""
         ...
@@ -86,6 +90,10 @@ class _Instances(_Pools):
 
 class _Instance(_Params):
     ref: str
+
+
+class _Wake(_Instance):
+    actor: Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class _Exec(_Instance):
@@ -169,6 +177,9 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
         "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),
         "instance.info": Method(coordinator, _Instance, one(lambda p: api.instance(InstanceRef.parse(p.ref)))),
+        "instance.wake": Method(
+            coordinator, _Wake, one(lambda p: api.wake(InstanceRef.parse(p.ref), p.actor)), long=True
+        ),
         "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), long=True),
         "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), long=True),
     }

@@ -10,10 +10,11 @@ from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet, ask, gather
 from mvm.cli.instance import COLUMNS as INSTANCE_COLUMNS
+from mvm.cli.instance import show_woken, wake_at
 from mvm.cli.node import COLUMNS as NODE_COLUMNS
 from mvm.cli.params import TENANT, pass_fleet
 from mvm.cli.render import show_list
-from mvm.domain.ids import TenantId
+from mvm.domain.ids import InstanceId, InstanceRef, PoolId, TenantId
 
 
 @click.group(cls=Group)
@@ -41,3 +42,15 @@ def list_instances(fleet: Fleet, output: str, node: str, tenant: TenantId) -> No
     """List the instances of a tenant on one node."""
     rows = ask(fleet.distant_agents, node, "instance.list", tenant=tenant)["items"]
     show_list(rows, INSTANCE_COLUMNS, output, empty="no instances")
+
+
+@coordinator.command()
+@click.option("--node", metavar="ADDR", required=True, help="HOST:PORT of the agent.")
+@click.option("--tenant", type=TENANT, required=True, metavar="T")
+@click.option("--pool", required=True, metavar="P", help="The pool's id.")
+@click.option("--instance", required=True, metavar="I", help="The instance's id.")
+@pass_fleet
+def wake(fleet: Fleet, output: str, node: str, tenant: TenantId, pool: str, instance: str) -> None:
+    """Wake an instance at once, past every queue."""
+    ref = InstanceRef(tenant, PoolId(pool), InstanceId(instance))
+    show_woken([wake_at(fleet.distant_agents, node, ref)], output)

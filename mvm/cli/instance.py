@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -30,7 +30,10 @@ from mvm.cli.render import Columns, age, emit, show_list, show_one
 from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
 from mvm.domain.job import Job, JobVerb
 from mvm.domain.lifecycle import Status, Verb, allowed_verbs
-from mvm.errors import InvalidInput
+from mvm.errors import InvalidInput, MvmError
+from mvm.ports.agents import NodeAgents
+
+_WAKE_S = 60.0
 
 COLUMNS: Columns = {
     "instance": "ref",
@@ -109,13 +112,15 @@ _force = click.option("--force", is_flag=True, help="Do not wait for the guest t
 
 @instance.command()
 @_many
+@click.option("--force", is_flag=True, help="A sleeping one forgets its memory and starts from its disks.")
 @job_options
 @pass_fleet
 def start(
-    fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, wait: JobWait
-) -> None:  # fmt: skip
-    """Boot REFs; each is done when its guest has answered."""
-    _run(fleet, output, Verb.START, _expand(fleet, refs, all_, Verb.START), parallel, wait, {}, bulk=all_)
+    fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, force: bool, wait: JobWait
+) -> None:
+    """Start REFs; each is done when its guest has answered. Warm and sleeping ones go on where they were."""
+    found = _expand(fleet, refs, all_, Verb.START)
+    _run(fleet, output, Verb.START, found, parallel, wait, {"force": True} if force else {}, bulk=all_)
 
 
 @instance.command()
@@ -133,6 +138,47 @@ def stop(
 
 @instance.command()
 @_many
+@job_options
+@pass_fleet
+def warm(
+    fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, wait: JobWait
+) -> None:  # fmt: skip
+    """Pause REFs; they keep their memory and go on within milliseconds."""
+    _run(fleet, output, Verb.WARM, _expand(fleet, refs, all_, Verb.WARM), parallel, wait, {}, bulk=all_)
+
+
+@instance.command()
+@_many
+@click.option("--force", is_flag=True, help="Also when the guest does not get ready for it.")
+@job_options
+@pass_fleet
+def sleep(
+    fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, force: bool, wait: JobWait
+) -> None:
+    """Snapshot REFs to disk and free their memory."""
+    found = _expand(fleet, refs, all_, Verb.SLEEP)
+    _run(fleet, output, Verb.SLEEP, found, parallel, wait, {"force": force}, bulk=all_)
+
+
+@instance.command()
+@click.argument("refs", metavar="REF... | POOL --all", type=TARGET, nargs=-1, required=True)
+@click.option("--all", "all_", is_flag=True, help="All that can, of the given pools or tenants.")
+@pass_fleet
+def wake(fleet: Fleet, output: str, refs: Sequence[Target], all_: bool) -> None:
+    """Wake REFs at once, past every queue: their node's agent is asked directly."""
+    answers: list[dict[str, Any]] = []
+    errors: list[MvmError] = []
+    for ref in _expand(fleet, refs, all_, Verb.WAKE):
+        try:
+            answers.append(wake_at(fleet.agents, fleet.addresses[0], ref))
+        except MvmError as error:
+            errors.append(error)
+    show_woken(answers, output)
+    show_and_exit(errors)
+
+
+@instance.command()
+@_many
 @_force
 @yes_option
 @job_options
@@ -146,6 +192,22 @@ def destroy(
     if found:
         confirm(f"destroy {found[0]}" if len(found) == 1 else f"destroy {len(found)} instances", yes)
     _run(fleet, output, Verb.DESTROY, found, parallel, wait, {"force": force}, bulk=all_)
+
+
+def wake_at(agents: NodeAgents, address: str, ref: InstanceRef) -> dict[str, Any]:
+    """What the agent at `address` answers once `ref` runs."""
+    return agents.call(address, "instance.wake", {"ref": str(ref), "actor": actor()}, deadline_s=_WAKE_S)
+
+
+def show_woken(answers: Sequence[Mapping[str, Any]], output: str) -> None:
+    """The answers of agents that were asked to wake."""
+    for answer in answers:
+        if answer["waited_for"]:
+            click.echo(f"{answer['ref']}: waited for job {answer['waited_for']}", err=True)
+    if output != "table":
+        emit(list(answers), output)
+    elif answers:
+        click.echo("\n".join(str(answer["ref"]) for answer in answers))
 
 
 def _expand(fleet: Fleet, targets: Sequence[Target], all_: bool, verb: Verb) -> list[InstanceRef]:

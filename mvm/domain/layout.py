@@ -82,9 +82,14 @@ class StateLayout:
         """The directory of one revision."""
         return self.images / revision
 
+    @property
+    def templates(self) -> Path:
+        """``TENANT/POOL/REVISION`` below it."""
+        return self.root / "templates"
+
     def template(self, pool: PoolRef, revision: Revision) -> Path:
         """What instances of `pool` at `revision` are cloned from; no other pool's are."""
-        return self.root / "templates" / pool.tenant / pool.pool / revision
+        return self.templates / pool.tenant / pool.pool / revision
 
     @property
     def package_cache(self) -> Path:

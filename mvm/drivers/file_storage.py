@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from mvm.domain.ids import InstanceId, InstanceRef, PoolId, Revision, TenantId
+from mvm.domain.ids import InstanceId, InstanceRef, PoolId, PoolRef, Revision, TenantId
 from mvm.domain.layout import StateLayout
 from mvm.drivers.qcow2 import write_empty
 from mvm.drivers.revisions import Revisions
@@ -90,12 +90,38 @@ class FileStorage:
                 write_empty(file, rootfs.stat().st_size)
         return path
 
+    def overlay(self, ref: InstanceRef) -> Path:
+        """See ports/storage.py."""
+        return self.directory(ref) / OVERLAY
+
     def clean_runtime(self, ref: InstanceRef) -> None:
         """See ports/storage.py."""
         directory = self.directory(ref)
         with _translated(directory):
             for name in _runtime_files(directory):
                 (directory / name).unlink(missing_ok=True)
+
+    def template(self, pool: PoolRef, revision: Revision) -> Path:
+        """See ports/storage.py."""
+        path = self._layout.template(pool, revision)
+        with _translated(path):
+            self._make(path.parent)
+        return path
+
+    def snapshot(self, ref: InstanceRef) -> Path:
+        """See ports/storage.py."""
+        return self._layout.snapshot(ref)
+
+    def drop_snapshot(self, ref: InstanceRef) -> None:
+        """See ports/storage.py."""
+        with _translated(self._layout.snapshot(ref)), suppress(FileNotFoundError):
+            shutil.rmtree(self._layout.snapshot(ref))
+
+    def drop_templates(self, pool: PoolRef) -> None:
+        """See ports/storage.py."""
+        directory = self._layout.templates / pool.tenant / pool.pool
+        with _translated(directory), suppress(FileNotFoundError):
+            shutil.rmtree(directory)
 
     def remove(self, ref: InstanceRef) -> None:
         """See ports/storage.py. Directories above it that became empty go with it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mvm.domain.ids import InstanceRef, Revision
+from mvm.domain.ids import InstanceRef, PoolRef, Revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,10 @@ class NodeStorage(Protocol):
         """A new, empty writable layer over `rootfs`, replacing any old one."""
         ...
 
+    def overlay(self, ref: InstanceRef) -> Path:
+        """Where the instance's writable layer is."""
+        ...
+
     def clean_runtime(self, ref: InstanceRef) -> None:
         """What belongs to one run is gone: the overlay and the sockets. Keys, data disk and console log stay."""
         ...
@@ -67,6 +71,22 @@ class NodeStorage(Protocol):
 
     def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
         """Per instance with a directory, the names of its files that belong to a run (overlay, sockets)."""
+        ...
+
+    def template(self, pool: PoolRef, revision: Revision) -> Path:
+        """Where the pool's template at `revision` is, or will be."""
+        ...
+
+    def snapshot(self, ref: InstanceRef) -> Path:
+        """Where the instance's snapshot is, or will be."""
+        ...
+
+    def drop_snapshot(self, ref: InstanceRef) -> None:
+        """The instance has no snapshot."""
+        ...
+
+    def drop_templates(self, pool: PoolRef) -> None:
+        """The pool has no templates."""
         ...
 
     def revision(self, revision: Revision) -> RevisionFiles:

@@ -82,20 +82,71 @@ class Lifecycle:
                 self._store.save_instance(replace(instance, status=landing(instance.status, Verb.PREPARE, ref)))
 
     def start(self, context: JobContext) -> Mapping[str, Any]:
-        """Boot the subject instance; running once its agent has answered and taken its identity."""
+        """Start the subject instance; running once its agent has answered and taken its identity.
+
+        A warm or sleeping one wakes; with ``params.force`` a sleeping one forgets its memory and starts anew.
+        """
         with self._claimed(context, Verb.START) as instance:
             ref = instance.ref
             pool, network = self._store.pool(ref.pool_ref), self._store.tenant(ref.tenant).network
+            if instance.status is Status.WARM or (
+                instance.status is Status.SLEEPING and not context.job.params.get("force")
+            ):
+                self._rouse(context, instance)
+                return {}
             try:
                 instance = self._microvms.bring_up(context, instance, pool, network)
             except Exception:
                 instance = self._store.instance(ref)  # the boot step has written the process since
                 self._microvms.take_down(instance, network)
-                self._store.save_instance(replace(instance, process=None))
+                # A sleeping one that was to forget its memory has: there is nothing left to wake it from.
+                status = Status.STOPPED if instance.status is Status.SLEEPING else instance.status
+                self._store.save_instance(replace(instance, process=None, status=status))
                 raise
             running = instance.moved(Status.RUNNING, last_error=None, last_started_at=self._clock.now())
             with context.ending(**instance_view(network, running)):
                 self._store.save_instance(running)
+        return {}
+
+    def wake(self, context: JobContext) -> Mapping[str, Any]:
+        """The subject instance, warm or sleeping, runs again where it was."""
+        with self._claimed(context, Verb.WAKE) as instance:
+            self._rouse(context, instance)
+        return {}
+
+    def _rouse(self, context: JobContext, instance: Instance) -> None:
+        ref = instance.ref
+        network, began = self._store.tenant(ref.tenant).network, self._clock.monotonic()
+        if instance.status is Status.WARM:
+            instance = self._microvms.resume(instance)
+        else:
+            instance = self._microvms.wake(context, instance, self._store.pool(ref.pool_ref), network)
+        running = instance.moved(Status.RUNNING, last_error=None, last_started_at=self._clock.now())
+        took = round(self._clock.monotonic() - began, 4)
+        with context.ending(seconds=took, **instance_view(network, running)):
+            self._store.save_instance(running)
+
+    def warm(self, context: JobContext) -> Mapping[str, Any]:
+        """The subject instance's vCPUs stand still; it keeps its memory."""
+        with self._claimed(context, Verb.WARM) as instance:
+            self._microvms.warm(instance)
+            warm = instance.moved(Status.WARM)
+            with context.ending(**instance_view(self._store.tenant(instance.ref.tenant).network, warm)):
+                self._store.save_instance(warm)
+        return {}
+
+    def sleep(self, context: JobContext) -> Mapping[str, Any]:
+        """The subject instance's memory is on disk; ``params.force`` does not wait for its guest's consent."""
+        with self._claimed(context, Verb.SLEEP) as instance:
+            ref, began = instance.ref, self._clock.monotonic()
+            pool, network = self._store.pool(ref.pool_ref), self._store.tenant(ref.tenant).network
+            manifest = self._microvms.sleep(
+                context, instance, pool, network, force=bool(context.job.params.get("force"))
+            )
+            asleep = instance.moved(Status.SLEEPING, process=None, last_stopped_at=self._clock.now())
+            took = round(self._clock.monotonic() - began, 4)
+            with context.ending(snapshot_bytes=manifest.size, seconds=took, **instance_view(network, asleep)):
+                self._store.save_instance(asleep)
         return {}
 
     def stop(self, context: JobContext) -> Mapping[str, Any]:
@@ -103,7 +154,8 @@ class Lifecycle:
         with self._claimed(context, Verb.STOP) as instance:
             network = self._store.tenant(instance.ref.tenant).network
             context.step("shut down guest", 0, 2)
-            clean = not context.job.params.get("force") and self._microvms.shut_down(instance)
+            awake = instance.status is Status.RUNNING
+            clean = awake and not context.job.params.get("force") and self._microvms.shut_down(instance)
             self._microvms.take_down(instance, network)  # no step of its own: not cancelled half way
             stopped = instance.moved(Status.STOPPED, process=None, last_stopped_at=self._clock.now())
             with context.ending(clean=clean, **instance_view(network, stopped)):
@@ -161,7 +213,7 @@ class Lifecycle:
         with self._store.transaction():
             instance = self._store.instance(ref)
             landing(instance.status, verb, ref)
-            if verb is Verb.START:
+            if verb in (Verb.START, Verb.WAKE):
                 # Without a mark that a crash left, so that the quota does not count this instance twice.
                 instance = self._store.save_instance(replace(instance, in_flight=None))
                 admit_running(self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref))

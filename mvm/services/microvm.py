@@ -10,20 +10,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import structlog
 
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.instance import Instance
 from mvm.domain.pool import WorkerPool
-from mvm.errors import Failed, NotAllowed, TimedOut, Unreachable
+from mvm.domain.snapshot import SnapshotManifest
+from mvm.errors import Failed, MvmError, NotAllowed, TimedOut, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel, GuestIdentity
 from mvm.ports.network import HostNetwork
-from mvm.ports.storage import NodeStorage, RevisionFiles
+from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import BootSpec, Nic, VmmDriver
 from mvm.services.runner import JobContext
+from mvm.services.snapshots import Snapshots, unusable
 
 log = structlog.get_logger("mvm.lifecycle")
 
@@ -46,7 +49,7 @@ class MicroVms:
 
     def __init__(
         self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, network: HostNetwork,
-        storage: NodeStorage, limits: Limits, authorized_key: str,
+        storage: NodeStorage, snapshots: Snapshots, limits: Limits, authorized_key: str,
     ) -> None:  # fmt: skip
         self._store = store
         self._clock = clock
@@ -56,6 +59,7 @@ class MicroVms:
         self._storage = storage
         self._limits = limits
         self._authorized_key = authorized_key
+        self._snapshots = snapshots
         self._boots = threading.BoundedSemaphore(limits.parallel_boots)
 
     def prepare(self, instance: Instance, pool: WorkerPool) -> None:
@@ -63,56 +67,109 @@ class MicroVms:
         self._storage.prepare(instance.ref, data_disk_mib=pool.resources.data_disk_mib)
 
     def bring_up(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
-        """Boot `instance` and give it its identity; returns its row with process and revision.
+        """Start `instance` and give it its identity; returns its row with process and revision.
 
-        A guest that stays silent past the deadline is booted once more. Raises what the ports raise, and `Failed`
-        (``guest.panicked``, ``guest.ended``) with the console's last lines.
+        It is cloned from the pool's template where that is possible and wanted. Where the template cannot be restored
+        it is booted, and so it is in pools that ask for it; a guest that stays silent past the deadline is booted once
+        more. Raises what the ports raise, and `Failed` (``guest.panicked``, ``guest.ended``) with the console's last
+        lines.
         """
         context.step(_STEPS[0], 0, len(_STEPS))
         if pool.revision is None:
             raise NotAllowed("pool.not_built", f"pool {pool.ref} has no image yet", hint=f"mvm pool build {pool.ref}",
                              subject=str(pool.ref))  # fmt: skip
-        files = self._storage.revision(pool.revision)
+        self._storage.revision(pool.revision)
         context.step(_STEPS[1], 1, len(_STEPS))
         self.prepare(instance, pool)
+        self._storage.drop_snapshot(instance.ref)
         context.step(_STEPS[2], 2, len(_STEPS))
         self._network.ensure_tap(network, instance.offset)
         with self._boot_slot(context):
+            if self._snapshots.clones(pool):
+                self._snapshots.template(context, pool, pool.revision)
             context.step(_STEPS[3], 3, len(_STEPS))
-            instance = self._boot(instance, pool, network, files)
+            instance = self._launch(instance, pool, network, cold=False)
             try:
                 self._await_guest(instance)
             except TimedOut:
                 log.warning("guest silent, booting it once more", deadline_s=self._limits.boot_deadline_s)
                 context.step("boot again", 3, len(_STEPS))
                 self._vmm.kill(instance.ref, instance.process)
-                instance = self._boot(instance, pool, network, files)
+                instance = self._launch(instance, pool, network, cold=True)
                 self._await_guest(instance)
         context.step(_STEPS[4], 4, len(_STEPS))
-        self._identify(instance, network)
+        self._identify(instance, pool, network)
         return instance
 
-    def _boot(self, instance: Instance, pool: WorkerPool, network: TenantNetwork, files: RevisionFiles) -> Instance:
-        """Start the VMM, unless it runs already: left by a worker that was killed, it is kept as it is."""
+    def _launch(self, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, cold: bool) -> Instance:
+        """A guest runs, unless one does already: left by a worker that was killed, it is kept as it is."""
         ref = instance.ref
         running = self._vmm.processes().get(ref)
         if running:
             return self._store.save_instance(replace(instance, process=running[0]))
-        # Which image it is comes first, so that a process found later is known for what it runs.
-        instance = self._store.save_instance(replace(instance, revision=pool.revision))
-        spec = BootSpec(
+        cloned = not cold and self._snapshots.clones(pool)
+        # What it runs comes first, so that a process found later is known for what it is.
+        instance = self._store.save_instance(replace(instance, revision=pool.revision, cloned=cloned))
+        spec = self.spec(instance, pool, network, fresh=True)
+        if cloned:
+            try:
+                return self._store.save_instance(replace(instance, process=self._snapshots.clone(pool, spec)))
+            except MvmError as error:
+                if not unusable(error):
+                    raise
+                log.warning("cannot clone, booting instead", code=error.code, why=error.message)
+                self._vmm.kill(ref, None)
+                return self._launch(instance, pool, network, cold=True)
+        return self._store.save_instance(replace(instance, process=self._vmm.boot(spec)))
+
+    def spec(self, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, fresh: bool = False) -> BootSpec:
+        """What the driver needs to know of `instance`, with a `fresh` overlay or the one it has."""
+        ref = instance.ref
+        assert instance.revision is not None, "set before anything runs"
+        files = self._storage.revision(instance.revision)
+        return BootSpec(
             ref=ref,
             directory=self._storage.directory(ref),
             kernel=files.kernel,
             initramfs=files.initramfs,
             rootfs=files.rootfs,
-            overlay=self._storage.fresh_overlay(ref, files.rootfs),
+            overlay=self._storage.fresh_overlay(ref, files.rootfs) if fresh else self._storage.overlay(ref),
             data_disk=self._storage.data_disk(ref),
             vcpus=pool.resources.vcpus,
             mem_mib=pool.resources.mem_mib,
             nic=Nic(network.tap(instance.offset), network.mac(instance.offset)),
         )
-        return self._store.save_instance(replace(instance, process=self._vmm.boot(spec)))
+
+    # --- warm and sleeping
+    def warm(self, instance: Instance) -> None:
+        """Its vCPUs stand still; it keeps everything."""
+        self._snapshots.warm(instance)
+
+    def sleep(
+        self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, force: bool
+    ) -> SnapshotManifest:
+        """Its memory is on disk; no process and no TAP are left."""
+        manifest = self._snapshots.sleep(context, instance, pool, self.spec(instance, pool, network), force=force)
+        self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+        return manifest
+
+    def resume(self, instance: Instance) -> Instance:
+        """A warm instance runs again."""
+        self._snapshots.resume(instance)
+        return instance
+
+    def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
+        """A sleeping instance runs again; on failure it has no process and no TAP, and its snapshot stays."""
+        context.step("connect network", 0, 3)
+        self._network.ensure_tap(network, instance.offset)
+        try:
+            process = self._snapshots.wake(context, instance, pool, self.spec(instance, pool, network))
+        except Exception:
+            self._vmm.kill(instance.ref, None)
+            self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+            raise
+        self._storage.drop_snapshot(instance.ref)
+        return replace(instance, process=process)
 
     @contextmanager
     def _boot_slot(self, context: JobContext) -> Iterator[None]:
@@ -141,15 +198,18 @@ class MicroVms:
             hint=f"see: mvm instance logs {instance.ref}", subject=str(instance.ref), console=tail,
         )  # fmt: skip
 
-    def _identify(self, instance: Instance, network: TenantNetwork) -> None:
+    def _identify(self, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> None:
         identity = GuestIdentity(
             hostname=str(instance.ref.instance),
+            machine_id=sha256(f"{instance.ref} {instance.created_at.isoformat()}".encode()).hexdigest()[:32],
+            mac=network.mac(instance.offset),
             address=f"{network.ip(instance.offset)}/{network.subnet.prefixlen}",
             gateway=str(network.gateway),
             now=self._clock.now(),
             ssh_host_key=self._storage.keys(instance.ref).host_private,
             authorized_key=self._authorized_key,
             entropy=self._clock.random(64),
+            data_disk=pool.resources.data_disk_mib > 0,
         )
         try:
             self._guest.configure(instance.ref, self._storage.directory(instance.ref), identity, deadline_s=_GUEST_S)
@@ -171,6 +231,7 @@ class MicroVms:
         """No process, no TAP, no files of the run."""
         self._vmm.kill(instance.ref, instance.process)
         self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+        self._storage.drop_snapshot(instance.ref)
         self._storage.clean_runtime(instance.ref)
 
     def remove(self, instance: Instance, network: TenantNetwork) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +22,7 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
 from mvm.services.quotas import usage
+from mvm.services.urgent import UrgentWake
 
 _FOLLOW_S = 0.2
 
@@ -84,7 +85,7 @@ class NodeView:
 
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
-        node_id: NodeId, address: str,
+        node_id: NodeId, address: str, urgent: UrgentWake,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -93,6 +94,7 @@ class NodeView:
         self._node_id = node_id
         self._address = address
         self._vmm = vmm
+        self._urgent = urgent
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -148,6 +150,10 @@ class NodeView:
     def instance(self, ref: InstanceRef) -> dict[str, Any]:
         """One instance."""
         return instance_view(self._store.tenant(ref.tenant).network, self._store.instance(ref))
+
+    def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
+        """Wake an instance now, past every queue."""
+        return self._urgent.wake(ref, actor)
 
     def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
         """Run a command in a running guest."""

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mvm.domain.addressing import TenantNetwork
-from mvm.domain.ids import InstanceRef, Revision
+from mvm.domain.ids import InstanceRef, PoolRef, Revision
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake.state import POINTS, Files, Part, point
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
@@ -113,6 +113,10 @@ class FakeStorage(Part):
         self._files(ref).runtime.add("overlay.qcow2")
         return self.directory(ref) / "overlay.qcow2"
 
+    def overlay(self, ref: InstanceRef) -> Path:
+        """See ports/storage.py."""
+        return self.directory(ref) / "overlay.qcow2"
+
     @point("storage.clean_runtime")
     def clean_runtime(self, ref: InstanceRef) -> None:
         """See ports/storage.py."""
@@ -124,6 +128,26 @@ class FakeStorage(Part):
         """See ports/storage.py."""
         self._host.files.pop(ref, None)
         self._host.consoles.pop(self.directory(ref), None)
+
+    def template(self, pool: PoolRef, revision: Revision) -> Path:
+        """See ports/storage.py."""
+        return self._host.layout.template(pool, revision)
+
+    def snapshot(self, ref: InstanceRef) -> Path:
+        """See ports/storage.py."""
+        return self._host.layout.snapshot(ref)
+
+    @point("storage.drop_snapshot")
+    def drop_snapshot(self, ref: InstanceRef) -> None:
+        """See ports/storage.py."""
+        self._host.snapshots.pop(self.snapshot(ref), None)
+
+    @point("storage.drop_templates")
+    def drop_templates(self, pool: PoolRef) -> None:
+        """See ports/storage.py."""
+        below = self._host.layout.templates / pool.tenant / pool.pool
+        for path in [path for path in self._host.snapshots if path.is_relative_to(below)]:
+            del self._host.snapshots[path]
 
     @point("storage.instances")
     def instances(self) -> frozenset[InstanceRef]:

@@ -1,0 +1,194 @@
+"""Templates, clones, warm and sleeping instances: what a VMM with the `Snapshotting` ability adds to `MicroVms`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import structlog
+
+from mvm.domain.ids import InstanceId, InstanceRef, PoolRef, Revision
+from mvm.domain.instance import Instance, ProcessIdentity
+from mvm.domain.pool import StartMode, WorkerPool
+from mvm.domain.snapshot import SnapshotManifest
+from mvm.errors import Failed, MvmError, NotAllowed, NotFound, TimedOut, Unreachable
+from mvm.ports.clock import Clock
+from mvm.ports.guest import GuestChannel
+from mvm.ports.locks import Locks
+from mvm.ports.storage import NodeStorage
+from mvm.ports.vmm import BootSpec, Presence, Snapshotting, TemplateSpec, VmmDriver
+from mvm.services.runner import JobContext
+
+log = structlog.get_logger("mvm.snapshots")
+
+_TEMPLATE_WAIT_S = 300.0
+_GUEST_S = 10.0
+
+
+class Snapshots:
+    """The steps. The caller holds the instance's lock; `template` takes the pool's."""
+
+    def __init__(
+        self, *, locks: Locks, clock: Clock, vmm: VmmDriver, guest: GuestChannel, storage: NodeStorage,
+        boot_deadline_s: float, sleep_deadline_s: float,
+    ) -> None:  # fmt: skip
+        self._locks = locks
+        self._clock = clock
+        self._vmm = vmm
+        self._guest = guest
+        self._storage = storage
+        self._boot_deadline_s = boot_deadline_s
+        self._sleep_deadline_s = sleep_deadline_s
+
+    def clones(self, pool: WorkerPool) -> bool:
+        """Whether instances of `pool` start as clones here."""
+        return pool.start is StartMode.CLONE and isinstance(self._vmm, Snapshotting)
+
+    # --- templates
+    def template(self, context: JobContext, pool: WorkerPool, revision: Revision) -> None:
+        """The pool's template at `revision` exists: booted once, to an agent that knows no identity, and saved."""
+        driver, into = self._driver(), self._storage.template(pool.ref, revision)
+        if self._known(into) is not None:
+            return
+        ref = template_ref(pool.ref, revision)
+        # Under the lock of an instance's name, so that no sweep takes its process and files for orphans.
+        with self._locks.hold(f"instance {ref}", deadline_s=_TEMPLATE_WAIT_S):
+            if self._known(into) is not None:
+                return
+            context.step("make template")
+            files = self._storage.revision(revision)
+            self._vmm.kill(ref, None)
+            self._storage.remove(ref)
+            self._storage.prepare(ref, data_disk_mib=0)
+            try:
+                spec = TemplateSpec(
+                    ref=ref,
+                    directory=self._storage.directory(ref),
+                    kernel=files.kernel,
+                    initramfs=files.initramfs,
+                    rootfs=files.rootfs,
+                    overlay=self._storage.fresh_overlay(ref, files.rootfs),
+                    data_disk_mib=pool.resources.data_disk_mib,
+                    vcpus=pool.resources.vcpus,
+                    mem_mib=pool.resources.mem_mib,
+                )
+                process = driver.boot_template(spec)
+                self._guest.hello(ref, spec.directory, deadline_s=self._boot_deadline_s)
+                self._guest.prepare_sleep(ref, spec.directory, deadline_s=_GUEST_S)
+                driver.save_template(spec, process, revision=revision, into=into)
+            finally:
+                self._vmm.kill(ref, None)
+                self._storage.remove(ref)
+
+    def _known(self, snapshot: Path) -> SnapshotManifest | None:
+        try:
+            return self._driver().manifest(snapshot)
+        except (NotFound, Failed):
+            return None
+
+    # --- one instance
+    def clone(self, pool: WorkerPool, spec: BootSpec) -> ProcessIdentity:
+        """A running guest out of the pool's template that has not been told yet who it is."""
+        driver = self._driver()
+        assert pool.revision is not None, "its template is there"
+        process = driver.clone(self._storage.template(pool.ref, pool.revision), spec, revision=pool.revision)
+        driver.resume(spec.ref, process)
+        return process
+
+    def warm(self, instance: Instance) -> None:
+        """Its vCPUs stand still."""
+        self._driver().pause(instance.ref, _process(instance))
+
+    def resume(self, instance: Instance) -> None:
+        """A warm instance runs again, and knows what time it is."""
+        self._driver().resume(instance.ref, _process(instance))
+        self._tell_time(instance)
+
+    def sleep(
+        self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec, *, force: bool
+    ) -> SnapshotManifest:
+        """Its memory is on disk and its process has ended; on failure it is as it was.
+
+        The guest is asked first to make itself small; unless with `force`, one that does not answer is not put to
+        sleep.
+        """
+        driver, into, ref = self._driver(), self._storage.snapshot(instance.ref), instance.ref
+        if self._vmm.observe(ref, instance.process) is Presence.ABSENT:
+            # A worker that was killed after it had saved: what it saved is whole, or is not there.
+            return driver.manifest(into)
+        process = _process(instance)
+        self._storage.drop_snapshot(ref)
+        context.step("prepare guest", 0, 3)
+        if not driver.paused(ref, process):
+            self._ask_to_sleep(instance, force=force)
+        context.step("save memory", 1, 3)
+        manifest = driver.save(
+            spec, process, template=self._base(instance, pool), revision=_revision(instance), into=into,
+            compression=pool.compression,
+        )  # fmt: skip
+        log.info("asleep", bytes=manifest.size)
+        return manifest
+
+    def _ask_to_sleep(self, instance: Instance, *, force: bool) -> None:
+        try:
+            self._guest.prepare_sleep(
+                instance.ref, self._storage.directory(instance.ref), deadline_s=self._sleep_deadline_s
+            )
+        except (TimedOut, Failed) as error:
+            if not force:
+                raise Failed(
+                    "guest.not_ready", f"the guest of {instance.ref} did not get ready to sleep: {error.message}",
+                    hint=f"mvm instance sleep {instance.ref} --force", subject=str(instance.ref),
+                ) from None  # fmt: skip
+            log.warning("put to sleep without the guest's consent", why=error.message)
+
+    def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec) -> ProcessIdentity:
+        """A sleeping instance runs where it was, and knows what time it is; its snapshot stays for the caller."""
+        driver = self._driver()
+        context.step("verify and restore", 1, 3)
+        process = driver.restore(
+            self._storage.snapshot(instance.ref), self._base(instance, pool), spec, revision=_revision(instance)
+        )
+        driver.resume(instance.ref, process)
+        context.step("tell the time", 2, 3)
+        self._tell_time(replace(instance, process=process))
+        return process
+
+    def _base(self, instance: Instance, pool: WorkerPool) -> Path | None:
+        return self._storage.template(pool.ref, _revision(instance)) if instance.cloned else None
+
+    def _tell_time(self, instance: Instance) -> None:
+        self._guest.wake(
+            instance.ref, self._storage.directory(instance.ref), now=self._clock.now(), entropy=self._clock.random(64),
+            deadline_s=_GUEST_S,
+        )  # fmt: skip
+
+    def _driver(self) -> Snapshotting:
+        if not isinstance(self._vmm, Snapshotting):
+            raise NotAllowed(
+                "vmm.no_snapshots", f"the {self._vmm.name} driver cannot snapshot", hint="use stop and start"
+            )
+        return self._vmm
+
+
+def template_ref(pool: PoolRef, revision: Revision) -> InstanceRef:
+    """The name of the process that becomes a pool's template; no instance has it (theirs come from job ids)."""
+    return pool.instance(InstanceId.from_bytes(sha256(f"template {pool} {revision}".encode()).digest()))
+
+
+def unusable(error: MvmError) -> bool:
+    """Whether a clone failed because of its template, so that a boot may do instead."""
+    return isinstance(error, Failed | NotFound) and error.code.startswith(("snapshot.", "vmm.start_failed"))
+
+
+def _process(instance: Instance) -> ProcessIdentity:
+    if instance.process is None:
+        raise Unreachable("vmm.gone", f"{instance.ref} has no process", hint=f"mvm instance stop {instance.ref}")
+    return instance.process
+
+
+def _revision(instance: Instance) -> Revision:
+    if instance.revision is None:
+        raise Failed("snapshot.other_revision", f"{instance.ref} has no revision on record")
+    return instance.revision

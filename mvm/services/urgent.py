@@ -1,0 +1,75 @@
+"""What cannot wait in a queue: waking an instance for somebody who asks the node's agent."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import structlog
+
+from mvm.domain.ids import InstanceRef, NodeId
+from mvm.domain.job import JobState, JobVerb, Lane, Reason
+from mvm.domain.lifecycle import Status
+from mvm.errors import Failed, Unreachable, error_from_dict
+from mvm.ports.registry import Registry
+from mvm.ports.store import NodeStore
+from mvm.services.jobs import Jobs
+from mvm.services.runner import Runner
+
+log = structlog.get_logger("mvm.urgent")
+
+
+class UrgentWake:
+    """Wakes through the same `Runner` as every job, without a broker; one flight per instance at a time."""
+
+    def __init__(self, store: NodeStore, registry: Registry, jobs: Jobs, runner: Runner, node_id: NodeId) -> None:
+        self._store = store
+        self._registry = registry
+        self._jobs = jobs
+        self._runner = runner
+        self._node_id = node_id
+        self._lock = threading.Lock()
+        self._flights: dict[InstanceRef, Future[Mapping[str, Any]]] = {}
+
+    def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
+        """The instance runs; the job's result, and in ``waited_for`` the job that had to end first.
+
+        Raises the job's error. Who asks while another's wake is under way gets that one's answer.
+        """
+        with self._lock:
+            flight = self._flights.get(ref)
+            mine = flight is None
+            if flight is None:
+                flight = self._flights[ref] = Future()
+        if not mine:
+            return flight.result()
+        try:
+            answer = self._wake(ref, actor)
+        except BaseException as error:
+            flight.set_exception(error)
+            raise
+        else:
+            flight.set_result(answer)
+            return answer
+        finally:
+            with self._lock:
+                del self._flights[ref]
+
+    def _wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
+        ahead = self._store.instance(ref).in_flight
+        job = self._jobs.new(
+            JobVerb.INSTANCE_WAKE, str(ref), self._node_id, reason=Reason.URGENT, actor=actor, lane=Lane.URGENT
+        )
+        try:
+            self._registry.record([job])
+        except Unreachable as error:  # the node's own record is enough
+            log.warning("not listed", job_id=job.job_id, error=error.message)
+        final = self._runner.run(job)
+        waited_for = str(ahead.job_id) if ahead else None
+        if final.state is JobState.SUCCEEDED:
+            return {"job_id": str(job.job_id), "waited_for": waited_for, **(final.result or {})}
+        if ahead and self._store.instance(ref).status is Status.RUNNING:  # the job ahead brought it here
+            return {"job_id": str(ahead.job_id), "waited_for": waited_for, "ref": str(ref), "status": "running"}
+        raise error_from_dict(final.error or Failed("job.failed", "no reason was recorded").to_dict())
