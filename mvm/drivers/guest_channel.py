@@ -5,43 +5,20 @@ The protocol is described in `mvm.guest`.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
-import socket
-import struct
-import threading
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from mvm import guest
 from mvm.domain.ids import InstanceRef
+from mvm.drivers.instance_sockets import Connection, remaining
 from mvm.errors import Failed, InvalidInput, TimedOut, Unreachable
 from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity
 
-_TURN_S = 0.01  # how often a taken port is tried again; the kernel tells nobody when a lock ends
 _REPLY_GRACE_S = 5.0  # for a guest to end a late command and to send what it wrote
 _LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
-_BACKLOG = 16
-
-
-def listen(directory: Path, port: str) -> socket.socket:
-    """A listening socket for a guest port, for a VMM to inherit, and its lock file; replaces a former run's."""
-    with _open_directory(directory) as fd:
-        listener = socket.socket(socket.AF_UNIX)
-        try:
-            os.close(os.open(f"{port}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=fd))
-            path = _path(fd, port)
-            Path(path).unlink(missing_ok=True)
-            listener.bind(path)
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            listener.close()
-            raise Failed("vmm.start_failed", f"no socket in {directory}: {error.strerror}") from None
-        return listener
 
 
 class UnixGuestChannel:
@@ -105,28 +82,25 @@ class _Call:
         self._directory = directory
         self._ports = ports
         self._end = time.monotonic() + deadline_s
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._lock = -1
 
     def __enter__(self) -> _Call:
         try:
-            self._connect()
-        except BaseException:
-            self.__exit__()
-            raise
+            self._connection = Connection(self._directory, self._ports, self._end)
+        except TimeoutError:
+            raise self._silent() from None
+        except ConnectionError:
+            raise self._gone() from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
-        if self._lock >= 0:
-            os.close(self._lock)  # after the socket, so that the next one finds the port free
+        self._connection.close()
 
     def left(self) -> float:
         """Seconds until the deadline; raises `TimedOut` past it."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise self._silent()
-        return left
+        try:
+            return remaining(self._end)
+        except TimeoutError:
+            raise self._silent() from None
 
     def extend(self, seconds: float) -> None:
         """Move the deadline."""
@@ -143,8 +117,8 @@ class _Call:
         """Send a request and return the words of its reply after the id, at least `words` of them."""
         token = secrets.token_hex(8)
         try:
-            self._socket.settimeout(self.left())
-            self._socket.sendall(f"\n{token} {' '.join(request)} .\n".encode())
+            self._connection.socket.settimeout(self.left())
+            self._connection.socket.sendall(f"\n{token} {' '.join(request)} .\n".encode())
             for line in self._lines():
                 first, *reply = line.split(" ")
                 if first == token:
@@ -175,35 +149,8 @@ class _Call:
             pieces.append(rest)
 
     def _receive(self) -> bytes:
-        self._socket.settimeout(self.left())
-        return self._socket.recv(1 << 18)
-
-    def _connect(self) -> None:
-        try:
-            with _open_directory(self._directory) as fd:
-                port = self._take_turn(fd)
-                # A blocking connect waits while the VMM has not yet dismissed clients that were killed.
-                seconds, fraction = divmod(self.left(), 1)
-                limit = struct.pack("@ll", int(seconds), int(fraction * 1e6))
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-                self._socket.connect(_path(fd, port))
-        except (FileNotFoundError, NotADirectoryError, ConnectionError):
-            raise self._gone() from None
-        except (TimeoutError, BlockingIOError):
-            raise self._silent() from None
-
-    def _take_turn(self, directory: int) -> str:
-        """Lock the first free port; the lock ends with us, however we end."""
-        while True:
-            for port in self._ports:
-                self._lock = os.open(f"{port}.lock", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
-                try:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return port
-                except BlockingIOError:
-                    os.close(self._lock)
-                    self._lock = -1
-            threading.Event().wait(min(_TURN_S, self.left()))
+        self._connection.socket.settimeout(self.left())
+        return self._connection.socket.recv(1 << 18)
 
     def _gone(self) -> Unreachable:
         return Unreachable(
@@ -216,20 +163,6 @@ class _Call:
             "guest.silent", f"the guest of {self._ref} did not answer in time",
             hint="its console may tell why: mvm instance logs", subject=str(self._ref),
         )  # fmt: skip
-
-
-@contextmanager
-def _open_directory(directory: Path) -> Iterator[int]:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _path(directory: int, port: str) -> str:
-    """A socket's path by its directory's descriptor: the real one may exceed the 107 bytes that fit an address."""
-    return f"/proc/self/fd/{directory}/{port}.sock"
 
 
 def _encode(data: bytes) -> str:

@@ -31,6 +31,20 @@ def attach(name: str) -> int:
     return fd
 
 
+def nowhere() -> int:
+    """A descriptor of a new TAP that is down, on no bridge, and gone when it is closed. Raises as `attach`."""
+    try:
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _failed("for a template", error) from None
+    try:
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", b"mvmtmpl%d", _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
+    except OSError as error:
+        os.close(fd)
+        raise _failed("for a template", error) from None
+    return fd
+
+
 def _failed(name: str, error: OSError) -> Failed:
     return Failed(
         "vmm.no_tap", f"TAP {name} cannot be used: {error.strerror}", hint="start the instance again", tap=name

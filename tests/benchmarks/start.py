@@ -32,7 +32,8 @@ from mvm import guest
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.drivers import netns, processes, tap
-from mvm.drivers.guest_channel import UnixGuestChannel, listen
+from mvm.drivers.guest_channel import UnixGuestChannel
+from mvm.drivers.instance_sockets import listen
 from mvm.drivers.qcow2 import write_empty
 from mvm.drivers.qemu import argv
 from mvm.drivers.qemu.tsc import host_tsc_khz

@@ -13,10 +13,11 @@ from typing import Any, Literal
 from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.errors import InvalidInput
-from mvm.ports.vmm import BootSpec
+from mvm.ports.vmm import BootSpec, Nic, TemplateSpec
 
 BINARY = "qemu-system-x86_64"
 CONSOLE_LOG = "console.log"
+TEMPLATE_MAC = "02:6d:00:00:00:00"  # no guest's: their offsets begin at 3
 AccelName = Literal["kvm", "tcg"]
 
 # ACPI stays on: without it Debian's kernel finds no device of the machine.
@@ -29,7 +30,7 @@ _ACCEL: Mapping[AccelName, Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What QEMU inherits open: the TAP, our end of its monitor, and a listening socket per guest port."""
+    """What QEMU inherits open: the TAP, and listening sockets for its monitor and per guest port."""
 
     tap: int
     monitor: int
@@ -75,15 +76,67 @@ def base(accel: AccelName) -> list[str]:
 
 def command(spec: BootSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, mark: str) -> list[str]:
     """The command line that boots `spec`."""
+    data = _data_file(spec.data_disk) if spec.data_disk else None
+    hardware = _hardware(spec, fds, accel, [spec.rootfs, spec.overlay], data, spec.nic.mac)
+    return [*hardware, *_software(spec, tsc_khz), *_name(mark, spec.ref)]
+
+
+def template(spec: TemplateSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, mark: str) -> list[str]:
+    """The command line that boots a template; its data disk is a hole of the right size."""
+    hole = {"driver": "null-co", "node-name": "data", "size": spec.data_disk_mib << 20, "read-zeroes": True}
+    data = hole if spec.data_disk_mib else None
+    hardware = _hardware(spec, fds, accel, [spec.rootfs, spec.overlay], data, TEMPLATE_MAC)
+    return [*hardware, *_software(spec, tsc_khz), *_name(mark, spec.ref)]
+
+
+def restored(
+    spec: BootSpec, template_disk: Path | None, fds: Descriptors, memory: int | None, accel: AccelName, mark: str
+) -> list[str]:
+    """The command line of a VMM that waits for what was saved; `memory` is a template's.
+
+    Devices that were saved without a configuration section are not expected to have one; and no guest is announced
+    to the network, since a clone does not yet have its own MAC.
+    """
+    layers = [spec.rootfs, *([template_disk] if template_disk else []), spec.overlay]
+    data = _data_file(spec.data_disk) if spec.data_disk else None
+    words = _hardware(spec, fds, accel, layers, data, spec.nic.mac)
+    if memory is not None:
+        at = words.index(MACHINE)
+        words[at] += ",memory-backend=ram"
+        words += [
+            "-object",
+            f"memory-backend-file,id=ram,size={spec.mem_mib}M,mem-path=/proc/self/fd/{memory},share=off",
+        ]
+    return [
+        *words, "-S", "-incoming", "defer", "-global", "migration.send-configuration=off",
+        "-global", "migration.announce-rounds=0", *_name(mark, spec.ref),
+    ]  # fmt: skip
+
+
+def machine(spec: BootSpec | TemplateSpec, accel: AccelName, *, data_bytes: int, host_cpu: str) -> str:
+    """Stands for the virtual hardware that a saved guest must find again; paths, descriptors and MAC do not matter."""
+    same = BootSpec(
+        ref=spec.ref, directory=Path(), kernel=Path(), initramfs=Path(), rootfs=Path(), overlay=Path(),
+        data_disk=Path() if data_bytes else None, vcpus=spec.vcpus, mem_mib=spec.mem_mib, nic=Nic("", TEMPLATE_MAC),
+    )  # fmt: skip
+    fds = Descriptors(0, 0, dict.fromkeys(guest.PORTS, 0))
+    data = _data_file(Path()) if data_bytes else None
+    words = _hardware(same, fds, accel, [Path()], data, TEMPLATE_MAC)
+    return sha256(json.dumps([words, spec.rootfs.stat().st_size, data_bytes, host_cpu]).encode()).hexdigest()
+
+
+def _hardware(
+    spec: BootSpec | TemplateSpec, fds: Descriptors, accel: AccelName, layers: Sequence[Path],
+    data: dict[str, Any] | None, mac: str,
+) -> list[str]:  # fmt: skip
     words = [
-        *base(accel), "-name", f"guest={mark}:{spec.ref}", "-smp", str(spec.vcpus), "-m", f"{spec.mem_mib}M",
-        "-kernel", str(spec.kernel), "-initrd", str(spec.initramfs), "-append", kernel_line(tsc_khz),
+        *base(accel), "-smp", str(spec.vcpus), "-m", f"{spec.mem_mib}M",
         "-chardev", f"file,id=console,path={_value(spec.directory / CONSOLE_LOG)},append=on",
         "-serial", "chardev:console",
-        "-chardev", f"socket,id=monitor,fd={fds.monitor}", "-mon", "chardev=monitor,mode=control",
+        "-chardev", f"socket,id=monitor,fd={fds.monitor},server=on,wait=off", "-mon", "chardev=monitor,mode=control",
         "-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng",
-        *_root_disk(spec), *_data_disk(spec.data_disk),
-        "-netdev", f"tap,id=net,fd={fds.tap},vhost=off", "-device", f"virtio-net-device,netdev=net,mac={spec.nic.mac}",
+        *_root_disk(layers), *_data_disk(data),
+        "-netdev", f"tap,id=net,fd={fds.tap},vhost=off", "-device", f"virtio-net-device,netdev=net,mac={mac}",
         "-device", f"virtio-serial-device,max_ports={len(guest.PORTS) + 1}",
     ]  # fmt: skip
     for number, name in enumerate(guest.PORTS, start=1):
@@ -94,22 +147,39 @@ def command(spec: BootSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, ma
     return words
 
 
-def _root_disk(spec: BootSpec) -> list[str]:
-    image = {"driver": "raw", "node-name": "image", "read-only": True, "file": _file(spec.rootfs)}
-    # The overlay lasts for one run, so nobody waits for it to reach the disk.
-    overlay = {
-        "driver": "qcow2", "node-name": "root", "discard": "unmap", "cache": {"no-flush": True},
-        "file": _file(spec.overlay), "backing": "image",
-    }  # fmt: skip
-    return ["-blockdev", json.dumps(image), "-blockdev", json.dumps(overlay),
-            "-device", "virtio-blk-device,drive=root,serial=root"]  # fmt: skip
+def _software(spec: BootSpec | TemplateSpec, tsc_khz: int) -> list[str]:
+    return ["-kernel", str(spec.kernel), "-initrd", str(spec.initramfs), "-append", kernel_line(tsc_khz)]
 
 
-def _data_disk(path: Path | None) -> list[str]:
-    if path is None:
+def _name(mark: str, ref: InstanceRef) -> list[str]:
+    return ["-name", f"guest={mark}:{ref}"]
+
+
+def _root_disk(layers: Sequence[Path]) -> list[str]:
+    """The image, perhaps a template's layer over it, and the instance's own on top: the one that is written to."""
+    words: list[str] = []
+    below = None
+    for number, path in enumerate(layers):
+        node: dict[str, Any] = {"driver": "qcow2" if number else "raw", "node-name": f"layer{number}"}
+        if number == len(layers) - 1:
+            # It lasts for one run, or until it is synced with a snapshot: nobody waits for it to reach the disk.
+            node |= {"node-name": "root", "discard": "unmap", "cache": {"no-flush": True}}
+        else:
+            node |= {"read-only": True}
+        node |= {"file": _file(path)} | ({"backing": below} if below else {})
+        words += ["-blockdev", json.dumps(node)]
+        below = str(node["node-name"])
+    return [*words, "-device", "virtio-blk-device,drive=root,serial=root"]
+
+
+def _data_disk(node: dict[str, Any] | None) -> list[str]:
+    if node is None:
         return []
-    disk = {"driver": "raw", "node-name": "data", "discard": "unmap", "file": _file(path)}
-    return ["-blockdev", json.dumps(disk), "-device", "virtio-blk-device,drive=data,serial=data"]
+    return ["-blockdev", json.dumps(node), "-device", "virtio-blk-device,drive=data,serial=data"]
+
+
+def _data_file(path: Path) -> dict[str, Any]:
+    return {"driver": "raw", "node-name": "data", "discard": "unmap", "file": _file(path)}
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -1,192 +1,313 @@
-"""microVMs on QEMU's ``microvm`` machine."""
+"""microVMs on QEMU's ``microvm`` machine, with templates and snapshots.
+
+A template and a snapshot are the same thing: the devices' state, and the pages that a VMM has to itself. A template's
+differ from nothing, a clone's from its template. Both are restored into a VMM that maps the template's memory privately.
+"""
 
 from __future__ import annotations
 
-import codecs
-import json
+import fcntl
 import os
-import re
-import socket
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
 from mvm import guest
-from mvm.domain.ids import InstanceRef
+from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
-from mvm.drivers import files, processes, tap
-from mvm.drivers.guest_channel import listen
-from mvm.drivers.qemu import argv
-from mvm.drivers.qemu.accel import Accelerator, AcceleratorProbe
+from mvm.domain.snapshot import (
+    Compression,
+    DiskState,
+    FileDigest,
+    Kind,
+    Refusal,
+    SnapshotManifest,
+    other_version,
+    refusal,
+)
+from mvm.drivers import snapshot_files as files
+from mvm.drivers import tap
+from mvm.drivers.qemu import argv, memory
+from mvm.drivers.qemu.packing import Packer, Unpacker
+from mvm.drivers.qemu.qmp import CommandFailed, Qmp
 from mvm.drivers.qemu.tsc import host_tsc_khz
-from mvm.errors import Failed, TimedOut
+from mvm.drivers.qemu.vmms import QemuVmms, closing_fd
+from mvm.errors import Failed, Unreachable
 from mvm.ports.shell import Shell
-from mvm.ports.vmm import BootSpec, Presence
+from mvm.ports.vmm import BootSpec, MemoryUse, TemplateSpec
 
-_VMM_LOG = "vmm.log"
-_UP_DEADLINE_S = 15.0
-_KILL_DEADLINE_S = 10.0
-_TAIL_BYTES = 256 * 1024
-_CONSOLE_BYTES = 64 * 1024
-_PANIC = "Kernel panic - not syncing"
-_PARTIAL = 4  # bytes of the longest character: fewer at the end are no half that is still being written
-_NOT_TEXT = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
+DEVICES, INDEX, MEMORY, DISK = "devices", "index", "memory", "disk.qcow2"
+_ANSWER_S = 15.0
+_SAVE_S = 60.0
 
 
-class QemuDriver:
-    """`VmmDriver` on QEMU. Its VMMs are found again by their command lines, which name state directory and instance."""
-
-    name: ClassVar[str] = "qemu"
+class QemuDriver(QemuVmms):
+    """`VmmDriver` and `Snapshotting` on QEMU."""
 
     def __init__(self, layout: StateLayout, shell: Shell) -> None:
-        self._layout = layout
-        self._shell = shell
-        self._mark = argv.marker(layout.root)
-        self._probe = AcceleratorProbe(shell, layout.run / "accelerator.json")
-        self._lock = threading.Lock()
-        self._children: set[ProcessIdentity] = set()
+        super().__init__(layout, shell)
+        self._verified = files.Verified()
 
-    def accelerator(self) -> Accelerator:
-        """What guests run on and why. The first call may boot a guest of the newest image, to try KVM."""
-        return self._probe.choose(self._newest_image)
-
-    def observe(self, ref: InstanceRef, process: ProcessIdentity | None) -> Presence:
-        """See the port. A process that is just ending, and so has lost its command line, is still there."""
-        try:
-            if process is None:
-                return Presence.PRESENT if self._of(ref) else Presence.ABSENT
-            words = processes.arguments(process.pid)
-            present = processes.runs(process) and (not words or argv.started_for(words, self._mark) == ref)
-        except PermissionError:
-            return Presence.UNKNOWN
-        return Presence.PRESENT if present else Presence.ABSENT
-
-    def boot(self, spec: BootSpec) -> ProcessIdentity:
-        """See the port. Returns once QEMU says that it runs the guest."""
+    def boot_template(self, spec: TemplateSpec) -> ProcessIdentity:
+        """See the port."""
         for process in self._of(spec.ref):
             return process
-        accelerator = self._probe.choose(lambda: (spec.kernel, spec.initramfs))
-        log = spec.directory / _VMM_LOG
-        for path in (log, spec.directory / argv.CONSOLE_LOG):  # of one run each
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
-        ours, theirs = socket.socketpair()
-        with ours:
-            with ExitStack() as stack:
-                stack.enter_context(theirs)
-                card = tap.attach(spec.nic.tap)
-                stack.callback(os.close, card)
-                ports = {name: stack.enter_context(listen(spec.directory, name)).fileno() for name in guest.PORTS}
-                fds = argv.Descriptors(card, theirs.fileno(), ports)
-                process = self._shell.spawn(
-                    argv.command(spec, fds, accelerator.name, host_tsc_khz(), self._mark),
-                    log=log, pass_fds=(fds.tap, fds.monitor, *fds.ports.values()),
-                )  # fmt: skip
-            with self._lock:
-                self._children.add(process)
-            if not _is_up(ours):
-                self._kill(process)
-                words = log.read_text(errors="replace").replace(f"{argv.BINARY}: ", "").strip()
-                raise Failed(
-                    "vmm.start_failed", f"QEMU ended at once: {words[-1000:] or 'it said nothing'}",
-                    hint=f"see {log}", subject=str(spec.ref), accelerator=accelerator.name,
-                )  # fmt: skip
-        return process
-
-    def wait_gone(self, process: ProcessIdentity, *, deadline_s: float) -> bool:
-        """See the port."""
-        return processes.wait_gone(process, deadline_s)
-
-    def kill(self, ref: InstanceRef, process: ProcessIdentity | None) -> None:
-        """See the port. Raises `TimedOut` (``vmm.unkillable``) when the kernel does not let one go."""
-        found = set(self._of(ref))
-        if process is not None and self.observe(ref, process) is Presence.PRESENT:
-            found.add(process)
-        for one in found:
-            self._kill(one)
-
-    def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
-        """See the port."""
-        with self._lock:
-            self._children = {child for child in self._children if processes.runs(child)}  # which reaps
-        found: dict[InstanceRef, tuple[ProcessIdentity, ...]] = defaultdict(tuple)
-        for pid in processes.pids():
-            ref = argv.started_for(processes.arguments(pid), self._mark)
-            process = processes.identify(pid) if ref else None
-            # Looked at twice, for the pid may have become another's in between.
-            if ref and process and processes.runs(process) and processes.arguments(pid):
-                found[ref] += (process,)
-        return dict(found)
-
-    def console_tail(self, directory: Path, *, lines: int) -> str:
-        """See the port."""
-        try:
-            with (directory / argv.CONSOLE_LOG).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                text = file.read().decode(errors="replace")
-        except FileNotFoundError:
-            return ""
-        found = _NOT_TEXT.sub("", text).strip().splitlines()
-        panic = next((at for at, line in enumerate(found) if _PANIC in line), None)
-        end = len(found) if panic is None else panic + max(1, lines // 4)  # mostly what led to it
-        return "\n".join(found[max(0, end - lines) : end])
-
-    def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
-        """See the port; control characters are removed. Shorter than `offset`, it is a new run's: from its start."""
-        try:
-            with (directory / argv.CONSOLE_LOG).open("rb") as file:
-                end = file.seek(0, os.SEEK_END)
-                start = offset if offset <= end else 0
-                if start < end:
-                    start = file.seek(start, os.SEEK_DATA)  # past what was trimmed
-                data = file.read(_CONSOLE_BYTES)
-        except FileNotFoundError:
-            return "", offset
-        text, used = codecs.utf_8_decode(data, "replace", len(data) < _PARTIAL)  # a character cut in two is left
-        return _NOT_TEXT.sub("", text), start + used
-
-    def trim_console(self, directory: Path, *, keep: int) -> None:
-        """See the port."""
-        with suppress(FileNotFoundError), (directory / argv.CONSOLE_LOG).open("r+b") as file:
-            files.punch(file.fileno(), file.seek(0, os.SEEK_END) - keep)
-
-    def _of(self, ref: InstanceRef) -> tuple[ProcessIdentity, ...]:
-        return self.processes().get(ref, ())
-
-    def _kill(self, process: ProcessIdentity) -> None:
-        processes.kill(process)
-        if not processes.wait_gone(process, _KILL_DEADLINE_S):
-            raise TimedOut(
-                "vmm.unkillable", f"process {process.pid} does not end", hint="the kernel holds it; see its stack",
-                pid=process.pid,
+        accel = self._probe.choose(lambda: (spec.kernel, spec.initramfs)).name
+        with closing_fd(tap.nowhere()) as card:
+            return self._launch(
+                spec.ref, spec.directory, card,
+                lambda fds: argv.template(spec, fds, accel, host_tsc_khz(), self._mark),
             )  # fmt: skip
 
-    def _newest_image(self) -> tuple[Path, Path] | None:
-        kernels = sorted(self._layout.images.glob("[0-9a-f]*/vmlinux"), key=lambda path: path.stat().st_mtime)
-        return (kernels[-1], kernels[-1].with_name("initramfs.cpio")) if kernels else None
+    def save_template(
+        self, spec: TemplateSpec, process: ProcessIdentity, *, revision: Revision, into: Path
+    ) -> SnapshotManifest:
+        """See the port. Its memory is not compressed: it is read whenever the first clone starts."""
+        with files.appearing(into) as half:
+            with Qmp(spec.ref, spec.directory, _SAVE_S) as qmp:
+                qmp.run("stop")
+                saved = _write_state(qmp, process, spec.mem_mib, half, Compression.NONE)
+                version = qmp.version
+            self._kill(process)  # which closes the overlay
+            spec.overlay.chmod(0o400)
+            files.sync(spec.overlay)
+            spec.overlay.rename(half / DISK)
+            saved[DISK] = files.digest(half / DISK)
+            made = self._manifest(spec, Kind.TEMPLATE, saved, version, revision, None, Compression.NONE, None)
+            files.write(half, files.MANIFEST, made.to_json())
+        return made
+
+    def clone(self, template: Path, spec: BootSpec, *, revision: Revision) -> ProcessIdentity:
+        """See the port."""
+        return self._restored(template, template, spec, revision)
+
+    def restore(self, snapshot: Path, template: Path | None, spec: BootSpec, *, revision: Revision) -> ProcessIdentity:
+        """See the port."""
+        return self._restored(snapshot, template, spec, revision)
+
+    def pause(self, ref: InstanceRef, process: ProcessIdentity) -> None:
+        """See the port."""
+        with self._monitor(ref, process) as qmp:
+            qmp.run("stop")
+
+    def resume(self, ref: InstanceRef, process: ProcessIdentity) -> None:
+        """See the port."""
+        with self._monitor(ref, process) as qmp:
+            qmp.run("cont")
+
+    def paused(self, ref: InstanceRef, process: ProcessIdentity) -> bool:
+        """See the port."""
+        with self._monitor(ref, process) as qmp:
+            return not qmp.run("query-status")["running"]
+
+    def save(
+        self,
+        spec: BootSpec,
+        process: ProcessIdentity,
+        *,
+        template: Path | None,
+        revision: Revision,
+        into: Path,
+        compression: Compression,
+    ) -> SnapshotManifest:
+        """See the port."""
+        base = files.manifest(template).id if template else None
+        with self._monitor(spec.ref, process, _SAVE_S) as qmp:
+            running = qmp.run("query-status")["running"]
+            qmp.run("stop")  # which also writes what QEMU holds back of the disks
+            try:
+                with files.appearing(into) as half:
+                    saved = _write_state(qmp, process, spec.mem_mib, half, compression)
+                    for disk in (spec.overlay, spec.data_disk):
+                        if disk:
+                            files.sync(disk)
+                    made = self._manifest(
+                        spec, Kind.DELTA if base else Kind.FULL, saved, qmp.version, revision, base, compression,
+                        _disk_state(spec.overlay),
+                    )  # fmt: skip
+                    files.write(half, files.MANIFEST, made.to_json())
+            except BaseException:
+                if running:
+                    with suppress(Unreachable):  # what went wrong may be that it has ended
+                        qmp.run("cont")
+                raise
+        self._kill(process)
+        return made
+
+    def manifest(self, snapshot: Path) -> SnapshotManifest:
+        """See the port."""
+        return files.manifest(snapshot)
+
+    def memory(self, process: ProcessIdentity) -> MemoryUse:
+        """See the port."""
+        try:
+            return memory.use(process)
+        except (FileNotFoundError, ProcessLookupError):
+            raise Unreachable("vmm.gone", f"process {process.pid} has ended", hint="mvm instance info") from None
+
+    def _restored(self, snapshot: Path, template: Path | None, spec: BootSpec, revision: Revision) -> ProcessIdentity:
+        """A VMM over `template` with the state in `snapshot`, which may be the template itself."""
+        accel = self._probe.choose(lambda: None).name
+        base = files.manifest(template) if template else None
+        if template and base:
+            machine = self._machine(spec, accel, _data_bytes(spec))
+            _refuse(template, refusal(
+                base, vmm=self.name, machine=machine, template=None, revision=revision,
+                guest_protocol=guest.PROTOCOL_VERSION, disk=None,
+            ))  # fmt: skip
+        delta = snapshot != template
+        said = files.manifest(snapshot) if delta or base is None else base
+        if delta:
+            _refuse(snapshot, refusal(
+                said, vmm=self.name, machine=self._machine(spec, accel, _data_bytes(spec)), template=base,
+                revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec.overlay),
+            ))  # fmt: skip
+        for process in self._of(spec.ref):
+            if self._has_begun(spec, process):
+                return process
+            self._kill(process)  # left half restored by a worker that was killed
+        devices = files.read(snapshot, DEVICES, said.files)
+        pages = _pages(snapshot, said) if delta else None
+        disk = self._verified.check(template, DISK, base.files) if template and base else None
+
+        def load(qmp: Qmp, process: ProcessIdentity) -> None:
+            _refuse(snapshot, other_version(said, qmp.version))
+            if pages:
+                memory.unpack_into(memory.region(process, spec.mem_mib), pages)
+            qmp.run("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+            qmp.run("migrate-incoming", uri=f"fd:{state}")
+            end = qmp.wait("MIGRATION", status=("completed", "failed"))
+            if end["status"] != "completed":
+                raise CommandFailed("the devices' state was not accepted")
+
+        with ExitStack() as stack:
+            card = stack.enter_context(closing_fd(tap.attach(spec.nic.tap)))
+            state = stack.enter_context(closing_fd(_in_memory(devices)))
+            shared = stack.enter_context(self._template_memory(template, base)) if template and base else None
+            inherited = [state, *([shared] if shared is not None else [])]
+            return self._launch(
+                spec.ref, spec.directory, card,
+                lambda fds: argv.restored(spec, disk, fds, shared, accel, self._mark), pass_fds=inherited, then=load,
+            )  # fmt: skip
+
+    @contextmanager
+    def _template_memory(self, template: Path, manifest: SnapshotManifest) -> Iterator[int]:
+        """The template's memory, sealed: a running VMM's, or else it is read. One of those who start reads it."""
+        name = manifest.id[:32]
+        with closing_fd(os.open(template, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            fd = next(self._shared(name), None)
+            if fd is None:
+                fd = memory.sealed(name, manifest.mem_mib, _pages(template, manifest))
+            with closing_fd(fd):
+                yield fd
+
+    def _shared(self, name: str) -> Iterator[int]:
+        for found in self.processes().values():
+            for process in found:
+                fd = memory.sealed_in(process.pid, name)
+                if fd is not None:
+                    yield fd
+
+    @contextmanager
+    def _monitor(self, ref: InstanceRef, process: ProcessIdentity, deadline_s: float = _ANSWER_S) -> Iterator[Qmp]:
+        """The monitor of `process`, QEMU's refusals translated."""
+        directory = self._layout.instance(ref)
+        try:
+            with Qmp(ref, directory, deadline_s) as qmp:
+                yield qmp
+        except CommandFailed as error:
+            raise Failed(
+                "vmm.failed", f"the VMM of {ref} refused: {error}", hint="mvm instance info", subject=str(ref)
+            ) from None
+
+    def _has_begun(self, spec: BootSpec, process: ProcessIdentity) -> bool:
+        with self._monitor(spec.ref, process) as qmp:
+            return str(qmp.run("query-status")["status"]) != "inmigrate"
+
+    def _manifest(
+        self, spec: BootSpec | TemplateSpec, kind: Kind, saved: dict[str, FileDigest], version: str,
+        revision: Revision, template: str | None, compression: Compression, disk: DiskState | None,
+    ) -> SnapshotManifest:  # fmt: skip
+        accel = self._probe.choose(lambda: None).name
+        data_bytes = spec.data_disk_mib << 20 if isinstance(spec, TemplateSpec) else _data_bytes(spec)
+        return SnapshotManifest(
+            kind=kind, files=saved, vmm=self.name, vmm_version=version,
+            machine=self._machine(spec, accel, data_bytes), mem_mib=spec.mem_mib, vcpus=spec.vcpus, revision=revision,
+            template=template, compression=compression, guest_protocol=guest.PROTOCOL_VERSION, disk=disk,
+            taken_at=datetime.now(UTC),
+        )  # fmt: skip
+
+    def _machine(self, spec: BootSpec | TemplateSpec, accel: argv.AccelName, data_bytes: int) -> str:
+        return argv.machine(spec, accel, data_bytes=data_bytes, host_cpu=_host_cpu())
 
 
-def _is_up(monitor: socket.socket) -> bool:
-    """Wait for the reply to a first command: QEMU's main loop answers it, so all devices are there and the guest runs.
+def _write_state(
+    qmp: Qmp, process: ProcessIdentity, mem_mib: int, into: Path, compression: Compression
+) -> dict[str, FileDigest]:
+    """Devices and memory of a VMM that stands still."""
+    saved = {DEVICES: files.write(into, DEVICES, _devices(qmp))}
+    with files.DigestWriter(into / MEMORY) as file:
+        packer = Packer(file, compression)
+        memory.pack(memory.region(process, mem_mib), packer)
+        index = packer.finish()
+        saved[MEMORY] = file.done()
+    return saved | {INDEX: files.write(into, INDEX, index)}
 
-    False when QEMU ends, or says nothing for `_UP_DEADLINE_S` seconds.
-    """
-    end = time.monotonic() + _UP_DEADLINE_S
-    received = b""
-    try:
-        monitor.sendall(b'{"execute": "qmp_capabilities"}\n')
-        while (left := end - time.monotonic()) > 0:
-            monitor.settimeout(left)
-            data = monitor.recv(65536)
-            if not data:
-                return False
-            *complete, received = (received + data).split(b"\n")
-            if any("return" in json.loads(line) for line in complete if line.strip()):
-                return True
-    except (TimeoutError, ConnectionError):
-        pass
-    return False
+
+def _devices(qmp: Qmp) -> bytes:
+    """The devices' state, through memory of ours: what fails with a disk fails here and not in QEMU."""
+    with closing_fd(os.memfd_create("mvm-devices", os.MFD_CLOEXEC)) as fd:
+        with closing_fd(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)) as writable:
+            number = qmp.run("add-fd", fds=(writable,))["fdset-id"]
+        try:
+            qmp.run("xen-save-devices-state", filename=f"/dev/fdset/{number}", live=False)
+        finally:
+            qmp.run("remove-fd", fdset_id=number)
+        os.lseek(fd, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read()
+
+
+def _pages(directory: Path, manifest: SnapshotManifest) -> Unpacker:
+    """Its memory, verified."""
+    index = files.read(directory, INDEX, manifest.files)
+    packed = files.read(directory, MEMORY, manifest.files)
+    return Unpacker(index, packed, manifest.compression, (manifest.mem_mib << 20) // memory.PAGE)
+
+
+def _in_memory(data: bytes) -> int:
+    fd = os.memfd_create("mvm-devices", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _refuse(snapshot: Path, why: Refusal | None) -> None:
+    if why:
+        raise Failed(
+            why.code, f"{snapshot} cannot be restored: {why.reason}",
+            hint="to start the instance anew without what it held in memory: mvm instance start --force",
+        )  # fmt: skip
+
+
+def _disk_state(overlay: Path) -> DiskState:
+    found = overlay.stat()
+    return DiskState(found.st_size, found.st_mtime_ns)
+
+
+def _data_bytes(spec: BootSpec) -> int:
+    return spec.data_disk.stat().st_size if spec.data_disk else 0
+
+
+@cache
+def _host_cpu() -> str:
+    """What the host's CPU calls itself."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return ""
