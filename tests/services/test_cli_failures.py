@@ -323,3 +323,11 @@ def test_a_file_that_may_not_be_read_is_a_matter_of_root(mvm: CommandLine, monke
     mvm.fails(7, "permission.denied", "node", "list")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     mvm.fails(1, "internal", "node", "list")
+
+
+def test_another_users_state_directory_is_no_matter_of_usage(
+    mvm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it may be read shows when it is: then as ``permission.denied``."""
+    monkeypatch.setattr(os, "access", lambda *_args, **_kwargs: False)
+    mvm.ok("--state-dir", str(tmp_path), "node", "list")
