@@ -1,0 +1,199 @@
+"""Templates, clones, warm and sleeping instances on the fake host."""
+
+from __future__ import annotations
+
+import pytest
+
+from mvm.domain.ids import InstanceRef
+from mvm.domain.job import JobState, JobVerb
+from mvm.domain.lifecycle import Status
+from mvm.errors import Failed, TimedOut
+from tests.services.conftest import Node
+
+V = JobVerb
+
+
+def running(node: Node, count: int = 1, **resources: int) -> list[str]:
+    node.pool(**resources)
+    refs = node.create(count)
+    for ref in refs:
+        node.ok(V.INSTANCE_START, ref)
+    return refs
+
+
+def test_instances_are_cloned_from_one_template(node: Node) -> None:
+    refs = running(node, 3)
+    assert all(node.instance(ref).cloned for ref in refs)
+    assert len({str(node.host.vmm.processes()[InstanceRef.parse(ref)]) for ref in refs}) == 3
+    assert set(node.host.vmm.processes()) == {InstanceRef.parse(ref) for ref in refs}, "the template's VMM has ended"
+    assert node.host.storage.instances() == {InstanceRef.parse(ref) for ref in refs}
+
+
+def test_where_a_template_cannot_be_restored_the_guest_is_booted(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.host.fail("vmm.clone", Failed("snapshot.damaged", "devices differs from its manifest"))
+    node.ok(V.INSTANCE_START, ref)
+    assert node.instance(ref).cloned is False
+    assert not node.host.leaks()
+
+
+def test_a_clone_that_does_not_acknowledge_is_destroyed(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.host.fail("guest.configure", Failed("guest.refused", "no clock", missing=["clock"]))
+    job = node.fails("guest.refused", V.INSTANCE_START, ref)
+    assert job.error is not None
+    assert job.error["fields"]["missing"] == ["clock"]
+    assert not node.host.vmm.processes()
+    assert node.instance(ref).status is Status.READY
+
+
+def test_warm_and_back(node: Node) -> None:
+    (ref,) = running(node)
+    pid = node.instance(ref).process
+    assert node.ok(V.INSTANCE_WARM, ref)["status"] == "warm"
+    node.fails("instance.invalid_transition", V.INSTANCE_WARM, ref)
+    assert node.ok(V.INSTANCE_WAKE, ref)["status"] == "running"
+    node.fails("instance.invalid_transition", V.INSTANCE_WAKE, ref)
+    node.ok(V.INSTANCE_WARM, ref)
+    assert node.ok(V.INSTANCE_START, ref)["status"] == "running"
+    assert node.instance(ref).process == pid
+
+
+@pytest.mark.parametrize("first", [None, V.INSTANCE_WARM])
+def test_sleep_and_wake_for_generations(node: Node, first: JobVerb | None) -> None:
+    (ref,) = running(node)
+    for _ in range(3):
+        if first:
+            node.ok(first, ref)
+        asleep = node.ok(V.INSTANCE_SLEEP, ref)
+        assert asleep["status"] == "sleeping"
+        assert asleep["snapshot_bytes"] > 0
+        assert asleep["pid"] is None
+        assert not node.host.vmm.processes()
+        assert not node.host.network.taps()
+        assert node.ok(V.INSTANCE_WAKE, ref)["status"] == "running"
+        assert set(node.host.network.taps()) == {"tn0i3"}
+
+
+def test_a_stopped_instance_cannot_sleep(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_STOP, ref)
+    node.fails("instance.invalid_transition", V.INSTANCE_SLEEP, ref)
+    node.fails("instance.invalid_transition", V.INSTANCE_WAKE, ref)
+
+
+def test_a_guest_that_does_not_get_ready_is_not_put_to_sleep_unless_forced(node: Node) -> None:
+    (ref,) = running(node)
+    node.host.fail("guest.prepare_sleep", TimedOut("guest.silent", "no answer"), times=2)
+    job = node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
+    assert job.error is not None
+    assert "--force" in job.error["hint"]
+    assert node.instance(ref).status is Status.RUNNING
+    assert node.ok(V.INSTANCE_SLEEP, ref, force=True)["status"] == "sleeping"
+
+
+def test_a_full_disk_leaves_the_guest_running(node: Node) -> None:
+    (ref,) = running(node)
+    node.host.fail("vmm.save", Failed("disk.full", "no space left"))
+    node.fails("disk.full", V.INSTANCE_SLEEP, ref)
+    assert node.instance(ref).status is Status.RUNNING
+    assert len(node.host.vmm.processes()) == 1
+    node.ok(V.INSTANCE_SLEEP, ref)
+
+
+def test_what_cannot_be_restored_is_refused_and_can_be_started_anew(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    node.host.fail("vmm.restore", Failed("snapshot.damaged", "memory differs from its manifest"), times=2)
+    node.fails("snapshot.damaged", V.INSTANCE_WAKE, ref)
+    node.fails("snapshot.damaged", V.INSTANCE_START, ref)
+    assert node.instance(ref).status is Status.SLEEPING
+    assert not node.host.network.taps()
+    assert not node.host.vmm.processes()
+    assert node.ok(V.INSTANCE_START, ref, force=True)["status"] == "running"
+
+
+@pytest.mark.parametrize("status", [V.INSTANCE_WARM, V.INSTANCE_SLEEP])
+@pytest.mark.parametrize("end", [V.INSTANCE_STOP, V.INSTANCE_DESTROY])
+def test_warm_and_sleeping_ones_can_be_ended(node: Node, status: JobVerb, end: JobVerb) -> None:
+    (ref,) = running(node)
+    node.ok(status, ref)
+    node.ok(end, ref)
+    assert not node.host.leaks()
+    assert not node.host.vmm.processes()
+
+
+def test_quota_full_on_wake(node: Node) -> None:
+    node.ok(V.TENANT_CREATE, "acme", quota={"max_running": 1})
+    first, second = running(node, 1)[0], node.create()[0]
+    node.ok(V.INSTANCE_SLEEP, first)
+    node.ok(V.INSTANCE_START, second)
+    job = node.fails("quota.exceeded", V.INSTANCE_WAKE, first)
+    assert job.error is not None
+    assert job.error["fields"]["field"] == "max_running"
+    assert node.instance(first).status is Status.SLEEPING
+
+
+def test_sweeps_leave_sleeping_and_warm_ones_alone(node: Node) -> None:
+    asleep, warm = running(node, 2)
+    node.ok(V.INSTANCE_SLEEP, asleep)
+    node.ok(V.INSTANCE_WARM, warm)
+    for _ in range(2):
+        assert node.sweep(V.SWEEP_ORPHANS)["found"] == []
+        assert node.sweep(V.SWEEP_STALE_PIDS)["changed"] is False
+        node.clock.advance(120)
+    node.ok(V.INSTANCE_WAKE, asleep)
+    node.ok(V.INSTANCE_WAKE, warm)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize(
+    ("verb", "part", "point"),
+    [(V.INSTANCE_SLEEP, p, n) for p, n in (("guest", "prepare_sleep"), ("vmm", "save"), ("network", "remove_taps"))]
+    + [(V.INSTANCE_WAKE, p, n) for p, n in (("network", "ensure_tap"), ("vmm", "restore"), ("vmm", "resume"),
+                                           ("guest", "wake"), ("storage", "drop_snapshot"))],
+)  # fmt: skip
+@pytest.mark.parametrize("also_vmm", [False, True])
+def test_a_killed_worker_leaves_what_is_true_and_can_go_on(
+    node: Node, verb: JobVerb, part: str, point: str, also_vmm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = running(node)
+    if verb is V.INSTANCE_WAKE:
+        node.ok(V.INSTANCE_SLEEP, ref)
+    holder = getattr(node.host, part)
+    real = getattr(holder, point)
+
+    def then_die(*args: object, **kwargs: object) -> None:
+        real(*args, **kwargs)
+        raise Killed
+
+    job = node.submit(verb, ref)
+    monkeypatch.setattr(holder, point, then_die)
+    with pytest.raises(Killed):
+        node.drain()
+    monkeypatch.setattr(holder, point, real)
+    if also_vmm:
+        node.host.kill_process(InstanceRef.parse(ref))
+    node.queue.send([job])
+    node.drain()
+    done = node.services.jobs.job(job.job_id)
+    assert done.state.final
+    node.sweep(V.SWEEP_STALE_PIDS)
+    node.sweep(V.SWEEP_ORPHANS)
+    node.clock.advance(61)
+    node.sweep(V.SWEEP_ORPHANS)
+    status = node.instance(ref).status
+    runs = InstanceRef.parse(ref) in node.host.vmm.processes()
+    assert runs == (status is Status.RUNNING), (status, done.error)
+    if done.state is JobState.SUCCEEDED:
+        assert status is (Status.SLEEPING if verb is V.INSTANCE_SLEEP else Status.RUNNING)
+    again = {Status.RUNNING: V.INSTANCE_SLEEP, Status.SLEEPING: V.INSTANCE_WAKE}.get(status, V.INSTANCE_START)
+    if node.do(again, ref).state is not JobState.SUCCEEDED:
+        node.ok(V.INSTANCE_START, ref, force=True)
+    node.ok(V.INSTANCE_DESTROY, ref)
+    assert not node.host.leaks()
