@@ -125,6 +125,8 @@ class Lifecycle:
         took = round(self._clock.monotonic() - began, 4)
         with context.ending(seconds=took, **instance_view(network, running)):
             self._store.save_instance(running)
+        # Only now: a wake that is delivered again needs it.
+        self._microvms.forget_snapshot(running)
 
     def warm(self, context: JobContext) -> Mapping[str, Any]:
         """The subject instance's vCPUs stand still; it keeps its memory."""

@@ -168,8 +168,11 @@ class MicroVms:
             self._vmm.kill(instance.ref, None)
             self._network.remove_taps(frozenset({network.tap(instance.offset)}))
             raise
-        self._storage.drop_snapshot(instance.ref)
         return replace(instance, process=process)
+
+    def forget_snapshot(self, instance: Instance) -> None:
+        """What it slept in is of the past."""
+        self._storage.drop_snapshot(instance.ref)
 
     @contextmanager
     def _boot_slot(self, context: JobContext) -> Iterator[None]:

@@ -24,6 +24,7 @@ log = structlog.get_logger("mvm.snapshots")
 
 _TEMPLATE_WAIT_S = 300.0
 _GUEST_S = 10.0
+_SAVING = "save memory"
 
 
 class Snapshots:
@@ -115,14 +116,15 @@ class Snapshots:
         """
         driver, into, ref = self._driver(), self._storage.snapshot(instance.ref), instance.ref
         if self._vmm.observe(ref, instance.process) is Presence.ABSENT:
-            # A worker that was killed after it had saved: what it saved is whole, or is not there.
-            return driver.manifest(into)
+            if context.job.step == _SAVING:  # its worker was killed: what it saved is whole, or is not there
+                return driver.manifest(into)
+            raise Unreachable("vmm.gone", f"the VMM of {ref} has ended", hint="a sweep will record it as stopped")
         process = _process(instance)
         self._storage.drop_snapshot(ref)
         context.step("prepare guest", 0, 3)
         if not driver.paused(ref, process):
             self._ask_to_sleep(instance, force=force)
-        context.step("save memory", 1, 3)
+        context.step(_SAVING, 1, 3)
         manifest = driver.save(
             spec, process, template=self._base(instance, pool), revision=_revision(instance), into=into,
             compression=pool.compression,

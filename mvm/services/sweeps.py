@@ -28,6 +28,8 @@ log = structlog.get_logger("mvm.sweeps")
 
 _CONSOLE_BYTES = 1 << 20  # of a running guest's console that are kept
 
+_UP = (Status.RUNNING, Status.WARM)
+
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
@@ -64,7 +66,7 @@ class Sweeps:
         context.step("compare processes", 0, 1)
         gone = []
         for instance in self._store.instances():
-            if instance.status not in (Status.RUNNING, Status.WARM) or instance.in_flight:
+            if instance.status not in _UP or instance.in_flight:
                 continue
             if self._vmm.observe(instance.ref, instance.process) is not Presence.ABSENT:
                 self._vmm.trim_console(self._storage.directory(instance.ref), keep=_CONSOLE_BYTES)
@@ -115,7 +117,7 @@ class Sweeps:
         directories, leftovers = self._storage.instances(), self._storage.leftovers()
         instances = {i.ref: i for i in self._store.instances()}
         networks = {t.id: t.network for t in self._store.tenants()}
-        active = {ref: i for ref, i in instances.items() if i.status is Status.RUNNING or i.in_flight}
+        active = {ref: i for ref, i in instances.items() if i.status in _UP or i.in_flight}
         used_taps = {networks[ref.tenant].tap(i.offset) for ref, i in active.items()}
         orphans = [
             Orphan(f"process {processes[ref][0].pid} of {ref}", partial(self._vmm.kill, ref, None), ref)
@@ -136,7 +138,7 @@ class Sweeps:
         orphans += [
             Orphan(f"files of {ref}", partial(self._storage.clean_runtime, ref), ref)
             for ref, names in leftovers.items()
-            if names and ref in instances and ref not in active
+            if names and ref in instances and ref not in active and instances[ref].status is not Status.SLEEPING
         ]
         return {orphan.name: orphan for orphan in orphans}
 
