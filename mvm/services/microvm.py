@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import structlog
 
@@ -142,14 +143,18 @@ class MicroVms:
         )  # fmt: skip
 
     def _identify(self, instance: Instance, network: TenantNetwork) -> None:
+        keys = self._storage.keys(instance.ref)
         identity = GuestIdentity(
             hostname=str(instance.ref.instance),
+            machine_id=sha256(keys.host_public.encode()).hexdigest()[:32],
+            mac=network.mac(instance.offset),
             address=f"{network.ip(instance.offset)}/{network.subnet.prefixlen}",
             gateway=str(network.gateway),
             now=self._clock.now(),
-            ssh_host_key=self._storage.keys(instance.ref).host_private,
+            ssh_host_key=keys.host_private,
             authorized_key=self._authorized_key,
             entropy=self._clock.random(64),
+            data_disk=self._storage.data_disk(instance.ref) is not None,
         )
         try:
             self._guest.configure(instance.ref, self._storage.directory(instance.ref), identity, deadline_s=_GUEST_S)
