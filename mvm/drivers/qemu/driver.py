@@ -1,7 +1,8 @@
 """microVMs on QEMU's ``microvm`` machine, with templates and snapshots.
 
 A template and a snapshot are the same thing: the devices' state, and the pages that a VMM has to itself. A template's
-differ from nothing, a clone's from its template. Both are restored into a VMM that maps the template's memory privately.
+differ from nothing, a clone's from its template. Both are restored into a VMM that maps the template's memory
+privately.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mvm.domain.snapshot import (
     FileDigest,
     Kind,
     Refusal,
+    SnapshotId,
     SnapshotManifest,
     other_version,
     refusal,
@@ -230,7 +232,7 @@ class QemuDriver(QemuVmms):
 
     def _manifest(
         self, spec: BootSpec | TemplateSpec, kind: Kind, saved: dict[str, FileDigest], version: str,
-        revision: Revision, template: str | None, compression: Compression, disk: DiskState | None,
+        revision: Revision, template: SnapshotId | None, compression: Compression, disk: DiskState | None,
     ) -> SnapshotManifest:  # fmt: skip
         accel = self._probe.choose(lambda: None).name
         data_bytes = spec.data_disk_mib << 20 if isinstance(spec, TemplateSpec) else _data_bytes(spec)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from io import BytesIO
-from typing import IO, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 from mvm.domain.snapshot import Compression
 
@@ -24,10 +24,17 @@ class _Stream(Protocol):
     def flush(self) -> bytes: ...
 
 
+class Sink(Protocol):
+    """What pages are written to."""
+
+    def write(self, data: bytes, /) -> Any:
+        """Append."""
+
+
 class Packer:
     """Takes pages in ascending order."""
 
-    def __init__(self, memory: IO[bytes], compression: Compression) -> None:
+    def __init__(self, memory: Sink, compression: Compression) -> None:
         self._memory = memory
         self._stream = _compressor(compression)
         self._runs: list[list[int]] = []
