@@ -1,9 +1,9 @@
 """What goes into an image, and the words host and guest exchange.
 
 The scripts beside this file become parts of an image: `init` is the initramfs's first process, `inittab`, `rc`,
-`agent`, `ssh` and `halt` live in the root file system, with the program ``moment`` (see `mvm.drivers.builtin.moment`). They
-know nothing of any instance: a guest learns who it is from ``configure``, so an image and a kernel command line hold no
-identity and no key.
+`agent`, `ssh` and `halt` live in the root file system, with the program ``moment`` (see
+`mvm.drivers.builtin.moment`). They know nothing of any instance: a guest learns who it is from ``configure``, so an
+image and a kernel command line hold no identity and no key.
 
 **Ports.** Four virtio-serial ports, each a Unix socket in the instance's directory on the host: `CONTROL` for
 everything but commands, and `EXEC` for commands, so that a long command never delays a ping or a shutdown. A port
