@@ -6,11 +6,13 @@ The protocol is described in `mvm.guest`.
 from __future__ import annotations
 
 import secrets
+import string
 import struct
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from mvm import guest
@@ -20,6 +22,7 @@ from mvm.errors import Failed, InvalidInput, TimedOut, Unreachable
 from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus, Worker
 
 _REPLY_GRACE_S = 5.0  # for a guest to end a late command and to send what it wrote
+_PLAIN = (string.ascii_letters + string.digits + "+/=@._").encode()
 _LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
 
 
@@ -35,15 +38,17 @@ class UnixGuestChannel:
     def configure(self, ref: InstanceRef, directory: Path, identity: GuestIdentity, *, deadline_s: float) -> None:
         """See the port."""
         began = time.monotonic()
+        address, _, prefix = identity.address.partition("/")
         fields = {
             "hostname": identity.hostname,
             "machine_id": identity.machine_id,
             "mac": identity.mac,
-            "address": identity.address,
+            "address": address,
+            "netmask": str(IPv4Address(0xFFFFFFFF << 32 - int(prefix) & 0xFFFFFFFF)),
             "gateway": identity.gateway,
             "data": "1" if identity.data_disk else "0",
-            "host_key": _encode(identity.ssh_host_key),
-            "authorized_key": _encode(identity.authorized_key.strip().encode()),
+            "host_key": _escaped(identity.ssh_host_key),
+            "authorized_key": _escaped(identity.authorized_key.strip().encode()),
         }
         for name, value in fields.items():
             if not value.isascii() or not value.isprintable() or " " in value:
@@ -207,7 +212,12 @@ def _moment(now: datetime, asked: float, entropy: bytes) -> str:
     """The time, which was `now` at the monotonic time `asked`, and entropy; see `mvm.guest`."""
     at_ns = round((now.timestamp() + time.monotonic() - asked) * 1e9)
     data = struct.pack("<qqii", *divmod(at_ns, 10**9), len(entropy) * 8, len(entropy)) + entropy
-    return "".join(f"\\{byte:03o}" for byte in data)
+    return _escaped(data)
+
+
+def _escaped(data: bytes) -> str:
+    """For the shell's printf; see `mvm.guest`."""
+    return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in data) or "-"
 
 
 def _encode(data: bytes) -> str:

@@ -1,9 +1,9 @@
 """What goes into an image, and the words host and guest exchange.
 
 The scripts beside this file become parts of an image: `init` is the initramfs's first process, `inittab`, `rc`,
-`agent` and `halt` live in the root file system, with the program ``moment`` (see `mvm.drivers.builtin.moment`). They
-know nothing of any instance: a guest learns who it is from ``configure``, so an image and a kernel command line hold no
-identity and no key.
+`agent`, `ssh` and `halt` live in the root file system, with the program ``moment`` (see
+`mvm.drivers.builtin.moment`). They know nothing of any instance: a guest learns who it is from ``configure``, so an
+image and a kernel command line hold no identity and no key.
 
 **Ports.** Four virtio-serial ports, each a Unix socket in the instance's directory on the host: `CONTROL` for
 everything but commands, and `EXEC` for commands, so that a long command never delays a ping or a shutdown. A port
@@ -30,12 +30,13 @@ request                             reply
 anything else                       ``ID 127 unknown request``
 ==================================  ==========================================================================
 
-``configure`` has the keys moment, hostname, machine_id, mac, address (IP/PREFIX), gateway, data (1: it has a data
-disk), and in BASE64 host_key and authorized_key. It may be repeated. The first step that fails ends it.
+``configure`` has the keys moment, hostname, machine_id, mac, address, netmask, gateway, data (1: it has a data disk),
+host_key and authorized_key. It may be repeated. The first step that fails ends it. Moment and keys are ESCAPED for the
+shell's ``printf``: most bytes as a backslash and three octal digits.
 
 MOMENT is what a guest needs that stood still or is one of many clones: a `struct timespec` and a `struct
-rand_pool_info` with 64 bytes, each byte as a backslash and three octal digits, which ``printf`` turns into the input of
-the program `moment`. It sets the clock and makes the kernel's random numbers new at once.
+rand_pool_info` with 64 bytes, ESCAPED. The program ``moment`` sets the clock and makes the kernel's random numbers new
+at once.
 
 ``status``: WORKER is which of ``/run/mvm/worker-ready``, ``-idle`` and ``-busy`` is the newest, or ``unknown``; CPU is
 in hundredths of a second, RECEIVED and SENT in bytes of the card.
@@ -58,7 +59,7 @@ WAKE_STEPS = ("moment",)
 ENTROPY_BYTES = 64
 STREAM_LIMIT = 1 << 20
 DEADLINE_EXIT = 124
-SCRIPTS = ("init", "inittab", "rc", "agent", "halt")
+SCRIPTS = ("init", "inittab", "rc", "agent", "halt", "ssh")
 
 
 def script(name: str) -> bytes:

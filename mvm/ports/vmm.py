@@ -205,6 +205,10 @@ class Snapshotting(Protocol):
         """What a template or snapshot says of itself; its other files are not looked at."""
         ...
 
+    def discard(self, snapshot: Path) -> None:
+        """The template or snapshot is gone, whole or damaged; may be repeated. VMMs that use a template go on."""
+        ...
+
     def memory(self, process: ProcessIdentity) -> MemoryUse:
         """What `process` uses now."""
         ...

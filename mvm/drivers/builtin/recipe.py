@@ -77,7 +77,7 @@ def rootfs(packages: Mapping[str, Tree], busybox: bytes, applets: Iterable[str])
     for name, package in packages.items():
         tree.merge(package, lambda path, name=name: _kept(name, path))  # type: ignore[misc]
     tree.link("usr/sbin/init", "../bin/busybox")
-    for name in ("rc", "agent", "halt"):
+    for name in ("rc", "agent", "halt", "ssh"):
         tree.file(f"usr/lib/mvm/{name}", guest.script(name), 0o755)
     tree.file("usr/lib/mvm/moment", moment.program(), 0o755)
     tree.file("etc/inittab", guest.script("inittab"))
