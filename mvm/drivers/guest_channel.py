@@ -6,18 +6,23 @@ The protocol is described in `mvm.guest`.
 from __future__ import annotations
 
 import secrets
+import string
+import struct
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
+from datetime import datetime
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.instance_sockets import Connection, remaining
 from mvm.errors import Failed, InvalidInput, TimedOut, Unreachable
-from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity
+from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus, Worker
 
 _REPLY_GRACE_S = 5.0  # for a guest to end a late command and to send what it wrote
+_PLAIN = (string.ascii_letters + string.digits + "+/=@._").encode()
 _LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
 
 
@@ -32,22 +37,50 @@ class UnixGuestChannel:
 
     def configure(self, ref: InstanceRef, directory: Path, identity: GuestIdentity, *, deadline_s: float) -> None:
         """See the port."""
+        began = time.monotonic()
+        address, _, prefix = identity.address.partition("/")
         fields = {
             "hostname": identity.hostname,
-            "address": identity.address,
+            "machine_id": identity.machine_id,
+            "mac": identity.mac,
+            "address": address,
+            "netmask": str(IPv4Address(0xFFFFFFFF << 32 - int(prefix) & 0xFFFFFFFF)),
             "gateway": identity.gateway,
-            "epoch": str(round(identity.now.timestamp())),
-            "host_key": _encode(identity.ssh_host_key),
-            "authorized_key": _encode(identity.authorized_key.strip().encode()),
-            "entropy": _encode(identity.entropy),
+            "data": "1" if identity.data_disk else "0",
+            "host_key": _escaped(identity.ssh_host_key),
+            "authorized_key": _escaped(identity.authorized_key.strip().encode()),
         }
         for name, value in fields.items():
             if not value.isascii() or not value.isprintable() or " " in value:
                 raise InvalidInput("guest.invalid_identity", f"the guest's {name} cannot be sent", field=name)
         with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
-            done = call.ask("configure", *(f"{name}={value}" for name, value in fields.items()))
-            if tuple(done) != guest.CONFIGURE_STEPS:
-                raise call.refused(f"it did only: {' '.join(done)}")
+            moment = _moment(identity.now, began, identity.entropy)
+            words = [f"moment={moment}", *(f"{name}={value}" for name, value in fields.items())]
+            call.ask_for(guest.CONFIGURE_STEPS, "configure", *words)
+
+    def status(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> GuestStatus:
+        """See the port."""
+        with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
+            uptime, worker, ticks, load, received, sent = call.ask("status", words=6)
+            return GuestStatus(
+                float(uptime), Worker(worker), int(ticks) / 100, float(load), int(received), int(sent)
+            )  # fmt: skip
+
+    def settle(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See the port."""
+        with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
+            call.ask("settle")
+
+    def prepare_sleep(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See the port."""
+        with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
+            call.ask("sleep")
+
+    def wake(self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, deadline_s: float) -> None:
+        """See the port."""
+        began = time.monotonic()
+        with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
+            call.ask_for(guest.WAKE_STEPS, "wake", _moment(now, began, entropy))
 
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:
         """See the port."""
@@ -113,6 +146,16 @@ class _Call:
             raise self.refused(" ".join(reply))
         return reply
 
+    def ask_for(self, steps: Sequence[str], *request: str) -> None:
+        """Send a request that must be answered with all of `steps`."""
+        code, *reply = self.send(*request, words=1)
+        missing = [step for step in steps if code != "0" or step not in reply]
+        if code != "0":
+            at = steps.index(reply[0].rstrip(":")) if reply and reply[0].rstrip(":") in steps else 0
+            missing = list(steps[at:])
+        if missing:
+            raise self.refused(" ".join(reply), missing)
+
     def send(self, *request: str, words: int) -> Sequence[str]:
         """Send a request and return the words of its reply after the id, at least `words` of them."""
         token = secrets.token_hex(8)
@@ -131,11 +174,11 @@ class _Call:
             pass
         raise self._gone()
 
-    def refused(self, words: str) -> Failed:
+    def refused(self, words: str, missing: Sequence[str] = ()) -> Failed:
         """The error for a guest that answered, but not as it should."""
         return Failed(
             "guest.refused", f"the guest of {self._ref} refused: {words[:500]}",
-            hint="its console may tell more: mvm instance logs", subject=str(self._ref),
+            hint="its console may tell more: mvm instance logs", subject=str(self._ref), missing=list(missing),
         )  # fmt: skip
 
     def _lines(self) -> Iterator[str]:
@@ -163,6 +206,18 @@ class _Call:
             "guest.silent", f"the guest of {self._ref} did not answer in time",
             hint="its console may tell why: mvm instance logs", subject=str(self._ref),
         )  # fmt: skip
+
+
+def _moment(now: datetime, asked: float, entropy: bytes) -> str:
+    """The time, which was `now` at the monotonic time `asked`, and entropy; see `mvm.guest`."""
+    at_ns = round((now.timestamp() + time.monotonic() - asked) * 1e9)
+    data = struct.pack("<qqii", *divmod(at_ns, 10**9), len(entropy) * 8, len(entropy)) + entropy
+    return _escaped(data)
+
+
+def _escaped(data: bytes) -> str:
+    """For the shell's printf; see `mvm.guest`."""
+    return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in data) or "-"
 
 
 def _encode(data: bytes) -> str:

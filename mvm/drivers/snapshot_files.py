@@ -68,6 +68,17 @@ def appearing(into: Path) -> Iterator[Path]:
         raise
 
 
+def discard(directory: Path) -> None:
+    """It is gone, and what was left of one that had not yet appeared."""
+    for path in (directory.with_name(directory.name + _HALF), directory):
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _failed(path, error) from None
+
+
 def write(directory: Path, name: str, data: bytes) -> FileDigest:
     """A new file in a directory that is `appearing`."""
     with DigestWriter(directory / name) as file:

@@ -1,8 +1,9 @@
 """What goes into an image, and the words host and guest exchange.
 
 The scripts beside this file become parts of an image: `init` is the initramfs's first process, `inittab`, `rc`,
-`agent` and `halt` live in the root file system. They know nothing of any instance: a guest learns who it is from
-``configure``, so an image and a kernel command line hold no identity and no key.
+`agent`, `ssh` and `halt` live in the root file system, with the program ``moment`` (see
+`mvm.drivers.builtin.moment`). They know nothing of any instance: a guest learns who it is from ``configure``, so an
+image and a kernel command line hold no identity and no key.
 
 **Ports.** Four virtio-serial ports, each a Unix socket in the instance's directory on the host: `CONTROL` for
 everything but commands, and `EXEC` for commands, so that a long command never delays a ping or a shutdown. A port
@@ -20,13 +21,25 @@ request                             reply
 ``ID hello``                        ``ID 0 VERSION UPTIME KERNEL``
 ``ID ping``                         ``ID 0 UPTIME``
 ``ID configure KEY=VALUE...``       ``ID 0 STEP...`` with every step done, or ``ID 1 STEP: error text``
+``ID status``                       ``ID 0 UPTIME WORKER CPU LOAD RECEIVED SENT``
+``ID settle``                       ``ID 0`` or ``ID 1 error text``: it is as small as it gets without its files
+``ID sleep``                        ``ID 0`` or ``ID 1 error text``: it may be saved now
+``ID wake MOMENT``                  ``ID 0 STEP...`` or ``ID 1 STEP: error text``
 ``ID shutdown``                     ``ID 0``, then the guest ends its processes and powers off
 ``ID exec SECONDS BASE64``          ``ID EXIT_CODE TRUNCATED STDOUT STDERR``: 0 or 1, BASE64, BASE64
 anything else                       ``ID 127 unknown request``
 ==================================  ==========================================================================
 
-``configure`` has the keys hostname, address (IP/PREFIX), gateway, epoch (seconds), and in BASE64 host_key,
-authorized_key and entropy. It may be repeated. The first step that fails ends it.
+``configure`` has the keys moment, hostname, machine_id, mac, address, netmask, gateway, data (1: it has a data disk),
+host_key and authorized_key. It may be repeated. The first step that fails ends it. Moment and keys are ESCAPED for the
+shell's ``printf``: most bytes as a backslash and three octal digits.
+
+MOMENT is what a guest needs that stood still or is one of many clones: a `struct timespec` and a `struct
+rand_pool_info` with 64 bytes, ESCAPED. The program ``moment`` sets the clock and makes the kernel's random numbers new
+at once.
+
+``status``: WORKER is which of ``/run/mvm/worker-ready``, ``-idle`` and ``-busy`` is the newest, or ``unknown``; CPU is
+in hundredths of a second, RECEIVED and SENT in bytes of the card.
 
 ``exec`` runs the command with ``sh -c`` in a session of its own, its stdin ``/dev/null``. Of each stream the first
 `STREAM_LIMIT` bytes are kept. It replies once both streams are closed; after SECONDS the command's process group is
@@ -37,14 +50,16 @@ from __future__ import annotations
 
 from importlib import resources
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CONTROL = "mvm.agent.0"
 EXEC = ("mvm.exec.0", "mvm.exec.1", "mvm.exec.2")
 PORTS = (CONTROL, *EXEC)
-CONFIGURE_STEPS = ("entropy", "hostname", "address", "gateway", "clock", "keys", "ssh")
+CONFIGURE_STEPS = ("moment", "hostname", "machine_id", "mac", "address", "gateway", "data", "keys", "ssh")
+WAKE_STEPS = ("moment",)
+ENTROPY_BYTES = 64
 STREAM_LIMIT = 1 << 20
 DEADLINE_EXIT = 124
-SCRIPTS = ("init", "inittab", "rc", "agent", "halt")
+SCRIPTS = ("init", "inittab", "rc", "agent", "halt", "ssh")
 
 
 def script(name: str) -> bytes:

@@ -98,6 +98,10 @@ class GuestChannel(Protocol):
         """What the guest does."""
         ...
 
+    def settle(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """Make a template's guest ready to be saved: small, but with what its clones need first in memory."""
+        ...
+
     def prepare_sleep(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
         """Make the guest small before it is saved; returns once its disks are synced and its caches dropped.
 

@@ -128,11 +128,11 @@ class VmmDriver(Protocol):
 class Snapshotting(Protocol):
     """An optional ability: pausing, templates and their clones, sleeping to disk.
 
-    A **template** is a directory made once by `save_template`, read-only ever after: a booted guest without an identity,
-    saved with the layer it wrote over the rootfs. `clone` makes instances of it, which share its memory until they
-    write. A **snapshot** is a directory made by `save`: one sleeping instance, whose overlay and data disk stay where
-    they are. A snapshot of a clone holds what differs from its template, one of a cold-booted instance all of it; for
-    the latter `template` is None everywhere.
+    A **template** is a directory made once by `save_template`, read-only ever after: a booted guest without an
+    identity, saved with the layer it wrote over the rootfs. `clone` makes instances of it, which share its memory
+    until they write. A **snapshot** is a directory made by `save`: one sleeping instance, whose overlay and data disk
+    stay where they are. A snapshot of a clone holds what differs from its template, one of a cold-booted instance all
+    of it; for the latter `template` is None everywhere.
 
     A restored guest is PAUSED, and knows neither what time it is nor, as a clone, who it is: the caller resumes it
     and then tells it (`GuestChannel.wake`, `configure`). Once resumed it writes to its overlay, and then its
@@ -203,6 +203,10 @@ class Snapshotting(Protocol):
 
     def manifest(self, snapshot: Path) -> SnapshotManifest:
         """What a template or snapshot says of itself; its other files are not looked at."""
+        ...
+
+    def discard(self, snapshot: Path) -> None:
+        """The template or snapshot is gone, whole or damaged; may be repeated. VMMs that use a template go on."""
         ...
 
     def memory(self, process: ProcessIdentity) -> MemoryUse:

@@ -98,7 +98,7 @@ class MicroVms:
                 instance = self._launch(instance, pool, network, cold=True)
                 self._await_guest(instance)
         context.step(_STEPS[4], 4, len(_STEPS))
-        self._identify(instance, pool, network)
+        self._identify(instance, network)
         return instance
 
     def _launch(self, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, cold: bool) -> Instance:
@@ -201,18 +201,19 @@ class MicroVms:
             hint=f"see: mvm instance logs {instance.ref}", subject=str(instance.ref), console=tail,
         )  # fmt: skip
 
-    def _identify(self, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> None:
+    def _identify(self, instance: Instance, network: TenantNetwork) -> None:
+        keys = self._storage.keys(instance.ref)
         identity = GuestIdentity(
             hostname=str(instance.ref.instance),
-            machine_id=sha256(f"{instance.ref} {instance.created_at.isoformat()}".encode()).hexdigest()[:32],
+            machine_id=sha256(keys.host_public.encode()).hexdigest()[:32],
             mac=network.mac(instance.offset),
             address=f"{network.ip(instance.offset)}/{network.subnet.prefixlen}",
             gateway=str(network.gateway),
             now=self._clock.now(),
-            ssh_host_key=self._storage.keys(instance.ref).host_private,
+            ssh_host_key=keys.host_private,
             authorized_key=self._authorized_key,
             entropy=self._clock.random(64),
-            data_disk=pool.resources.data_disk_mib > 0,
+            data_disk=self._storage.data_disk(instance.ref) is not None,
         )
         try:
             self._guest.configure(instance.ref, self._storage.directory(instance.ref), identity, deadline_s=_GUEST_S)

@@ -81,6 +81,7 @@ HOST_KEY = SshKey.make()
 
 def identity(hostname: str = "i-00000001", address: str = f"{GUEST_IP}/24", **changes: object) -> GuestIdentity:
     made = GuestIdentity(
+        machine_id="0" * 31 + "1", mac="02:6d:00:01:00:03",
         hostname=hostname, address=address, gateway="10.240.1.1", now=datetime.now(UTC),
         ssh_host_key=HOST_KEY.dropbear, authorized_key=SshKey.make().public, entropy=os.urandom(64),
     )  # fmt: skip

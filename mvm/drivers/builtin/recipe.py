@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mvm import guest
 from mvm.domain.pool import Profile
+from mvm.drivers.builtin import moment
 from mvm.drivers.builtin.tree import Tree
 
 KERNEL = "linux-image-cloud-amd64"
@@ -76,14 +77,16 @@ def rootfs(packages: Mapping[str, Tree], busybox: bytes, applets: Iterable[str])
     for name, package in packages.items():
         tree.merge(package, lambda path, name=name: _kept(name, path))  # type: ignore[misc]
     tree.link("usr/sbin/init", "../bin/busybox")
-    for name in ("rc", "agent", "halt"):
+    for name in ("rc", "agent", "halt", "ssh"):
         tree.file(f"usr/lib/mvm/{name}", guest.script(name), 0o755)
+    tree.file("usr/lib/mvm/moment", moment.program(), 0o755)
     tree.file("etc/inittab", guest.script("inittab"))
     tree.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     tree.file("etc/shadow", b"root:*:19000::::::\n", 0o600)
     tree.file("etc/group", b"root:x:0:\ntty:x:5:\n")
     tree.file("etc/shells", b"/bin/sh\n")
     tree.file("etc/hosts", b"127.0.0.1 localhost\n")
+    tree.file("etc/machine-id", b"")
     return tree
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.fake.machines import FakeGuest, FakeVmm
@@ -14,6 +15,7 @@ from mvm.drivers.fake.resources import FakeImages, FakeLocks, FakeNetwork, FakeS
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
+from mvm.ports.guest import Worker
 
 __all__ = ["POINTS", "FakeHost", "ManualClock"]
 
@@ -45,13 +47,25 @@ class FakeHost(HostState):
             else:
                 self.hangs[ref] += times
 
+    def damage(self, snapshot: Path) -> None:
+        """One of the files of a template or snapshot is not what it was."""
+        with self.lock:
+            self.spoilt.add(snapshot)
+
+    def work(self, ref: InstanceRef, worker: Worker, cpu_s: float = 0.0) -> None:
+        """The workload in a guest says so, and has used so much CPU in all."""
+        with self.lock:
+            self.machines[ref].worker, self.machines[ref].cpu_s = worker, cpu_s
+
     def leaks(self) -> Sequence[str]:
         """What no process uses any more: TAPs, files of a run, held locks; and processes without a directory."""
         with self.lock:
+            asleep = {saved.machine.spec.ref for saved in self.saved.values() if saved.manifest.disk}
+            known = asleep | set(self.machines)
             used = {machine.spec.nic.tap for machine in self.machines.values()}
             return sorted(
                 [f"tap {tap}" for tap in self.taps if tap not in used]
-                + [f"file {ref}/{n}" for ref, f in self.files.items() if ref not in self.machines for n in f.runtime]
+                + [f"file {r}/{n}" for r, f in self.files.items() if r not in known for n in f.runtime]
                 + [f"process {ref}" for ref in self.machines if ref not in self.files]
                 + [f"lock {name}" for name in self.held]
             )

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import ClassVar
 
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.drivers.fake.sh import run_command
+from mvm.drivers.fake.snapshots import FakeSnapshots
 from mvm.drivers.fake.state import Machine, Part, point
-from mvm.errors import Failed, TimedOut, Unreachable
-from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity
+from mvm.errors import TimedOut, Unreachable
+from mvm.guest import PROTOCOL_VERSION
+from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus
 from mvm.ports.vmm import BootSpec, Presence
 
 
-class FakeVmm(Part):
+class FakeVmm(FakeSnapshots):
     """ports/vmm.py."""
-
-    name: ClassVar[str] = "fake"
 
     @point("vmm.observe")
     def observe(self, ref: InstanceRef, process: ProcessIdentity | None) -> Presence:
@@ -32,17 +32,11 @@ class FakeVmm(Part):
 
     @point("vmm.boot")
     def boot(self, spec: BootSpec) -> ProcessIdentity:
-        """See ports/vmm.py. It needs the TAP and the overlay that a real VMM would open."""
+        """See ports/vmm.py."""
         host, ref = self._host, spec.ref
         if ref in host.machines:
             return host.machines[ref].process
-        files = host.files.get(ref)
-        if spec.nic.tap not in host.taps or files is None or spec.overlay.name not in files.runtime:
-            raise Failed("vmm.start_failed", f"the VMM ended at once: no {spec.nic.tap} or no {spec.overlay.name}")
-        machine = Machine(spec, host.next_process(), host.clock.monotonic(), hung=host.hangs[ref] > 0)
-        host.hangs[ref] -= machine.hung
-        host.machines[ref] = machine
-        files.runtime |= {"agent.sock", "qmp.sock", "vmm.pid"}
+        machine = self._start(spec)
         host.consoles[spec.directory] = deque(["Linux version 6.1.0-fake", "mvm: guest agent ready"], maxlen=1000)
         if host.panics[ref] > 0:
             host.panic_guest(ref, times=0)
@@ -90,7 +84,7 @@ class FakeGuest(Part):
         machine = self._host.machines.get(ref)
         if machine is None:
             raise Unreachable("guest.gone", f"{ref} has no VMM that runs", hint=f"see: mvm instance logs {ref}")
-        if machine.hung:
+        if machine.hung or machine.paused:
             self._host.pass_time(deadline_s)
             raise TimedOut(
                 "guest.silent", f"the guest of {ref} did not answer within {deadline_s:g} s",
@@ -104,7 +98,7 @@ class FakeGuest(Part):
     @point("guest.hello")
     def hello(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> GuestHello:
         """See ports/guest.py."""
-        return GuestHello(1, self._uptime(self._machine(ref, deadline_s)), "6.1.0-fake")
+        return GuestHello(PROTOCOL_VERSION, self._uptime(self._machine(ref, deadline_s)), "6.1.0-fake")
 
     @point("guest.configure")
     def configure(self, ref: InstanceRef, directory: Path, identity: GuestIdentity, *, deadline_s: float) -> None:
@@ -115,6 +109,27 @@ class FakeGuest(Part):
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:
         """See ports/guest.py."""
         return self._uptime(self._machine(ref, deadline_s))
+
+    @point("guest.status")
+    def status(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> GuestStatus:
+        """See ports/guest.py. A fake guest never does anything but what `FakeHost.work` says."""
+        machine = self._machine(ref, deadline_s)
+        return GuestStatus(self._uptime(machine), machine.worker, machine.cpu_s, 0.0, 0, 0)
+
+    @point("guest.settle")
+    def settle(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See ports/guest.py."""
+        self._machine(ref, deadline_s)
+
+    @point("guest.prepare_sleep")
+    def prepare_sleep(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See ports/guest.py."""
+        self._machine(ref, deadline_s)
+
+    @point("guest.wake")
+    def wake(self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, deadline_s: float) -> None:
+        """See ports/guest.py."""
+        self._machine(ref, deadline_s)
 
     @point("guest.execute")
     def execute(self, ref: InstanceRef, directory: Path, command: str, *, deadline_s: float) -> ExecResult:

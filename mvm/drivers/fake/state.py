@@ -17,9 +17,10 @@ from typing import Concatenate, ParamSpec, TypeVar
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
+from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
-from mvm.ports.guest import GuestIdentity
+from mvm.ports.guest import GuestIdentity, Worker
 from mvm.ports.storage import InstanceKeys
 from mvm.ports.vmm import BootSpec
 
@@ -64,6 +65,17 @@ class Machine:
     booted_at: float
     hung: bool
     identity: GuestIdentity | None = None
+    paused: bool = False
+    worker: Worker = Worker.UNKNOWN
+    cpu_s: float = 0.0
+
+
+@dataclass
+class Saved:
+    """A template or a snapshot."""
+
+    manifest: SnapshotManifest
+    machine: Machine
 
 
 @dataclass
@@ -73,6 +85,7 @@ class Files:
     keys: InstanceKeys
     data_disk: bool
     runtime: set[str] = field(default_factory=set)
+    writes: int = 0
 
 
 class HostState:
@@ -88,6 +101,9 @@ class HostState:
         self.bridges: set[str] = set()
         self.foreign: set[str] = set()
         self.files: dict[InstanceRef, Files] = {}
+        self.saved: dict[Path, Saved] = {}
+        self.spoilt: set[Path] = set()
+        self.version = "1.0"
         self.revisions: set[Revision] = set()
         self.damaged: set[Revision] = set()
         self.unseen: set[InstanceRef] = set()

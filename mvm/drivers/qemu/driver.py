@@ -1,7 +1,8 @@
 """microVMs on QEMU's ``microvm`` machine, with templates and snapshots.
 
 A template and a snapshot are the same thing: the devices' state, and the pages that a VMM has to itself. A template's
-differ from nothing, a clone's from its template. Both are restored into a VMM that maps the template's memory privately.
+differ from nothing, a clone's from its template. Both are restored into a VMM that maps the template's memory
+privately.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from mvm import guest
@@ -24,6 +26,7 @@ from mvm.domain.snapshot import (
     FileDigest,
     Kind,
     Refusal,
+    SnapshotId,
     SnapshotManifest,
     other_version,
     refusal,
@@ -31,7 +34,7 @@ from mvm.domain.snapshot import (
 from mvm.drivers import snapshot_files as files
 from mvm.drivers import tap
 from mvm.drivers.qemu import argv, memory
-from mvm.drivers.qemu.packing import Packer, Unpacker
+from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker
 from mvm.drivers.qemu.qmp import CommandFailed, Qmp
 from mvm.drivers.qemu.tsc import host_tsc_khz
 from mvm.drivers.qemu.vmms import QemuVmms, closing_fd
@@ -141,6 +144,10 @@ class QemuDriver(QemuVmms):
         """See the port."""
         return files.manifest(snapshot)
 
+    def discard(self, snapshot: Path) -> None:
+        """See the port."""
+        files.discard(snapshot)
+
     def memory(self, process: ProcessIdentity) -> MemoryUse:
         """See the port."""
         try:
@@ -201,9 +208,15 @@ class QemuDriver(QemuVmms):
             fcntl.flock(lock, fcntl.LOCK_EX)
             fd = next(self._shared(name), None)
             if fd is None:
-                fd = memory.sealed(name, manifest.mem_mib, _pages(template, manifest))
+                fd = memory.sealed(name, manifest.mem_mib, self._template_pages(template, manifest))
             with closing_fd(fd):
                 yield fd
+
+    def _template_pages(self, template: Path, manifest: SnapshotManifest) -> Unpacker:
+        """Its memory, verified when it was first read; not taken into memory of ours, since it is large."""
+        index = files.read(template, INDEX, manifest.files)
+        with self._verified.check(template, MEMORY, manifest.files).open("rb") as file:
+            return _unpacker(index, mmap(file.fileno(), 0, access=ACCESS_READ), manifest)
 
     def _shared(self, name: str) -> Iterator[int]:
         for found in self.processes().values():
@@ -230,7 +243,7 @@ class QemuDriver(QemuVmms):
 
     def _manifest(
         self, spec: BootSpec | TemplateSpec, kind: Kind, saved: dict[str, FileDigest], version: str,
-        revision: Revision, template: str | None, compression: Compression, disk: DiskState | None,
+        revision: Revision, template: SnapshotId | None, compression: Compression, disk: DiskState | None,
     ) -> SnapshotManifest:  # fmt: skip
         accel = self._probe.choose(lambda: None).name
         data_bytes = spec.data_disk_mib << 20 if isinstance(spec, TemplateSpec) else _data_bytes(spec)
@@ -275,7 +288,10 @@ def _devices(qmp: Qmp) -> bytes:
 def _pages(directory: Path, manifest: SnapshotManifest) -> Unpacker:
     """Its memory, verified."""
     index = files.read(directory, INDEX, manifest.files)
-    packed = files.read(directory, MEMORY, manifest.files)
+    return _unpacker(index, files.read(directory, MEMORY, manifest.files), manifest)
+
+
+def _unpacker(index: bytes, packed: Buffer, manifest: SnapshotManifest) -> Unpacker:
     return Unpacker(index, packed, manifest.compression, (manifest.mem_mib << 20) // memory.PAGE)
 
 

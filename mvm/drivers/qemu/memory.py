@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvm.domain.instance import ProcessIdentity
-from mvm.drivers.qemu.packing import Packer, Unpacker
+from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker
 from mvm.errors import Failed
 from mvm.ports.vmm import MemoryUse
 
@@ -27,7 +27,7 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_
 _NAME = "mvm-ram-"
 _USE = re.compile(r"^(Rss|Pss|Private_Clean|Private_Dirty): +(\d+) kB$", re.MULTILINE)
 
-Put = Callable[[int, bytes], None]
+Put = Callable[[int, Buffer], None]
 """Writes bytes at an offset of the guest's memory."""
 
 
@@ -176,7 +176,7 @@ def _read(fd: int, offset: int, size: int) -> bytes:
     return data
 
 
-def _write(fd: int, offset: int, data: bytes) -> None:
+def _write(fd: int, offset: int, data: Buffer) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)

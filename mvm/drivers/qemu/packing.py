@@ -7,9 +7,10 @@ which have no bytes in the other file.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
-from typing import IO, Protocol, cast
+from mmap import mmap
+from typing import Any, Protocol, TypeAlias, cast
 
 from mvm.domain.snapshot import Compression
 
@@ -18,16 +19,25 @@ _PAGE = 4096
 _AT_ONCE = 1 << 20  # bytes
 _ZEROS, _BYTES = 0, 1
 
+Buffer: TypeAlias = bytes | memoryview | mmap
+
 
 class _Stream(Protocol):
     def compress(self, data: bytes) -> bytes: ...
     def flush(self) -> bytes: ...
 
 
+class Sink(Protocol):
+    """What pages are written to."""
+
+    def write(self, data: bytes, /) -> Any:
+        """Append."""
+
+
 class Packer:
     """Takes pages in ascending order."""
 
-    def __init__(self, memory: IO[bytes], compression: Compression) -> None:
+    def __init__(self, memory: Sink, compression: Compression) -> None:
         self._memory = memory
         self._stream = _compressor(compression)
         self._runs: list[list[int]] = []
@@ -58,22 +68,22 @@ class Packer:
 class Unpacker:
     """What a `Packer` made. `runs` raises `ValueError` when it is not that, or beyond `pages`."""
 
-    def __init__(self, index: bytes, memory: bytes, compression: Compression, pages: int) -> None:
+    def __init__(self, index: bytes, memory: Buffer, compression: Compression, pages: int) -> None:
         self._index = index
         self._memory = memory
         self._compression = compression
         self._pages = pages
 
-    def runs(self) -> Iterator[tuple[int, int, bytes | None]]:
+    def runs(self) -> Iterator[tuple[int, int, Buffer | None]]:
         """First page, number of pages, and their bytes, or None for zeros."""
-        stream = _decompressed(self._memory, self._compression)
+        read = _reader(self._memory, self._compression)
         for first, count, kind in _RUN.iter_unpack(self._index):
             if first + count > self._pages or kind not in (_ZEROS, _BYTES):
                 raise ValueError("a run lies beyond the memory")
             if kind == _ZEROS:
                 yield first, count, None
                 continue
-            data = stream.read(count * _PAGE)
+            data = read(count * _PAGE)
             if len(data) != count * _PAGE:
                 raise ValueError("pages are missing")
             yield first, count, data
@@ -107,15 +117,28 @@ def _header(stream: _Stream) -> bytes:
     return begin() if begin else b""
 
 
-def _decompressed(data: bytes, compression: Compression) -> IO[bytes]:
+def _reader(data: Buffer, compression: Compression) -> Callable[[int], Buffer]:
+    """Gives so many of the bytes, from the first on."""
     match compression:
         case Compression.ZSTD:
             import zstandard
 
-            return cast(IO[bytes], zstandard.ZstdDecompressor().stream_reader(data))
+            return zstandard.ZstdDecompressor().stream_reader(memoryview(data)).read
         case Compression.LZ4:
             import lz4.frame
 
-            return BytesIO(lz4.frame.decompress(data) if data else b"")
+            return BytesIO(lz4.frame.decompress(data)).read
         case Compression.NONE:
-            return BytesIO(data)
+            return _slices(memoryview(data))
+
+
+def _slices(view: memoryview) -> Callable[[int], memoryview]:
+    """Without copying: a template's memory is large."""
+    at = 0
+
+    def read(size: int) -> memoryview:
+        nonlocal at
+        at += size
+        return view[at - size : at]
+
+    return read
