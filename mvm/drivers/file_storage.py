@@ -112,11 +112,6 @@ class FileStorage:
         """See ports/storage.py."""
         return self._layout.snapshot(ref)
 
-    def drop_snapshot(self, ref: InstanceRef) -> None:
-        """See ports/storage.py."""
-        with _translated(self._layout.snapshot(ref)), suppress(FileNotFoundError):
-            shutil.rmtree(self._layout.snapshot(ref))
-
     def drop_templates(self, pool: PoolRef) -> None:
         """See ports/storage.py."""
         directory = self._layout.templates / pool.tenant / pool.pool

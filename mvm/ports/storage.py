@@ -81,10 +81,6 @@ class NodeStorage(Protocol):
         """Where the instance's snapshot is, or will be."""
         ...
 
-    def drop_snapshot(self, ref: InstanceRef) -> None:
-        """The instance has no snapshot."""
-        ...
-
     def drop_templates(self, pool: PoolRef) -> None:
         """The pool has no templates."""
         ...

@@ -81,7 +81,7 @@ class MicroVms:
         self._storage.revision(pool.revision)
         context.step(_STEPS[1], 1, len(_STEPS))
         self.prepare(instance, pool)
-        self._storage.drop_snapshot(instance.ref)
+        self._snapshots.forget(instance.ref)
         context.step(_STEPS[2], 2, len(_STEPS))
         self._network.ensure_tap(network, instance.offset)
         with self._boot_slot(context):
@@ -172,7 +172,7 @@ class MicroVms:
 
     def forget_snapshot(self, instance: Instance) -> None:
         """What it slept in is of the past."""
-        self._storage.drop_snapshot(instance.ref)
+        self._snapshots.forget(instance.ref)
 
     @contextmanager
     def _boot_slot(self, context: JobContext) -> Iterator[None]:
@@ -235,7 +235,7 @@ class MicroVms:
         """No process, no TAP, no files of the run."""
         self._vmm.kill(instance.ref, instance.process)
         self._network.remove_taps(frozenset({network.tap(instance.offset)}))
-        self._storage.drop_snapshot(instance.ref)
+        self._snapshots.forget(instance.ref)
         self._storage.clean_runtime(instance.ref)
 
     def remove(self, instance: Instance, network: TenantNetwork) -> None:

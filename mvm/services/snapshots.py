@@ -120,7 +120,7 @@ class Snapshots:
                 return driver.manifest(into)
             raise Unreachable("vmm.gone", f"the VMM of {ref} has ended", hint="a sweep will record it as stopped")
         process = _process(instance)
-        self._storage.drop_snapshot(ref)
+        driver.discard(into)
         context.step("prepare guest", 0, 3)
         if not driver.paused(ref, process):
             self._ask_to_sleep(instance, force=force)
@@ -156,6 +156,11 @@ class Snapshots:
         context.step("tell the time", 2, 3)
         self._tell_time(replace(instance, process=process))
         return process
+
+    def forget(self, ref: InstanceRef) -> None:
+        """What the instance slept in is gone."""
+        if isinstance(self._vmm, Snapshotting):
+            self._vmm.discard(self._storage.snapshot(ref))
 
     def _base(self, instance: Instance, pool: WorkerPool) -> Path | None:
         return self._storage.template(pool.ref, _revision(instance)) if instance.cloned else None

@@ -137,17 +137,12 @@ class FakeStorage(Part):
         """See ports/storage.py."""
         return self._host.layout.snapshot(ref)
 
-    @point("storage.drop_snapshot")
-    def drop_snapshot(self, ref: InstanceRef) -> None:
-        """See ports/storage.py."""
-        self._host.snapshots.pop(self.snapshot(ref), None)
-
     @point("storage.drop_templates")
     def drop_templates(self, pool: PoolRef) -> None:
         """See ports/storage.py."""
         below = self._host.layout.templates / pool.tenant / pool.pool
-        for path in [path for path in self._host.snapshots if path.is_relative_to(below)]:
-            del self._host.snapshots[path]
+        for path in [path for path in self._host.saved if path.is_relative_to(below)]:
+            del self._host.saved[path]
 
     @point("storage.instances")
     def instances(self) -> frozenset[InstanceRef]:
