@@ -108,13 +108,17 @@ class RedisLink:
 
     def _open(self) -> _Connection:
         connection = _Connection(self._connect())
-        if self._url.password:
-            user = (unquote(self._url.username),) if self._url.username else ()
-            self._hello(connection, "AUTH", *user, unquote(self._url.password))
-        db = self._url.path.strip("/") if self._url.scheme != "unix" else ""
-        if db and db != "0":
-            self._hello(connection, "SELECT", db)
-        self._hello(connection, "PING")  # the kernel connects us to a Redis that hangs, too
+        try:
+            if self._url.password:
+                user = (unquote(self._url.username),) if self._url.username else ()
+                self._hello(connection, "AUTH", *user, unquote(self._url.password))
+            db = self._url.path.strip("/") if self._url.scheme != "unix" else ""
+            if db and db != "0":
+                self._hello(connection, "SELECT", db)
+            self._hello(connection, "PING")  # the kernel connects us to a Redis that hangs, too
+        except BaseException:
+            connection.sock.close()
+            raise
         return connection
 
     @staticmethod
