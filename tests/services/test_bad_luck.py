@@ -351,3 +351,13 @@ def test_a_failed_job_holds_nothing(node: Node, verb: JobVerb, monkeypatch: pyte
     monkeypatch.undo()
     node.ok(V.INSTANCE_DESTROY, ref)
     assert not node.host.leaks()
+
+
+def test_a_tenant_that_only_the_registry_remembers_can_be_destroyed(node: Node) -> None:
+    node.ok(V.TENANT_CREATE, "acme")
+    known = node.services.store.tenants()
+    node.ok(V.TENANT_DESTROY, "acme")
+    node.registry.restore(known, {}, frozenset())  # a heartbeat that had read the store just before
+    node.fails("tenant.exists", V.TENANT_CREATE, "acme")
+    node.ok(V.TENANT_DESTROY, "acme")
+    assert node.ok(V.TENANT_CREATE, "acme")["net_id"] == 1
