@@ -93,18 +93,9 @@ def test_a_guest_knows_a_few_commands(host: FakeHost, command: str, expected: tu
     host.vmm.boot(what)
     assert run(host, "hostname")[1] == "localhost\n"
     identity = GuestIdentity(
-        "i-00000001", "1" * 32, "02:6d:00:07:00:03", "10.240.7.3/24", "10.240.7.1", datetime.now(UTC), b"key", "ssh", b"seed"
-    )
-        "i-00000001",
-        "1" * 32,
-        "02:6d:00:07:00:03",
-        "10.240.7.3/24",
-        "10.240.7.1",
-        datetime.now(UTC),
-        b"key",
-        "ssh",
+        "i-00000001", "1" * 32, "02:6d:00:07:00:03", "10.240.7.3/24", "10.240.7.1", datetime.now(UTC), b"key", "ssh",
         b"seed",
-    )
+    )  # fmt: skip
     host.guest.configure(REF, what.directory, identity, deadline_s=5)
     assert run(host, command) == expected
 
