@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     stale_pid_sweep_s: float = Field(10.0, ge=0.5, le=86400)
     orphan_sweep_s: float = Field(60.0, ge=0.5, le=86400)
     reconcile_sweep_s: float = Field(15.0, ge=0.5, le=86400)
+    idleness_sweep_s: float = Field(30.0, ge=0.5, le=86400)
+    memory_reserve_percent: float = Field(10.0, ge=0, le=90)
     orphan_grace_s: float = Field(60.0, ge=0, le=86400)
     heartbeat_s: float = Field(3.0, ge=0.2, le=60)
     keep_jobs: int = Field(10_000, ge=100, le=1_000_000)

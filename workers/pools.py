@@ -15,6 +15,12 @@ def create(self: JobTask, **job: Any) -> str:
     return self.run_job(job)
 
 
+@app.task(base=JobTask, bind=True, name=JobVerb.POOL_UPDATE.task_name)
+def update(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
 @app.task(base=JobTask, bind=True, name=JobVerb.POOL_BUILD.task_name)
 def build(self: JobTask, **job: Any) -> str:
     """See the service."""

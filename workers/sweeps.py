@@ -25,3 +25,9 @@ def orphans(self: JobTask, **job: Any) -> str:
 def reconcile(self: JobTask, **job: Any) -> str:
     """See the service."""
     return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_IDLENESS.task_name)
+def idleness(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)

@@ -58,6 +58,11 @@ class Instance:
             return self.status
         return TRANSITIONS.get((self.status, self.in_flight.verb), self.status)
 
+    @property
+    def run(self) -> str:
+        """Names the time since it was last started or woken."""
+        return _iso(self.last_started_at) or ""
+
     def moved(self, to: Status, **changes: Any) -> Instance:
         """A copy that rests at `to`, with no job in flight."""
         return replace(self, status=to, in_flight=None, **changes)

@@ -18,6 +18,7 @@ class JobVerb(StrEnum):
     TENANT_UPDATE = "tenant.update"
     TENANT_DESTROY = "tenant.destroy"
     POOL_CREATE = "pool.create"
+    POOL_UPDATE = "pool.update"
     POOL_BUILD = "pool.build"
     POOL_SCALE = "pool.scale"
     POOL_DESTROY = "pool.destroy"
@@ -31,6 +32,7 @@ class JobVerb(StrEnum):
     SWEEP_STALE_PIDS = "sweep.stale_pids"
     SWEEP_ORPHANS = "sweep.orphans"
     SWEEP_RECONCILE = "sweep.reconcile"
+    SWEEP_IDLENESS = "sweep.idleness"
     BULK = "bulk"  # a parent: no task of its own, it ends with its last child
 
     @property
@@ -67,6 +69,7 @@ class Reason(StrEnum):
     SWEEP = "sweep"
     SHUTDOWN = "shutdown"
     URGENT = "urgent"
+    SLEEP_POLICY = "sleep policy"
 
 
 class Lane(StrEnum):

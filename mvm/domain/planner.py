@@ -30,20 +30,23 @@ class Request:
 Action = Create | Request
 
 _STARTABLE = (Status.STOPPED, Status.READY, Status.CREATED)  # in the order they are taken
+_UP = (Status.SLEEPING, Status.WARM, Status.RUNNING)  # in the order they are stopped: the coldest first
 
 
 def plan(pool: WorkerPool, observed: Sequence[Instance]) -> tuple[Action, ...]:
     """Actions that move `observed` toward `pool.desired`. Empty means converged.
 
     An instance with a job in flight is counted where it will land, so a second pass adds nothing, and is left
-    alone. What exists is started before more is created, oldest first; too many running are stopped newest first.
+    alone. Warm and sleeping ones count as running: the sleep policy put them there, and they wake when somebody asks.
+    What exists is started before more is created, oldest first; of too many the coldest are stopped, newest first.
     """
     if pool.desired is None:
         return ()
     free = sorted((i for i in observed if i.in_flight is None), key=lambda i: (i.created_at, i.ref))
-    missing = pool.desired.running - sum(i.lands_on is Status.RUNNING for i in observed)
+    missing = pool.desired.running - sum(i.lands_on in _UP for i in observed)
     if missing < 0:
-        surplus = [i for i in reversed(free) if i.status is Status.RUNNING][:-missing]
+        up = sorted((i for i in reversed(free) if i.status in _UP), key=lambda i: _UP.index(i.status))
+        surplus = up[:-missing]
         return tuple(Request(i.ref, Verb.STOP) for i in surplus)
     startable = sorted((i for i in free if i.status in _STARTABLE), key=lambda i: _STARTABLE.index(i.status))[:missing]
     starts: tuple[Action, ...] = tuple(Request(i.ref, Verb.START) for i in startable)

@@ -13,6 +13,7 @@ from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput
 
 MAX_COUNT = 10_000
+MAX_POLICY_S = 31_536_000
 
 
 class Profile(StrEnum):
@@ -95,8 +96,39 @@ class DesiredCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class SleepPolicy:
+    """When idle instances are put away, in seconds; 0 means never.
+
+    A running instance is made warm after `warm_after_s` of idleness and put to sleep after `sleep_after_s`, but not
+    before it has run `min_running_s` since it was started or woken.
+    """
+
+    warm_after_s: int = 300
+    sleep_after_s: int = 900
+    min_running_s: int = 60
+
+    def __post_init__(self) -> None:
+        for name in ("warm_after_s", "sleep_after_s", "min_running_s"):
+            value = getattr(self, name)
+            if not 0 <= value <= MAX_POLICY_S:
+                raise _invalid_policy(name, value, f"allowed: 0 (never) to {MAX_POLICY_S}")
+        if 0 < self.sleep_after_s < self.warm_after_s:
+            raise _invalid_policy(
+                "sleep_after_s", self.sleep_after_s, f"at least --warm-after, {self.warm_after_s}, or 0 (never)"
+            )
+
+
+def _invalid_policy(name: str, value: object, hint: str) -> InvalidInput:
+    flag = name.removesuffix("_s").replace("_", "-")
+    return InvalidInput("pool.invalid_policy", f"--{flag} is {value}", hint=hint, field=name, value=value)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerPool:
-    """A pool on its node. `desired` is None until somebody scales it: reconcile then leaves it alone."""
+    """A pool on its node. `desired` is None until somebody scales it: reconcile then leaves it alone.
+
+    The sleep policy leaves the instances of `pinned` and `critical` pools alone.
+    """
 
     ref: PoolRef
     source: ImageSource
@@ -107,6 +139,14 @@ class WorkerPool:
     start: StartMode = StartMode.CLONE
     compression: Compression = Compression.ZSTD
     revision: Revision | None = None
+    sleep_policy: SleepPolicy = SleepPolicy()
+    pinned: bool = False
+    critical: bool = False
+
+    @property
+    def protected(self) -> str | None:
+        """Why the sleep policy leaves it alone, in a word."""
+        return "pinned" if self.pinned else "critical" if self.critical else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as stored and exchanged."""
@@ -121,6 +161,9 @@ class WorkerPool:
             "start": self.start.value,
             "compression": self.compression.value,
             "revision": self.revision,
+            "sleep_policy": asdict(self.sleep_policy),
+            "pinned": self.pinned,
+            "critical": self.critical,
         }
 
     @classmethod
@@ -136,4 +179,7 @@ class WorkerPool:
             start=StartMode(data.get("start", StartMode.CLONE)),
             compression=Compression(data.get("compression", Compression.ZSTD)),
             revision=Revision(data["revision"]) if data["revision"] else None,
+            sleep_policy=SleepPolicy(**data.get("sleep_policy", {})),
+            pinned=data.get("pinned", False),
+            critical=data.get("critical", False),
         )

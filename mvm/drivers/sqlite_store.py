@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import not_found
 from mvm.domain.tenant import Tenant
 from mvm.errors import Failed, NotAllowed
+from mvm.ports.store import Note
 
 _SCHEMA = """
 CREATE TABLE tenants (id TEXT PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID;
@@ -33,6 +34,11 @@ CREATE INDEX instances_by_pool ON instances (pool);
 CREATE INDEX instances_by_tenant ON instances (tenant);
 CREATE TABLE jobs (id TEXT PRIMARY KEY, final INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX jobs_open ON jobs (id) WHERE final = 0;
+"""
+# Also made in stores that were written before there were notes.
+_NOTES = """
+CREATE TABLE IF NOT EXISTS notes (ref TEXT NOT NULL, kind TEXT NOT NULL, doc TEXT NOT NULL,
+    PRIMARY KEY (ref, kind)) WITHOUT ROWID
 """
 _BUSY_MS = 10_000
 
@@ -62,6 +68,7 @@ class SqliteStore:
                         hint="use the mvm that wrote it, or another state directory",
                         version=version,
                     )
+                db.execute(_NOTES)
 
     def _db(self) -> sqlite3.Connection:
         db: sqlite3.Connection | None = getattr(self._local, "db", None)
@@ -206,7 +213,25 @@ class SqliteStore:
 
     def delete_instance(self, ref: InstanceRef) -> None:
         """See ports/store.py."""
+        self._write("DELETE FROM notes WHERE ref = ?", str(ref))
         self._write("DELETE FROM instances WHERE ref = ?", str(ref))
+
+    def notes(self, kind: Note) -> Mapping[InstanceRef, Mapping[str, Any]]:
+        """See ports/store.py."""
+        rows = self._rows("SELECT ref, doc FROM notes WHERE kind = ?", kind)
+        return {InstanceRef.parse(ref): json.loads(doc) for ref, doc in rows}
+
+    def note(self, ref: InstanceRef, kind: Note) -> Mapping[str, Any] | None:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc FROM notes WHERE ref = ? AND kind = ?", str(ref), kind)
+        return cast("Mapping[str, Any]", json.loads(rows[0][0])) if rows else None
+
+    def put_note(self, ref: InstanceRef, kind: Note, note: Mapping[str, Any]) -> None:
+        """See ports/store.py."""
+        self._write(
+            "INSERT OR REPLACE INTO notes SELECT ref, ?, ? FROM instances WHERE ref = ?",
+            kind, json.dumps(note), str(ref),
+        )  # fmt: skip
 
     # --- jobs
     def job(self, job_id: JobId) -> Job | None:
@@ -219,6 +244,11 @@ class SqliteStore:
         self._write(
             "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", job.job_id, job.state.final, json.dumps(job.to_dict())
         )
+
+    def last_job(self, subject: str) -> Job | None:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc FROM jobs WHERE doc ->> 'subject' = ? ORDER BY id DESC LIMIT 1", subject)
+        return Job.from_dict(json.loads(rows[0][0])) if rows else None
 
     def unfinished_jobs(self) -> Sequence[Job]:
         """See ports/store.py."""

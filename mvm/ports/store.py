@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from enum import StrEnum
+from typing import Any, Protocol
 
 from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
 from mvm.domain.pool import WorkerPool
 from mvm.domain.tenant import Tenant
+
+
+class Note(StrEnum):
+    """What is remembered of an instance beside its row; each is one JSON object, that of the last time."""
+
+    POLICY = "policy"
+    SLEPT = "slept"
+    WOKE = "woke"
 
 
 class NodeStore(Protocol):
@@ -83,7 +92,19 @@ class NodeStore(Protocol):
         ...
 
     def delete_instance(self, ref: InstanceRef) -> None:
-        """Forget it."""
+        """Forget it, and the notes on it."""
+        ...
+
+    def notes(self, kind: Note) -> Mapping[InstanceRef, Mapping[str, Any]]:
+        """All notes of a kind."""
+        ...
+
+    def note(self, ref: InstanceRef, kind: Note) -> Mapping[str, Any] | None:
+        """One instance's note, if there is one."""
+        ...
+
+    def put_note(self, ref: InstanceRef, kind: Note, note: Mapping[str, Any]) -> None:
+        """Insert or replace; nothing happens if the instance is not known any more."""
         ...
 
     def job(self, job_id: JobId) -> Job | None:
@@ -92,6 +113,10 @@ class NodeStore(Protocol):
 
     def put_job(self, job: Job) -> None:
         """Insert or replace."""
+        ...
+
+    def last_job(self, subject: str) -> Job | None:
+        """The newest job this node took of `subject`, if it remembers one."""
         ...
 
     def unfinished_jobs(self) -> Sequence[Job]:

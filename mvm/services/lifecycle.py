@@ -15,7 +15,7 @@ from mvm.domain.lifecycle import Status, Verb, landing
 from mvm.errors import Cancelled, InvalidInput, MvmError, NotFound
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
-from mvm.ports.store import NodeStore
+from mvm.ports.store import NodeStore, Note
 from mvm.services.microvm import MicroVms
 from mvm.services.quotas import admit_instances, admit_running
 from mvm.services.runner import JobContext
@@ -123,14 +123,17 @@ class Lifecycle:
             instance = self._microvms.wake(context, instance, self._store.pool(ref.pool_ref), network)
         running = instance.moved(Status.RUNNING, last_error=None, last_started_at=self._clock.now())
         took = round(self._clock.monotonic() - began, 4)
+        note = {"seconds": took, "from": instance.status.value, "at": self._clock.now().isoformat()}
         with context.ending(seconds=took, **instance_view(network, running)):
             self._store.save_instance(running)
+            self._store.put_note(ref, Note.WOKE, note)
         # Only now: a wake that is delivered again needs it.
         self._microvms.forget_snapshot(running)
 
     def warm(self, context: JobContext) -> Mapping[str, Any]:
         """The subject instance's vCPUs stand still; it keeps its memory."""
         with self._claimed(context, Verb.WARM) as instance:
+            _check_run(context, instance)
             self._microvms.warm(instance)
             warm = instance.moved(Status.WARM)
             with context.ending(**instance_view(self._store.tenant(instance.ref.tenant).network, warm)):
@@ -140,6 +143,7 @@ class Lifecycle:
     def sleep(self, context: JobContext) -> Mapping[str, Any]:
         """The subject instance's memory is on disk; ``params.force`` does not wait for its guest's consent."""
         with self._claimed(context, Verb.SLEEP) as instance:
+            _check_run(context, instance)
             ref, began = instance.ref, self._clock.monotonic()
             pool, network = self._store.pool(ref.pool_ref), self._store.tenant(ref.tenant).network
             manifest = self._microvms.sleep(
@@ -147,8 +151,10 @@ class Lifecycle:
             )
             asleep = instance.moved(Status.SLEEPING, process=None, last_stopped_at=self._clock.now())
             took = round(self._clock.monotonic() - began, 4)
+            note = {"seconds": took, "bytes": manifest.size, "at": self._clock.now().isoformat()}
             with context.ending(snapshot_bytes=manifest.size, seconds=took, **instance_view(network, asleep)):
                 self._store.save_instance(asleep)
+                self._store.put_note(ref, Note.SLEPT, note)
         return {}
 
     def stop(self, context: JobContext) -> Mapping[str, Any]:
@@ -220,6 +226,12 @@ class Lifecycle:
                 instance = self._store.save_instance(replace(instance, in_flight=None))
                 admit_running(self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref))
             return self._store.save_instance(replace(instance, in_flight=InFlight(job_id, verb)))
+
+
+def _check_run(context: JobContext, instance: Instance) -> None:
+    """Raises `Cancelled` when the job is about a run (``params.run``) that has ended: it was woken meanwhile."""
+    if context.job.params.get("run", instance.run) != instance.run:
+        raise Cancelled("policy.outdated", f"{instance.ref} was started or woken since this was decided")
 
 
 def _reason(error: Exception) -> str:

@@ -24,7 +24,7 @@ from mvm.services.runner import JobContext
 log = structlog.get_logger("mvm.reconcile")
 
 _JOB_VERBS = {Verb.START: JobVerb.INSTANCE_START, Verb.STOP: JobVerb.INSTANCE_STOP}
-_VERBS = {job_verb: verb for verb, job_verb in _JOB_VERBS.items()} | {JobVerb.INSTANCE_DESTROY: Verb.DESTROY}
+_VERBS = {JobVerb(f"instance.{verb}"): verb for verb in Verb if verb is not Verb.PREPARE}
 
 
 @dataclass(frozen=True, slots=True)
