@@ -194,6 +194,7 @@ class Hand:
 
     def wake(self, saved: Path) -> Guest:
         """It goes on, with the time told."""
+
         def load(process: ProcessIdentity) -> None:
             numbers = array.array("I", (saved / "numbers").read_bytes())
             pages = zstandard.decompress((saved / "pages").read_bytes())
@@ -205,9 +206,7 @@ class Hand:
 
         return self._restored((saved / "devices").read_bytes(), load, Guest.tell_time)
 
-    def _restored(
-        self, devices: bytes, load: Callable[[ProcessIdentity], None], ask: Callable[[Guest], None]
-    ) -> Guest:
+    def _restored(self, devices: bytes, load: Callable[[ProcessIdentity], None], ask: Callable[[Guest], None]) -> Guest:
         state = os.memfd_create("devices", os.MFD_CLOEXEC)
         os.write(state, devices)
         os.lseek(state, 0, os.SEEK_SET)

@@ -34,7 +34,7 @@ from mvm.ports.queue import node_queue
 from tests.benchmarks import by_hand
 from tests.benchmarks.bench_stack import CLONES, COLD, NODE, Bench, Times
 from tests.benchmarks.result import Result, at_most, at_most_ratio
-from tests.benchmarks.start import template, tell_steps
+from tests.benchmarks.start import tell_steps, template
 
 _RUNS = 15
 _RAM = 256 << 20
