@@ -86,6 +86,11 @@ def write(directory: Path, name: str, data: bytes) -> FileDigest:
         return file.done()
 
 
+def write_manifest(directory: Path, made: SnapshotManifest) -> None:
+    """The manifest, and its own digest in a second line."""
+    write(directory, MANIFEST, made.to_json() + _last_line(made))
+
+
 def digest(path: Path) -> FileDigest:
     """Of a file that is there."""
     with path.open("rb") as file:
@@ -104,7 +109,11 @@ def sync(path: Path) -> None:
 def manifest(directory: Path) -> SnapshotManifest:
     """See `Snapshotting.manifest`."""
     try:
-        return SnapshotManifest.from_json((directory / MANIFEST).read_bytes())
+        *lines, told = (directory / MANIFEST).read_bytes().splitlines(keepends=True)
+        found = SnapshotManifest.from_json(b"".join(lines))
+        if told != _last_line(found):
+            damaged(directory, MANIFEST, "is not what was written")
+        return found
     except FileNotFoundError:
         if directory.is_dir():
             damaged(directory, MANIFEST, "is missing")
@@ -153,6 +162,10 @@ def damaged(directory: Path, name: str, how: str) -> NoReturn:
         "snapshot.damaged", f"{directory / name} {how}", hint="what it held is lost; start the instance anew: --force",
         file=name,
     )  # fmt: skip
+
+
+def _last_line(manifest: SnapshotManifest) -> bytes:
+    return manifest.id.encode() + b"\n"
 
 
 def _expected(directory: Path, name: str, files: Mapping[str, FileDigest]) -> FileDigest:

@@ -38,8 +38,8 @@ MOMENT is what a guest needs that stood still or is one of many clones: a `struc
 rand_pool_info` with 64 bytes, ESCAPED. The program ``moment`` sets the clock and makes the kernel's random numbers new
 at once.
 
-``status``: WORKER is which of ``/run/mvm/worker-ready``, ``-idle`` and ``-busy`` is the newest, or ``unknown``; CPU is
-in hundredths of a second, RECEIVED and SENT in bytes of the card.
+``status``: WORKER is which of ``/run/mvm/worker-idle``, ``-ready`` and ``-busy`` is the newest (of the same second, the
+last of these), or ``unknown``; CPU is in hundredths of a second, RECEIVED and SENT in bytes of the card.
 
 ``exec`` runs the command with ``sh -c`` in a session of its own, its stdin ``/dev/null``. Of each stream the first
 `STREAM_LIMIT` bytes are kept. It replies once both streams are closed; after SECONDS the command's process group is

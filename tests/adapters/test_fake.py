@@ -59,7 +59,7 @@ def test_a_guest_boots_answers_and_shuts_down(host: FakeHost) -> None:
     assert host.vmm.observe(REF, process) is Presence.PRESENT
     assert host.vmm.observe(REF, ProcessIdentity(1, 1)) is Presence.ABSENT
     assert host.vmm.processes() == {REF: (process,)}
-    assert host.guest.hello(REF, what.directory, deadline_s=5).version == 1
+    assert host.guest.hello(REF, what.directory, deadline_s=5).version == 2
     assert isinstance(host.clock, ManualClock)
     host.clock.advance(4)
     assert host.guest.ping(REF, what.directory, deadline_s=5) == 4
@@ -92,7 +92,10 @@ def test_a_guest_knows_a_few_commands(host: FakeHost, command: str, expected: tu
     what = spec(host)
     host.vmm.boot(what)
     assert run(host, "hostname")[1] == "localhost\n"
-    identity = GuestIdentity("i-00000001", "10.240.7.3/24", "10.240.7.1", datetime.now(UTC), b"key", "ssh", b"seed")
+    identity = GuestIdentity(
+        "i-00000001", "1" * 32, "02:6d:00:07:00:03", "10.240.7.3/24", "10.240.7.1", datetime.now(UTC), b"key", "ssh",
+        b"seed",
+    )  # fmt: skip
     host.guest.configure(REF, what.directory, identity, deadline_s=5)
     assert run(host, command) == expected
 

@@ -16,13 +16,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from tests.benchmarks import commands, start
+from tests.benchmarks import commands, sleep, start
 from tests.benchmarks.bench_stack import Bench
 from tests.benchmarks.result import Result, table
 
 OUTPUT = Path(__file__).parents[2] / "build" / "bench.json"
 BENCHMARKS: Mapping[str, Callable[[Bench], Result]] = {
     "start.cold": start.cold,
+    "start.clone_vs_cold": start.clone_vs_cold,
+    "start.clone_vs_bare": start.clone_vs_bare,
+    "wake.idle": sleep.wake_idle,
+    "wake.backlog": sleep.wake_backlog,
+    "warm.resume": sleep.warm_resume,
+    "sleep.size": sleep.sleep_size,
+    "sleep.time": sleep.sleep_time,
+    "clone.pss": sleep.clone_pss,
     "cli.help": commands.cli_help,
     "cli.list": commands.cli_list,
     "enqueue.single": commands.enqueue_single,

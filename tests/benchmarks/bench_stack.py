@@ -2,35 +2,109 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from mvm.domain.ids import NodeId, PoolRef
+from mvm.domain.job import JobState, JobVerb, Lane
+from mvm.domain.pool import StartMode
+from mvm.drivers.celery_queue import CeleryQueue
+from mvm.drivers.redis_link import RedisLink
+from mvm.drivers.sqlite_store import SqliteStore
+from mvm.wiring import Client, open_client
 from tests.support.stack import Stack, running_stack
 
 COMMAND = str(Path(sys.executable).with_name("mvm"))  # as people run it
-_SETTINGS = {  # the defaults, which tests make shorter; and the steps of jobs in the worker's log
+CLONES, COLD = "bench/web", "bench/cold"
+NODE = NodeId("n1")
+_SETTINGS = {  # the defaults, which tests make shorter; and the steps of jobs in the services' logs
     "MVM_STALE_PID_SWEEP_S": "10", "MVM_RECONCILE_SWEEP_S": "15", "MVM_ORPHAN_SWEEP_S": "60",
     "MVM_ORPHAN_GRACE_S": "60", "MVM_LOG": "mvm.jobs=debug",
 }  # fmt: skip
 
+Times = dict[str, float]
+"""When each step of a job began, in seconds from when it was asked for; ``succeeded`` is after its last record."""
+
 
 class Bench:
-    """What benchmarks share. `stack` has tenant ``bench`` with the pool ``bench/web``, built, and no instances."""
+    """What benchmarks share. `stack` has tenant ``bench`` with pools of 256 MB guests, `CLONES` and `COLD`, built."""
 
     def __init__(self, cleanup: ExitStack, say: Callable[[str], None]) -> None:
-        self._cleanup = cleanup
+        self.cleanup = cleanup
         self.say = say
 
     @cached_property
     def stack(self) -> Stack:
         """Up. Packages come from the tests' cache."""
         self.say("bringing a stack up")
-        stack = self._cleanup.enter_context(running_stack(**_SETTINGS))
+        stack = self.cleanup.enter_context(running_stack(**_SETTINGS))
         stack.mvm("tenant", "create", "bench")
-        stack.mvm("pool", "create", "bench/web", "--flake", "builtin:", "--profile", "minimal")
         self.say("building its image")
-        stack.mvm("pool", "build", "bench/web", timeout_s=600)
+        for pool in (CLONES, COLD):
+            stack.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--mem", "256")
+            stack.mvm("pool", "build", pool, timeout_s=600)
+        store = SqliteStore(stack.layout.database)
+        store.put_pool(replace(store.pool(PoolRef.parse(COLD)), start=StartMode.COLD))
+        store.close()
         return stack
+
+    @cached_property
+    def client(self) -> Client:
+        """As a command line has it."""
+        return open_client(json.loads(self.stack.layout.connection.read_text()), self.stack.layout)
+
+    def create(self, pool: str, count: int = 1) -> list[str]:
+        """New instances."""
+        return self.stack.mvm("instance", "create", pool, "--count", str(count)).split()
+
+    def destroy(self, *refs: str) -> None:
+        """They are gone."""
+        self.stack.mvm("instance", "destroy", "-y", *refs)
+
+    @cached_property
+    def queue(self) -> CeleryQueue:
+        """The broker's."""
+        return CeleryQueue(RedisLink(self.client.connection["broker_url"], code="broker.unreachable"))
+
+    def job(self, verb: JobVerb, ref: str, *, lane: Lane | None = None, **params: Any) -> Times:
+        """A job that must succeed, from before it is recorded."""
+
+        def run() -> None:
+            job = self.client.jobs.new(verb, ref, NODE, params=params, actor="bench", lane=lane)
+            self.client.registry.record([job])
+            self.queue.send([job])
+            *_, final = self.client.jobs.follow([job.job_id], deadline_s=120)
+            assert final.state is JobState.SUCCEEDED, final.error
+
+        return self.timed("urgent" if lane is Lane.URGENT else "worker", ref, run)
+
+    def wake(self, ref: str) -> Times:
+        """An urgent wake, from before the QUIC connection is opened; ``answer`` is when the client has it."""
+        address = self.client.connection["agent_address"]
+
+        def run() -> None:
+            self.client.agents.call(address, "instance.wake", {"ref": ref, "actor": "bench"}, deadline_s=60)
+
+        return self.timed("agent", ref, run)
+
+    def timed(self, service: str, ref: str, run: Callable[[], None]) -> Times:
+        """What `run` makes `service` log of the jobs of `ref`."""
+        log = self.stack.layout.logs / f"{service}.log"
+        offset, began = log.stat().st_size, time.time()
+        run()
+        times = {"answer": time.time() - began}
+        with log.open() as lines:
+            lines.seek(offset)
+            for event in (json.loads(line) for line in lines if line.startswith("{")):
+                if event.get("subject") == ref and event["event"] in ("began", "step", "succeeded"):
+                    at = datetime.fromisoformat(event["timestamp"]).timestamp() - began
+                    times.setdefault(event.get("step", event["event"]), at)
+        return times

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mvm import guest
 from mvm.errors import Unreachable
 from mvm.ports.guest import ExecResult, GuestChannel
 from mvm.ports.vmm import BootSpec, VmmDriver
@@ -53,7 +54,7 @@ def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Started]:
 def test_hello_may_be_repeated(shared: Started) -> None:
     first = shared.guest.hello(ONE, shared.spec.directory, deadline_s=BOOT_S)
     second = shared.guest.hello(ONE, shared.spec.directory, deadline_s=ANSWER_S)
-    assert first.version == second.version == 1
+    assert first.version == second.version == guest.PROTOCOL_VERSION
     assert first.kernel == second.kernel
     assert first.uptime_s <= second.uptime_s
 

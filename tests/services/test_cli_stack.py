@@ -59,6 +59,18 @@ def test_up_refuses_a_log_filter_that_no_part_could_read(run: CliRunner, tmp_pat
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("flower = 1", "settings.unknown"), ("flower_port = 0", "settings.invalid"), ("=", "settings.unreadable")],
+)
+def test_up_refuses_a_wrong_config(run: CliRunner, tmp_path: Path, text: str, code: str) -> None:
+    (tmp_path / "mvm.toml").write_text(text)
+    error = run.invoke(stack.up, env={"MVM_CONFIG": str(tmp_path / "mvm.toml")}).exception
+    assert isinstance(error, InvalidInput)
+    assert error.code == code
+    assert "MVM_CONFIG" in error.hint
+
+
 def test_prepare_makes_the_state_directory_and_starts_nothing(run: CliRunner, tmp_path: Path) -> None:
     assert run.invoke(stack.up, ["--prepare"]).exit_code == 0
     assert (tmp_path / "s" / "certs" / "node.pem").exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from mvm.domain.ids import InstanceRef
+from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
 from mvm.drivers import netns
@@ -24,11 +24,12 @@ from mvm.drivers.images_builtin import BuiltinImages
 from mvm.drivers.qemu.driver import QemuDriver
 from mvm.drivers.shell import LocalShell
 from mvm.ports.guest import GuestIdentity
-from mvm.ports.vmm import BootSpec, Nic
+from mvm.ports.vmm import BootSpec, Nic, TemplateSpec
 from tests.support.make import instance_ref
 
 BOOT_S = 60.0
 ANSWER_S = 20.0
+REVISION = Revision("5" * 64)
 GUEST_IP = "10.240.1.3"
 _serial = count(1)
 
@@ -109,6 +110,22 @@ class QemuHost:
             overlay=overlay, data_disk=data_disk, vcpus=1, mem_mib=mem_mib,
             nic=Nic(self._tap(number), f"02:6d:00:01:00:{number + 2:02x}"),
         )  # fmt: skip
+
+    def template_spec(self, number: int = 9, *, data_disk_mib: int = 0, mem_mib: int = 192) -> TemplateSpec:
+        """What is needed to boot a template: its directory and overlay exist."""
+        own = self.spec(number, mem_mib=mem_mib)
+        return TemplateSpec(
+            own.ref, own.directory, own.kernel, own.initramfs, own.rootfs, own.overlay, data_disk_mib, 1, mem_mib
+        )
+
+    def template(self, spec: TemplateSpec) -> Path:
+        """A template made of a guest that was ready for it."""
+        process = self.vmm.boot_template(spec)
+        self.guest.hello(spec.ref, spec.directory, deadline_s=BOOT_S)
+        self.guest.settle(spec.ref, spec.directory, deadline_s=BOOT_S)
+        into = self.layout.root / f"template-{spec.ref.instance}"
+        self.vmm.save_template(spec, process, revision=REVISION, into=into)
+        return into
 
     def running(self, spec: BootSpec) -> InstanceRef:
         """The instance, once its guest has answered."""

@@ -80,7 +80,7 @@ class QemuDriver(QemuVmms):
             spec.overlay.rename(half / DISK)
             saved[DISK] = files.digest(half / DISK)
             made = self._manifest(spec, Kind.TEMPLATE, saved, version, revision, None, Compression.NONE, None)
-            files.write(half, files.MANIFEST, made.to_json())
+            files.write_manifest(half, made)
         return made
 
     def clone(self, template: Path, spec: BootSpec, *, revision: Revision) -> ProcessIdentity:
@@ -131,7 +131,7 @@ class QemuDriver(QemuVmms):
                         spec, Kind.DELTA if base else Kind.FULL, saved, qmp.version, revision, base, compression,
                         _disk_state(spec.overlay),
                     )  # fmt: skip
-                    files.write(half, files.MANIFEST, made.to_json())
+                    files.write_manifest(half, made)
             except BaseException:
                 if running:
                     with suppress(Unreachable):  # what went wrong may be that it has ended
@@ -153,7 +153,7 @@ class QemuDriver(QemuVmms):
         try:
             return memory.use(process)
         except (FileNotFoundError, ProcessLookupError):
-            raise Unreachable("vmm.gone", f"process {process.pid} has ended", hint="mvm instance info") from None
+            raise _ended(process) from None
 
     def _restored(self, snapshot: Path, template: Path | None, spec: BootSpec, revision: Revision) -> ProcessIdentity:
         """A VMM over `template` with the state in `snapshot`, which may be the template itself."""
@@ -265,7 +265,10 @@ def _write_state(
     saved = {DEVICES: files.write(into, DEVICES, _devices(qmp))}
     with files.DigestWriter(into / MEMORY) as file:
         packer = Packer(file, compression)
-        memory.pack(memory.region(process, mem_mib), packer)
+        try:
+            memory.pack(memory.region(process, mem_mib), packer)
+        except (FileNotFoundError, ProcessLookupError, EOFError):
+            raise _ended(process) from None
         index = packer.finish()
         saved[MEMORY] = file.done()
     return saved | {INDEX: files.write(into, INDEX, index)}
@@ -309,6 +312,10 @@ def _refuse(snapshot: Path, why: Refusal | None) -> None:
             why.code, f"{snapshot} cannot be restored: {why.reason}",
             hint="to start the instance anew without what it held in memory: mvm instance start --force",
         )  # fmt: skip
+
+
+def _ended(process: ProcessIdentity) -> Unreachable:
+    return Unreachable("vmm.gone", f"process {process.pid} has ended", hint="mvm instance info tells its status")
 
 
 def _disk_state(overlay: Path) -> DiskState:

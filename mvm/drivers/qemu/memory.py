@@ -137,9 +137,9 @@ def use(process: ProcessIdentity) -> MemoryUse:
 def _descriptor(pid: int, prefix: str) -> int | None:
     """The number that `pid` has a memfd under whose name begins so."""
     try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            if Path(entry.path).readlink().name.startswith(f"memfd:{prefix}"):
-                return int(entry.name)
+        for number in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+            if Path(f"/proc/{pid}/fd/{number}").readlink().name.startswith(f"memfd:{prefix}"):
+                return int(number)
     except FileNotFoundError:  # it ended, or closed this one meanwhile
         pass
     return None
