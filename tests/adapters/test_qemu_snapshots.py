@@ -284,7 +284,9 @@ def test_a_template_that_is_not_what_was_written_is_refused(
 @pytest.fixture(scope="module")
 def asleep(host: QemuHost, template: Path) -> tuple[BootSpec, Path]:
     spec = with_data(host, host.spec(4))
-    return spec, sleep(host, spec, clone(host, template, spec), template)
+    process = clone(host, template, spec)
+    configure(host, spec)
+    return spec, sleep(host, spec, process, template)
 
 
 def test_another_template_is_refused(host: QemuHost, template: Path, asleep: tuple[BootSpec, Path]) -> None:
