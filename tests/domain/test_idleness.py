@@ -121,12 +121,12 @@ def test_idleness_never_begins_before_the_run_or_after_now(steps: list[tuple[flo
     at, cpu, rx = 10.0, 0.0, 0
     watch = observe(None, "r", at, sample(at))
     for wait, cpu_more, rx_more, worker in steps:
+        before, earlier = watch, at
         at, cpu, rx = at + wait, cpu + cpu_more, rx + rx_more
-        before = watch
         watch = observe(watch, "r", at, sample(at, cpu_s=cpu, rx_bytes=rx, worker=worker))
         assert watch.since == 10.0
         assert before.idle_since <= watch.idle_since <= at
-        if worker == BUSY and at > before.idle_since and at > at - wait:
+        if worker == BUSY and at > earlier:
             assert watch.idle_since == at
         assert Watch.from_dict(json.loads(json.dumps(watch.to_dict()))) == watch
 
