@@ -22,7 +22,7 @@ from mvm.errors import Failed, InvalidInput, TimedOut, Unreachable
 from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus, Worker
 
 _REPLY_GRACE_S = 5.0  # for a guest to end a late command and to send what it wrote
-_PLAIN = (string.ascii_letters).encode()
+_PLAIN = string.ascii_letters.encode()
 _CLOCK_S, _CLOCK_TRIES = 0.005, 4
 _LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
 

@@ -36,8 +36,8 @@ host_key and authorized_key. It may be repeated. The first step that fails ends 
 shell's ``printf``: what is not a letter as a backslash and octal digits.
 
 MOMENT is what a guest needs that stood still or is one of many clones: a `struct timeval` to add to its clock, which
-the host knows by ``time``, and a `struct rand_pool_info` with 64 bytes, ESCAPED. However long it takes the guest to come
-to it, the program ``moment`` sets the clock right, and makes the kernel's random numbers new at once.
+the host knows by ``time``, and a `struct rand_pool_info` with 64 bytes, ESCAPED. However long it takes the guest to
+come to it, the program ``moment`` sets the clock right, and makes the kernel's random numbers new at once.
 
 ``status``: WORKER is which of ``/run/mvm/worker-idle``, ``-ready`` and ``-busy`` is the newest (of the same second, the
 last of these), or ``unknown``; CPU is in hundredths of a second, RECEIVED and SENT in bytes of the card.

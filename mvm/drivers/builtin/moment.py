@@ -1,8 +1,8 @@
 """The guest's program ``moment``: no tool of a small image can move the clock by microseconds or reseed the kernel.
 
-It reads a `struct timeval` and a `struct rand_pool_info` from its input and hands them to the kernel: the first is added
-to the clock, the second goes through /dev/urandom, open as descriptor 3. It ends with 0, or with the number of the call
-that failed. Being five system calls, it is assembled here from a table rather than built with a compiler.
+It reads a `struct timeval` and a `struct rand_pool_info` from its input and hands them to the kernel: the first is
+added to the clock, the second goes through /dev/urandom, open as descriptor 3. It ends with 0, or with the number of
+the call that failed. Being five system calls, it is assembled here from a table rather than built with a compiler.
 """
 
 from __future__ import annotations
