@@ -1,8 +1,8 @@
-"""The guest's program ``moment``: no tool of a small image can set the clock to the microsecond or reseed the kernel.
+"""The guest's program ``moment``: no tool of a small image can move the clock by microseconds or reseed the kernel.
 
-It reads a `struct timespec` and a `struct rand_pool_info` from its input and hands them to the kernel, through
-/dev/urandom open as descriptor 3; it ends with 0, or with the number of the call that failed. Being four system calls,
-it is assembled here from a table rather than built with a compiler.
+It reads a `struct timeval` and a `struct rand_pool_info` from its input and hands them to the kernel: the first is
+added to the clock, the second goes through /dev/urandom, open as descriptor 3. It ends with 0, or with the number of
+the call that failed. Being five system calls, it is assembled here from a table rather than built with a compiler.
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ import struct
 from mvm import guest
 
 _BASE = 0x400000  # where the file is mapped, as a whole
-_INPUT = _BASE + 0x1000  # behind it: memory that the file does not fill
-_POOL = 16 + 8  # a timespec (seconds, nanoseconds), then a pool's bits and bytes
-_SIZE = _POOL + guest.ENTROPY_BYTES
+_TIMEX = _BASE + 0x200  # a struct timex; its first field ends the file, the others are zero in memory
+_TIMEX_TIME, _TIMEX_SIZE = 72, 208
+_POOL = _TIMEX + _TIMEX_SIZE
+_POOL_SIZE = 8 + guest.ENTROPY_BYTES  # how many bits and bytes, then they
 
-_READ, _IOCTL, _EXIT, _CLOCK_SETTIME = 0, 16, 60, 227
-_REALTIME = 0
+_READ, _IOCTL, _EXIT, _ADJTIMEX = 0, 16, 60, 159
+_ADJ_SETOFFSET = 0x0100
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _URANDOM = 3
 
-# Number, its three arguments, and what it must return.
+# Number, its three arguments, and what it must at least return.
 _CALLS = (
-    (_READ, 0, _INPUT, _SIZE, _SIZE),
-    (_CLOCK_SETTIME, _REALTIME, _INPUT, 0, 0),
-    (_IOCTL, _URANDOM, _RNDADDENTROPY, _INPUT + 16, 0),
+    (_READ, 0, _TIMEX + _TIMEX_TIME, 16, 16),
+    (_READ, 0, _POOL, _POOL_SIZE, _POOL_SIZE),
+    (_ADJTIMEX, _TIMEX, 0, 0, 0),
+    (_IOCTL, _URANDOM, _RNDADDENTROPY, _POOL, 0),
     (_IOCTL, _URANDOM, _RNDRESEEDCRNG, 0, 0),
 )
 
 _SYSCALL = b"\x0f\x05"
 _EAX, _EDX, _ESI, _EDI = b"\xb8", b"\xba", b"\xbe", b"\xbf"  # mov REGISTER, the 32 bits that follow
-_CMP_EAX, _JE = b"\x3d", b"\x74"
+_CMP_EAX, _JGE = b"\x3d", b"\x7d"
 
 _ELF = struct.Struct("<16sHHIQQQIHHHHHH")
 _SEGMENT = struct.Struct("<IIQQQQQQ")
@@ -46,18 +48,19 @@ def program() -> bytes:
         _BASE + start, _ELF.size, 0, 0,  # where it begins, where the segments are told; no sections
         _ELF.size, _SEGMENT.size, 1, 0, 0, 0,
     )  # fmt: skip
-    everything = start + len(code)
-    segment = _SEGMENT.pack(1, 7, 0, _BASE, _BASE, everything, _INPUT + _SIZE - _BASE, 0x1000)
-    return header + segment + code
+    data = struct.pack("<I", _ADJ_SETOFFSET)
+    in_file, in_memory = _TIMEX - _BASE + len(data), _POOL - _BASE + _POOL_SIZE
+    segment = _SEGMENT.pack(1, 7, 0, _BASE, _BASE, in_file, in_memory, 0x1000)  # to be loaded; all may be done with it
+    return (header + segment + code).ljust(_TIMEX - _BASE, b"\0") + data
 
 
 def _call(number: int, call: tuple[int, int, int, int, int]) -> bytes:
-    """One system call; unless it returns what it must, the program exits with `number`."""
-    function, first, second, third, result = call
+    """One system call; unless it returns enough, the program exits with `number`."""
+    function, first, second, third, least = call
     failed = _exit(number)
     return (
         _mov(_EAX, function) + _mov(_EDI, first) + _mov(_ESI, second) + _mov(_EDX, third) + _SYSCALL
-        + _CMP_EAX + struct.pack("<I", result) + _JE + bytes([len(failed)]) + failed
+        + _CMP_EAX + struct.pack("<I", least) + _JGE + bytes([len(failed)]) + failed
     )  # fmt: skip
 
 
