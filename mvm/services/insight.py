@@ -165,7 +165,7 @@ class Insight:
             return None
         try:
             return self._vmm.memory(instance.process)
-        except Unreachable:  # it has ended; a sweep will record it
+        except (Failed, Unreachable):  # it has ended; a sweep will record it
             return None
 
     def _manifest(self, directory: Path) -> SnapshotManifest | None:
