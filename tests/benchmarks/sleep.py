@@ -1,7 +1,7 @@
 """``sleep.*``, ``wake.*``, ``warm.resume`` and ``clone.pss``, of idle guests with 256 MB.
 
 ``sleep.time``: a sleep job from before it is recorded to its end in the worker's log, against the delta procedure by
-hand: the same request to the guest, QMP's stop, the devices, the pages that differ, zstd, fsync, rename, and QEMU's end.
+hand: the same request to the guest, QMP's stop, the devices, the pages that differ, zstd, fsync, rename, QEMU's end.
 Bar 1.5. ``sleep.size``: the bytes of the same snapshots as a percentage of the guest's memory, against the procedure's
 files. Bar 2.
 
