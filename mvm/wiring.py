@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mvm.ports.agents import NodeAgents
     from mvm.ports.clock import Clock
     from mvm.ports.guest import GuestChannel
+    from mvm.ports.host import HostMemory
     from mvm.ports.images import ImageBuilder
     from mvm.ports.locks import Locks
     from mvm.ports.network import HostNetwork
@@ -101,6 +102,7 @@ class NodePorts:
     network: HostNetwork
     storage: NodeStorage
     images: ImageBuilder
+    memory: HostMemory
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,11 @@ def open_ports(settings: Settings) -> NodePorts:
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
             store, registry, queue, FileLocks(layout.locks), host.clock, host.vmm, host.guest, host.network,
-            host.storage, host.images,
+            host.storage, host.images, host.memory,
         )  # fmt: skip
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import UnixGuestChannel
+    from mvm.drivers.host_memory import ProcMemory
     from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.netns import of_parent
@@ -166,6 +169,7 @@ def open_ports(settings: Settings) -> NodePorts:
         LinuxNetwork(shell),
         FileStorage(layout, shell),
         BuiltinImages(layout, shell, LocalShell(of_parent())),
+        ProcMemory(),
     )
 
 
@@ -174,6 +178,8 @@ def build_node(
 ) -> NodeServices:
     """Services over `ports`: the same for real and fake ones."""
     from mvm.services.heartbeat import Heartbeat
+    from mvm.services.idle import Idleness
+    from mvm.services.insight import Insight
     from mvm.services.jobs import Jobs
     from mvm.services.lifecycle import Lifecycle
     from mvm.services.microvm import Limits, MicroVms
@@ -209,11 +215,17 @@ def build_node(
         storage=p.storage, lifecycle=lifecycle, node_id=node, grace_s=settings.orphan_grace_s,
         keep_jobs=settings.keep_jobs,
     )  # fmt: skip
+    idleness = Idleness(
+        store=p.store, registry=p.registry, jobs=jobs, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
+        memory=p.memory, node_id=node, reserve_percent=settings.memory_reserve_percent,
+        period_s=settings.idleness_sweep_s,
+    )  # fmt: skip
     for verb, handler in {
         JobVerb.TENANT_CREATE: tenants.create,
         JobVerb.TENANT_UPDATE: tenants.update,
         JobVerb.TENANT_DESTROY: tenants.destroy,
         JobVerb.POOL_CREATE: pools.create,
+        JobVerb.POOL_UPDATE: pools.update,
         JobVerb.POOL_BUILD: pools.build,
         JobVerb.POOL_SCALE: pools.scale,
         JobVerb.POOL_DESTROY: pools.destroy,
@@ -227,6 +239,7 @@ def build_node(
         JobVerb.SWEEP_STALE_PIDS: sweeps.stale_pids,
         JobVerb.SWEEP_ORPHANS: sweeps.orphans,
         JobVerb.SWEEP_RECONCILE: reconcile.sweep,
+        JobVerb.SWEEP_IDLENESS: idleness.sweep,
     }.items():
         runner.register(verb, handler)
     view = NodeView(
@@ -238,6 +251,7 @@ def build_node(
         node_id=node,
         address=address,
         urgent=UrgentWake(p.store, p.registry, jobs, runner, node),
+        insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
     )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,

@@ -54,6 +54,14 @@ class NodeApi(Protocol):
         """One instance."""
         ...
 
+    def explain(self, ref: InstanceRef) -> Mapping[str, Any]:
+        """Why an instance is as it is, and what comes next."""
+        ...
+
+    def stats(self, ref: InstanceRef) -> Mapping[str, Any]:
+        """An instance's memory, snapshot and times."""
+        ...
+
     def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
         """Wake an instance now; what the job that did it says."""
         ...
@@ -177,6 +185,8 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
         "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),
         "instance.info": Method(coordinator, _Instance, one(lambda p: api.instance(InstanceRef.parse(p.ref)))),
+        "instance.explain": Method(coordinator, _Instance, one(lambda p: api.explain(InstanceRef.parse(p.ref)))),
+        "instance.stats": Method(coordinator, _Instance, one(lambda p: api.stats(InstanceRef.parse(p.ref)))),
         "instance.wake": Method(
             coordinator, _Wake, one(lambda p: api.wake(InstanceRef.parse(p.ref), p.actor)), long=True
         ),

@@ -25,12 +25,12 @@ from mvm.errors import Failed, MvmError, NotAllowed, NotFound
 _words = click.argument("command", metavar="-- CMD...", nargs=-1, type=click.UNPROCESSED)
 
 
-def find(fleet: Fleet, ref: InstanceRef) -> tuple[str, dict[str, Any]]:
-    """The address of the agent that has `ref`, and the instance's fields; raises `NotFound` when none has it."""
+def find(fleet: Fleet, ref: InstanceRef, method: str = "instance.info") -> tuple[str, dict[str, Any]]:
+    """The address of the agent that has `ref`, and its answer to `method`; raises `NotFound` when none has it."""
     last: MvmError | None = None
     for address in fleet.addresses:
         try:
-            return address, fleet.call(address, "instance.info", ref=str(ref))
+            return address, fleet.call(address, method, ref=str(ref))
         except NotFound as error:
             last = last or error
     assert last is not None, "a fleet has an agent"

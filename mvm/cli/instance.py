@@ -96,6 +96,22 @@ def info(fleet: Fleet, output: str, ref: InstanceRef) -> None:
     show_one(guest.find(fleet, ref)[1], output)
 
 
+@instance.command()
+@click.argument("ref", type=INSTANCE)
+@pass_fleet
+def explain(fleet: Fleet, output: str, ref: InstanceRef) -> None:
+    """Show why instance REF is as it is, and what comes next."""
+    show_one(guest.find(fleet, ref, "instance.explain")[1], output)
+
+
+@instance.command()
+@click.argument("ref", type=INSTANCE)
+@pass_fleet
+def stats(fleet: Fleet, output: str, ref: InstanceRef) -> None:
+    """Show what instance REF takes, awake and asleep, and how long it takes to get there."""
+    show_one(guest.find(fleet, ref, "instance.stats")[1], output)
+
+
 def _many(command: Callable[..., Any]) -> Callable[..., Any]:
     """The arguments of verbs that take several instances."""
     for option in (

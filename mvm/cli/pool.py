@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,13 +17,48 @@ from mvm.cli.params import NODE, POOL, TENANT, JobWait, actor, confirm, job_opti
 from mvm.cli.render import Columns, age, show_list, show_one
 from mvm.domain.ids import NodeId, PoolRef, TenantId
 from mvm.domain.job import JobVerb
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SleepPolicy, StartMode
+from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput, NotFound
 
 
 @click.group(cls=Group)
 def pool() -> None:
     """Pools of a tenant: one image, one shape, desired counts."""
+
+
+def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the pool's instances start and sleep, passed as ``ways: dict``: what of it is given, ready for a job."""
+
+    @click.option("--cold/--no-cold", default=None, help="Boot each instance instead of cloning a template.")
+    @click.option(
+        "--compression", type=click.Choice([c.value for c in Compression]), help="How sleeping memory is packed."
+    )
+    @click.option("--pinned/--no-pinned", default=None, help="Its instances are never put away when idle.")
+    @click.option("--critical/--no-critical", default=None, help="Nor are these: others depend on them.")
+    @click.option("--warm-after", type=int, metavar="S", help="Seconds of idleness until it is paused; 0: never.")
+    @click.option("--sleep-after", type=int, metavar="S", help="Seconds of idleness until it sleeps; 0: never.")
+    @click.option("--min-running", type=int, metavar="S", help="Seconds that it runs at least before.")
+    @functools.wraps(command)
+    def wrapper(
+        *args: Any, cold: bool | None, compression: str | None, pinned: bool | None, critical: bool | None,
+        warm_after: int | None, sleep_after: int | None, min_running: int | None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        policy = {"warm_after_s": warm_after, "sleep_after_s": sleep_after, "min_running_s": min_running}
+        ways = _given(
+            start=None if cold is None else StartMode.COLD if cold else StartMode.CLONE,
+            compression=compression,
+            pinned=pinned,
+            critical=critical,
+            sleep_policy=_given(**policy) or None,
+        )
+        return command(*args, ways=ways, **kwargs)
+
+    return wrapper
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @pool.command()
@@ -32,17 +69,18 @@ def pool() -> None:
 @click.option("--mem", type=int, metavar="MIB", help="Memory of an instance.")
 @click.option("--data-disk", type=int, metavar="MIB", help="Size of a disk that survives stops; default: none.")
 @click.option("--node", type=NODE, metavar="NODE", help="Where it lives; default: this node.")
+@_ways
 @job_options
 @pass_fleet
 def create(
     fleet: Fleet, output: str, ref: PoolRef, flake: str, profile: str, cpus: int | None, mem: int | None,
-    data_disk: int | None, node: NodeId | None, wait: JobWait,
+    data_disk: int | None, node: NodeId | None, ways: dict[str, Any], wait: JobWait,
 ) -> None:  # fmt: skip
     """Create pool T/P."""
     source = ImageSource(flake, profile)
-    shape = {"vcpus": cpus, "mem_mib": mem, "data_disk_mib": data_disk}
-    resources = InstanceResources(**{name: value for name, value in shape.items() if value is not None})
-    params = {"flake_ref": source.flake_ref, "profile": source.profile, "resources": asdict(resources)}
+    resources = InstanceResources(**_given(vcpus=cpus, mem_mib=mem, data_disk_mib=data_disk))
+    SleepPolicy(**ways.get("sleep_policy", {}))
+    params = {"flake_ref": source.flake_ref, "profile": source.profile, "resources": asdict(resources), **ways}
     own = fleet.tenant_route(ref.tenant)
     if node is not None and node not in [record.node_id for record in fleet.registry.nodes()]:
         raise NotFound("node.not_found", f"there is no node {node}", hint="see: mvm node list", field="node",
@@ -78,6 +116,19 @@ def list_(fleet: Fleet, output: str, tenant: TenantId | None) -> None:
 def info(fleet: Fleet, output: str, ref: PoolRef) -> None:
     """Show pool T/P."""
     show_one(fleet.one("pool", ref, "ref", "pool.list", tenant=ref.tenant), output)
+
+
+@pool.command()
+@click.argument("ref", metavar="T/P", type=POOL)
+@_ways
+@job_options
+@pass_fleet
+def update(fleet: Fleet, output: str, ref: PoolRef, ways: dict[str, Any], wait: JobWait) -> None:
+    """Change how the instances of pool T/P start and sleep, from now on."""
+    if not ways:
+        raise InvalidInput("pool.nothing_to_update", "nothing to change is given", hint="see: mvm pool update --help")
+    job = fleet.jobs.submit(JobVerb.POOL_UPDATE, str(ref), fleet.pool_route(ref), params=ways, actor=actor())
+    finish(fleet, output, job, wait, show_result(output, lambda _: str(ref)))
 
 
 @pool.command()

@@ -22,7 +22,8 @@ from mvm.errors import Failed, InvalidInput, TimedOut, Unreachable
 from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus, Worker
 
 _REPLY_GRACE_S = 5.0  # for a guest to end a late command and to send what it wrote
-_PLAIN = (string.ascii_letters + string.digits + "+/=@._").encode()
+_PLAIN = string.ascii_letters.encode()
+_CLOCK_S, _CLOCK_TRIES = 0.005, 4
 _LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
 
 
@@ -54,7 +55,7 @@ class UnixGuestChannel:
             if not value.isascii() or not value.isprintable() or " " in value:
                 raise InvalidInput("guest.invalid_identity", f"the guest's {name} cannot be sent", field=name)
         with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
-            moment = _moment(identity.now, began, identity.entropy)
+            moment = _moment(call.behind(identity.now, began), identity.entropy)
             words = [f"moment={moment}", *(f"{name}={value}" for name, value in fields.items())]
             call.ask_for(guest.CONFIGURE_STEPS, "configure", *words)
 
@@ -80,7 +81,7 @@ class UnixGuestChannel:
         """See the port."""
         began = time.monotonic()
         with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
-            call.ask_for(guest.WAKE_STEPS, "wake", _moment(now, began, entropy))
+            call.ask_for(guest.WAKE_STEPS, "wake", _moment(call.behind(now, began), entropy))
 
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:
         """See the port."""
@@ -146,6 +147,21 @@ class _Call:
             raise self.refused(" ".join(reply))
         return reply
 
+    def behind(self, now: datetime, asked: float) -> float:
+        """By how many seconds the guest's clock is late; it was `now` at the monotonic time `asked`.
+
+        Known to half of the time that the answer takes, which is long for the first one of a guest just restored.
+        """
+        best = (float("inf"), 0.0)
+        for _ in range(_CLOCK_TRIES):
+            before = time.monotonic()
+            told = float(self.ask("time", words=1)[0])
+            after = time.monotonic()
+            best = min(best, (after - before, now.timestamp() + (before + after) / 2 - asked - told))
+            if best[0] < _CLOCK_S:
+                break
+        return best[1]
+
     def ask_for(self, steps: Sequence[str], *request: str) -> None:
         """Send a request that must be answered with all of `steps`."""
         code, *reply = self.send(*request, words=1)
@@ -208,16 +224,15 @@ class _Call:
         )  # fmt: skip
 
 
-def _moment(now: datetime, asked: float, entropy: bytes) -> str:
-    """The time, which was `now` at the monotonic time `asked`, and entropy; see `mvm.guest`."""
-    at_ns = round((now.timestamp() + time.monotonic() - asked) * 1e9)
-    data = struct.pack("<qqii", *divmod(at_ns, 10**9), len(entropy) * 8, len(entropy)) + entropy
-    return _escaped(data)
+def _moment(behind_s: float, entropy: bytes) -> str:
+    """What is added to the clock, and entropy; see `mvm.guest`."""
+    pool = struct.pack("<ii", len(entropy) * 8, len(entropy)) + entropy
+    return _escaped(struct.pack("<qq", *divmod(round(behind_s * 1e6), 10**6)) + pool)
 
 
 def _escaped(data: bytes) -> str:
     """For the shell's printf; see `mvm.guest`."""
-    return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in data) or "-"
+    return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:o}" for byte in data) or "-"
 
 
 def _encode(data: bytes) -> str:

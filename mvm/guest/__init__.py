@@ -20,6 +20,7 @@ request                             reply
 ==================================  ==========================================================================
 ``ID hello``                        ``ID 0 VERSION UPTIME KERNEL``
 ``ID ping``                         ``ID 0 UPTIME``
+``ID time``                         ``ID 0 SECONDS``: its clock, to the microsecond
 ``ID configure KEY=VALUE...``       ``ID 0 STEP...`` with every step done, or ``ID 1 STEP: error text``
 ``ID status``                       ``ID 0 UPTIME WORKER CPU LOAD RECEIVED SENT``
 ``ID settle``                       ``ID 0`` or ``ID 1 error text``: it is as small as it gets without its files
@@ -32,11 +33,11 @@ anything else                       ``ID 127 unknown request``
 
 ``configure`` has the keys moment, hostname, machine_id, mac, address, netmask, gateway, data (1: it has a data disk),
 host_key and authorized_key. It may be repeated. The first step that fails ends it. Moment and keys are ESCAPED for the
-shell's ``printf``: most bytes as a backslash and three octal digits.
+shell's ``printf``: what is not a letter as a backslash and octal digits.
 
-MOMENT is what a guest needs that stood still or is one of many clones: a `struct timespec` and a `struct
-rand_pool_info` with 64 bytes, ESCAPED. The program ``moment`` sets the clock and makes the kernel's random numbers new
-at once.
+MOMENT is what a guest needs that stood still or is one of many clones: a `struct timeval` to add to its clock, which
+the host knows by ``time``, and a `struct rand_pool_info` with 64 bytes, ESCAPED. However long it takes the guest to
+come to it, the program ``moment`` sets the clock right, and makes the kernel's random numbers new at once.
 
 ``status``: WORKER is which of ``/run/mvm/worker-idle``, ``-ready`` and ``-busy`` is the newest (of the same second, the
 last of these), or ``unknown``; CPU is in hundredths of a second, RECEIVED and SENT in bytes of the card.

@@ -1,4 +1,4 @@
-"""Worker pools: create, build, scale, destroy."""
+"""Worker pools: create, update, build, scale, destroy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from mvm.domain.ids import PoolRef
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, WorkerPool
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, StartMode, WorkerPool
+from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput, NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
 from mvm.ports.locks import Locks
@@ -19,6 +20,18 @@ from mvm.services.runner import JobContext
 from mvm.services.views import pool_view
 
 _BUILD_WAIT_S = 1800.0
+
+
+def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
+    """`pool` with what ``params`` has of ``start, compression, sleep_policy`` (in part or whole), ``pinned`` and
+    ``critical``.
+    """
+    values: dict[str, Any] = {name: params[name] for name in ("pinned", "critical") if name in params}
+    if "start" in params:
+        values["start"] = StartMode(params["start"])
+    if "compression" in params:
+        values["compression"] = Compression(params["compression"])
+    return replace(pool, sleep_policy=replace(pool.sleep_policy, **params.get("sleep_policy", {})), **values)
 
 
 class Pools:
@@ -34,14 +47,17 @@ class Pools:
         self._reconcile = reconcile
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
-        """Create the subject pool from ``params.flake_ref``, ``profile`` and ``resources``."""
+        """Create the subject pool from ``params.flake_ref``, ``profile``, ``resources`` and what `update` takes."""
         job, params = context.job, context.job.params
-        pool = WorkerPool(
-            ref=PoolRef.parse(job.subject),
-            source=ImageSource(params["flake_ref"], params["profile"]),
-            resources=InstanceResources(**params.get("resources", {})),
-            node_id=job.node_id,
-            created_at=job.submitted_at,
+        pool = changed(
+            WorkerPool(
+                ref=PoolRef.parse(job.subject),
+                source=ImageSource(params["flake_ref"], params["profile"]),
+                resources=InstanceResources(**params.get("resources", {})),
+                node_id=job.node_id,
+                created_at=job.submitted_at,
+            ),
+            params,
         )
         with self._store.transaction():
             tenant = self._store.tenant(pool.ref.tenant)
@@ -60,6 +76,13 @@ class Pools:
                         value=str(pool.ref),
                     )
         self._registry.place_pool(pool.ref, pool.node_id)
+        return pool_view(self._store, pool)
+
+    def update(self, context: JobContext) -> Mapping[str, Any]:
+        """Change how the subject pool's instances start and sleep; what is not in ``params`` stays."""
+        with self._store.transaction():
+            pool = changed(self._store.pool(PoolRef.parse(context.job.subject)), context.job.params)
+            self._store.put_pool(pool)
         return pool_view(self._store, pool)
 
     def build(self, context: JobContext) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from mvm.ports.guest import ExecResult, GuestChannel
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
+from mvm.services.insight import Insight
 from mvm.services.quotas import usage
 from mvm.services.urgent import UrgentWake
 
@@ -58,6 +59,11 @@ def pool_view(store: NodeStore, pool: WorkerPool) -> dict[str, Any]:
         "flake_ref": pool.source.flake_ref,
         "profile": pool.source.profile,
         "resources": asdict(pool.resources),
+        "start": pool.start.value,
+        "compression": pool.compression.value,
+        "sleep_policy": asdict(pool.sleep_policy),
+        "pinned": pool.pinned,
+        "critical": pool.critical,
         "desired": asdict(pool.desired or DesiredCounts()),
         "counts": dict(sorted(counts.items())),
         "revision": pool.revision,
@@ -85,7 +91,7 @@ class NodeView:
 
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
-        node_id: NodeId, address: str, urgent: UrgentWake,
+        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -95,6 +101,7 @@ class NodeView:
         self._address = address
         self._vmm = vmm
         self._urgent = urgent
+        self._insight = insight
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -111,7 +118,7 @@ class NodeView:
         }
 
     def node_stats(self) -> dict[str, Any]:
-        """Counts and what the running instances take of the host."""
+        """Counts, and what the instances take of the host and spare it."""
         tenants = self._store.tenants()
         used = [usage(self._store, tenant.id) for tenant in tenants]
         info = self.node_info()
@@ -120,6 +127,7 @@ class NodeView:
             "tenants": len(tenants),
             "pools": len(self._store.pools()),
             "instances": info["instances"],
+            **self._insight.memory(),
             "vcpus": {"host": info["vcpus"], "in_use": sum(u.vcpus for u in used)},
             "mem_mib": {"host": info["mem_mib"], "in_use": sum(u.mem_mib for u in used)},
             "data_disk_mib": sum(u.disk_mib for u in used),
@@ -150,6 +158,14 @@ class NodeView:
     def instance(self, ref: InstanceRef) -> dict[str, Any]:
         """One instance."""
         return instance_view(self._store.tenant(ref.tenant).network, self._store.instance(ref))
+
+    def explain(self, ref: InstanceRef) -> dict[str, Any]:
+        """Why an instance is as it is, and what comes next."""
+        return self._insight.explain(ref)
+
+    def stats(self, ref: InstanceRef) -> dict[str, Any]:
+        """What an instance takes: memory, snapshot, and how long its sleeping and waking took."""
+        return self._insight.stats(ref)
 
     def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
         """Wake an instance now, past every queue."""

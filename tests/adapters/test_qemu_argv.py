@@ -11,7 +11,7 @@ import pytest
 
 from mvm import guest
 from mvm.drivers.qemu import argv
-from mvm.ports.vmm import BootSpec, Nic
+from mvm.ports.vmm import BootSpec, Nic, TemplateSpec
 from tests.support.make import instance_ref
 
 ONE = instance_ref(1)
@@ -99,3 +99,70 @@ def test_a_command_line_tells_whose_it_is() -> None:
 )
 def test_other_command_lines_are_nobodys(words: list[str]) -> None:
     assert argv.started_for(words, MARK) is None
+
+
+# --- templates and what is restored
+TEMPLATE = TemplateSpec(
+    ref=ONE, directory=SPEC.directory, kernel=SPEC.kernel, initramfs=SPEC.initramfs, rootfs=SPEC.rootfs,
+    overlay=SPEC.overlay, data_disk_mib=16, vcpus=2, mem_mib=256,
+)  # fmt: skip
+
+
+def restored(spec: BootSpec = SPEC, template: Path | None = Path("/s/t/disk"), memory: int | None = 30) -> list[str]:
+    return argv.restored(spec, template, FDS, memory, "tcg", MARK)
+
+
+def devices(words: list[str]) -> list[str]:
+    return [value for option in ("-device", "-smp", "-m", "-cpu", "-accel") for value in values(words, option)]
+
+
+def test_a_template_has_the_devices_of_its_clones() -> None:
+    template = argv.template(TEMPLATE, FDS, "tcg", 1, MARK)
+    mac = "02:6d:00:01:00:03"
+    assert [each.replace(argv.TEMPLATE_MAC, mac) for each in devices(template)] == devices(restored())
+    assert json.loads(values(template, "-blockdev")[2])["size"] == 16 << 20
+
+
+def test_a_clone_writes_to_its_own_layer_alone() -> None:
+    image, template, root, data = (json.loads(value) for value in values(restored(), "-blockdev"))
+    assert [node.get("read-only", False) for node in (image, template, root, data)] == [True, True, False, False]
+    assert (template["backing"], root["backing"]) == (image["node-name"], template["node-name"])
+    assert root["file"]["filename"] == "/s/i/overlay"
+
+
+def test_a_templates_memory_is_mapped_privately() -> None:
+    words = restored()
+    assert "memory-backend-file,id=ram,size=256M,mem-path=/proc/self/fd/30,share=off" in values(words, "-object")
+    assert values(words, "-M") == [f"{argv.MACHINE},memory-backend=ram"]
+    assert "balloon" not in " ".join(words)
+    assert values(restored(memory=None), "-M") == [argv.MACHINE]
+
+
+def test_what_is_restored_waits_and_has_no_kernel() -> None:
+    words = restored()
+    assert "-S" in words
+    assert values(words, "-incoming") == ["defer"]
+    assert not {"-kernel", "-initrd", "-append"} & set(words)
+    assert argv.started_for(words, MARK) == ONE
+
+
+def test_a_machine_is_what_the_guest_sees_of_it(tmp_path: Path) -> None:
+    rootfs = tmp_path / "rootfs"
+    rootfs.write_bytes(bytes(4096))
+    spec = replace(SPEC, rootfs=rootfs)
+
+    def machine(
+        spec: BootSpec | TemplateSpec = spec, accel: argv.AccelName = "tcg", data: int = 16 << 20, cpu: str = "x"
+    ) -> str:
+        return argv.machine(spec, accel, data_bytes=data, host_cpu=cpu)
+
+    elsewhere = replace(
+        spec, ref=instance_ref(2), directory=Path("/o"), overlay=Path("/o/o"), data_disk=Path("/o/d"),
+        nic=Nic("tn9i9", "02:6d:00:09:00:09"),
+    )  # fmt: skip
+    assert machine() == machine(elsewhere) == machine(replace(TEMPLATE, rootfs=rootfs))
+    others = {
+        machine(replace(spec, vcpus=1)), machine(replace(spec, mem_mib=512)), machine(data=0), machine(data=1 << 20),
+        machine(accel="kvm"), machine(cpu="y"),
+    }  # fmt: skip
+    assert len(others | {machine()}) == 7

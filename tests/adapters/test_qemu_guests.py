@@ -211,6 +211,8 @@ def test_the_data_disk_outlives_a_run_and_the_root_disk_does_not(host: QemuHost,
     host.shell.run(["mkfs.ext4", "-q", str(disk), "16M"])
     spec = replace(own, data_disk=disk)
     host.running(spec)
+    for _ in range(2):
+        host.guest.configure(spec.ref, spec.directory, identity(data_disk=True), deadline_s=BOOT_S)
     written = execute(host, spec, "echo kept >/data/file; echo lost >/root/file; df -m / | awk 'NR==2 {print $4}'")
     assert 50 <= int(written.stdout) <= 80
     (process,) = host.vmm.processes()[spec.ref]
@@ -221,6 +223,7 @@ def test_the_data_disk_outlives_a_run_and_the_root_disk_does_not(host: QemuHost,
 
     again = replace(host.spec(2), data_disk=disk)
     host.running(again)
+    host.guest.configure(again.ref, again.directory, identity(data_disk=True), deadline_s=BOOT_S)
     assert execute(host, again, "cat /data/file /root/file").stdout == b"kept\n"
 
 
@@ -229,8 +232,14 @@ def test_a_broken_data_disk_is_told(host: QemuHost, own: BootSpec, tmp_path: Pat
     os.truncate(os.open(disk, os.O_CREAT | os.O_WRONLY), 16 * MIB)
     spec = replace(own, data_disk=disk)
     host.running(spec)
-    with pytest.raises(Failed, match="data disk: mount"):
-        host.guest.configure(spec.ref, spec.directory, identity(), deadline_s=BOOT_S)
+    with pytest.raises(Failed, match="data: mount") as caught:
+        host.guest.configure(spec.ref, spec.directory, identity(data_disk=True), deadline_s=BOOT_S)
+    assert caught.value.fields["missing"] == ["data", "keys", "ssh"]
+
+
+def test_a_missing_data_disk_is_told(host: QemuHost, shared: BootSpec) -> None:
+    with pytest.raises(Failed, match="data: there is none"):
+        host.guest.configure(shared.ref, shared.directory, identity(data_disk=True), deadline_s=BOOT_S)
 
 
 # --- bad luck

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -208,6 +209,9 @@ def test_memory_open_files_and_the_clock_go_on(host: QemuHost, template: Path, o
         last = int(execute(host, own, "cat /dev/shm/n"))
         assert last > count
         process = wake(host, own, sleep(host, own, process, template, how), template)
+        before = time.time()
+        told = float(execute(host, own, "echo $EPOCHREALTIME"))
+        assert before - 0.05 < told < time.time() + 0.05
         until(lambda last=last: int(execute(host, own, "cat /dev/shm/n")) > last, BOOT_S, "it counts on")  # type: ignore[misc]
         count = int(execute(host, own, "cat /dev/shm/n"))
         assert count < last + 1000
@@ -284,7 +288,9 @@ def test_a_template_that_is_not_what_was_written_is_refused(
 @pytest.fixture(scope="module")
 def asleep(host: QemuHost, template: Path) -> tuple[BootSpec, Path]:
     spec = with_data(host, host.spec(4))
-    return spec, sleep(host, spec, clone(host, template, spec), template)
+    process = clone(host, template, spec)
+    configure(host, spec)
+    return spec, sleep(host, spec, process, template)
 
 
 def test_another_template_is_refused(host: QemuHost, template: Path, asleep: tuple[BootSpec, Path]) -> None:

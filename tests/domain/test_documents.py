@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Reason, lane_of
 from mvm.domain.lifecycle import Status, landing
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, WorkerPool
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, StartMode, WorkerPool
+from mvm.domain.snapshot import Compression
 from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import (
     Cancelled,
@@ -98,9 +99,11 @@ sources = st.builds(ImageSource, st.just("builtin:"), st.sampled_from(["minimal"
 
 @given(
     st.builds(
-        WorkerPool, some.pool_refs, sources, shapes, some.node_ids, some.times, desired, st.none() | some.revisions
+        WorkerPool, ref=some.pool_refs, source=sources, resources=shapes, node_id=some.node_ids, created_at=some.times,
+        desired=desired, start=st.sampled_from(StartMode), compression=st.sampled_from(Compression),
+        pinned=st.booleans(), critical=st.booleans(), revision=st.none() | some.revisions,
     )
-)
+)  # fmt: skip
 def test_a_pool(pool: WorkerPool) -> None:
     assert WorkerPool.from_dict(through_json(pool.to_dict())) == pool
 

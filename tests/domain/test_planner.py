@@ -57,8 +57,11 @@ def finished(observed: Sequence[Instance]) -> list[Instance]:
     return [each.moved(each.lands_on) for each in observed if each.lands_on is not S.DESTROYED]
 
 
-def running(observed: Sequence[Instance]) -> int:
-    return sum(each.status is S.RUNNING for each in observed)
+UP = (S.RUNNING, S.WARM, S.SLEEPING)
+
+
+def up(observed: Sequence[Instance]) -> int:
+    return sum(each.status in UP for each in observed)
 
 
 @given(pools(), wanted)
@@ -69,7 +72,7 @@ def test_a_second_pass_with_everything_in_flight_adds_nothing(observed: list[Ins
 @given(pools(busy=False), wanted)
 def test_what_is_planned_converges(observed: list[Instance], count: int) -> None:
     after = finished(begun(plan(pool(count), observed), observed))
-    assert running(after) == count
+    assert up(after) == count
     assert plan(pool(count), after) == ()
 
 
@@ -77,7 +80,7 @@ def test_what_is_planned_converges(observed: list[Instance], count: int) -> None
 def test_it_converges_whatever_was_in_flight(observed: list[Instance], count: int) -> None:
     for _ in range(3):
         observed = finished(begun(plan(pool(count), observed), observed))
-    assert running(observed) == count
+    assert up(observed) == count
     assert plan(pool(count), observed) == ()
 
 
@@ -95,7 +98,7 @@ def test_nothing_is_stopped_while_too_few_run_and_nothing_made_while_too_many(
     observed: list[Instance], count: int
 ) -> None:
     actions = plan(pool(count), observed)
-    will_run = sum(each.lands_on is S.RUNNING for each in observed)
+    will_run = sum(each.lands_on in UP for each in observed)
     stops = [action for action in actions if isinstance(action, Request) and action.verb is V.STOP]
     if will_run <= count:
         assert stops == []
@@ -148,3 +151,12 @@ def test_one_that_is_starting_counts_as_running() -> None:
     assert plan(pool(1), [starting]) == ()
     stopping = instance(2, S.RUNNING, InFlight(make.job().job_id, V.STOP))
     assert plan(pool(1), [stopping]) == (Create(WEB, 1),)
+
+
+def test_warm_and_sleeping_ones_count_and_the_coldest_are_stopped_first() -> None:
+    asleep, old, new = instance(1, S.SLEEPING, age=5), instance(2, S.RUNNING, age=9), instance(3, S.RUNNING)
+    warm, going = instance(4, S.WARM), instance(5, S.RUNNING, InFlight(make.job().job_id, V.SLEEP))
+    assert plan(pool(5), [asleep, old, new, warm, going]) == ()
+    assert plan(pool(2), [asleep, old, new, warm, going]) == (
+        Request(asleep.ref, V.STOP), Request(warm.ref, V.STOP), Request(new.ref, V.STOP),
+    )  # fmt: skip

@@ -24,6 +24,10 @@ def stack() -> Iterator[Stack]:
         running.mvm("tenant", "create", "acme")
         running.mvm("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
         running.mvm("pool", "build", "acme/web")
+        running.mvm(
+            "pool", "create", "acme/cold", "--flake", "builtin:", "--profile", "minimal", "--mem", "128", "--cold"
+        )
+        running.mvm("pool", "build", "acme/cold")
         yield running
 
 
@@ -39,7 +43,7 @@ def execute(stack: Stack, ref: str, command: str) -> str:
 def emptied(stack: Stack) -> Iterator[Stack]:
     """The stack, whose instances are destroyed after the test."""
     yield stack
-    stack.mvm("instance", "destroy", "acme/web", "--all", "-y")
+    stack.mvm("instance", "destroy", "acme", "--all", "-y")
     assert not stack.vmms()
     assert not stack.taps()
 
@@ -77,7 +81,7 @@ def test_a_data_disk_survives_stop_and_start_and_the_root_does_not(emptied: Stac
 
 def test_ten_starts_survive_two_kills_of_their_worker(emptied: Stack) -> None:
     """Ten instances by one command are ten jobs; the worker dies twice meanwhile; all end running, once each."""
-    stack, refs = emptied, create(emptied, 10)
+    stack, refs = emptied, create(emptied, 10, "acme/cold")
     parent = stack.mvm("instance", "start", *refs, "--no-wait").strip()
     for running in (1, 4):
         until(lambda n=running: list(stack.statuses().values()).count("running") >= n, 120, f"{running} running")

@@ -67,12 +67,13 @@ class Node:
         assert done.state is JobState.SUCCEEDED, done.error
         return done.result or {}
 
-    def pool(self, ref: str = "acme/web", **resources: int) -> None:
-        """A tenant (if new) with a built pool."""
+    def pool(self, ref: str = "acme/web", *, cold: bool = False, **resources: int) -> None:
+        """A tenant (if new) with a built pool, of clones unless `cold`."""
         tenant = ref.split("/")[0]
         if not any(t.id == tenant for t in self.services.store.tenants()):
             self.ok(JobVerb.TENANT_CREATE, tenant)
-        self.ok(JobVerb.POOL_CREATE, ref, flake_ref="builtin:", profile="minimal", resources=resources)
+        self.ok(JobVerb.POOL_CREATE, ref, flake_ref="builtin:", profile="minimal", resources=resources,
+                start="cold" if cold else "clone")  # fmt: skip
         self.ok(JobVerb.POOL_BUILD, ref)
 
     def create(self, count: int = 1, ref: str = "acme/web") -> list[str]:
@@ -95,8 +96,9 @@ def node(tmp_path: Path, settings: Settings) -> Iterator[Node]:
     registry, queue = MemoryRegistry(clock), MemoryQueue(clock)
     store = SqliteStore(tmp_path / "node.db")
     ports = NodePorts(
-        store, registry, queue, host.locks, clock, host.vmm, host.guest, host.network, host.storage, host.images
-    )
+        store, registry, queue, host.locks, clock, host.vmm, host.guest, host.network, host.storage, host.images,
+        host.memory,
+    )  # fmt: skip
     yield Node(host, clock, queue, registry, build_node(ports, settings, authorized_key="ssh-ed25519 AAAA test"))
     store.close()
 

@@ -116,11 +116,11 @@ def test_every_quota_is_enforced_before_anything_is_created(
 
 
 @pytest.mark.parametrize(
-    "point", ["storage.prepare", "network.ensure_tap", "storage.fresh_overlay", "vmm.boot", "guest.hello",
+    "point", ["storage.prepare", "network.ensure_tap", "storage.fresh_overlay", "vmm.boot", "vmm.clone", "guest.hello",
               "guest.configure", "storage.revision"],
 )  # fmt: skip
 def test_a_start_that_fails_anywhere_leaves_nothing_and_can_be_repeated(node: Node, point: str) -> None:
-    node.pool()
+    node.pool(cold=point == "vmm.boot")
     (ref,) = node.create()
     node.host.fail(point, Failed("disk.full", "no space left"))
     node.fails("disk.full", V.INSTANCE_START, ref)
@@ -153,7 +153,7 @@ def test_a_hanging_boot_is_retried_once(node: Node) -> None:
 
 
 def test_a_panicking_guest_fails_the_job_with_its_console(node: Node) -> None:
-    node.pool()
+    node.pool(cold=True)
     (ref,) = node.create()
     node.host.panic_guest(InstanceRef.parse(ref))
     job = node.fails("guest.panicked", V.INSTANCE_START, ref)
@@ -216,16 +216,20 @@ class Killed(BaseException):
     """Stands for SIGKILL: no handler runs after it."""
 
 
-@pytest.mark.parametrize("point", ["ensure_tap", "fresh_overlay", "boot", "hello", "configure"])
+@pytest.mark.parametrize("point", ["ensure_tap", "fresh_overlay", "boot", "clone", "resume", "hello", "configure"])
 def test_a_start_whose_worker_was_killed_is_completed_by_the_next_delivery(
     node: Node, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever was done when the worker died, the second delivery ends with one process."""
-    node.pool()
+    node.pool(cold=point == "boot")
     (ref,) = node.create()
-    part = {"ensure_tap": node.host.network, "fresh_overlay": node.host.storage, "boot": node.host.vmm}.get(
-        point, node.host.guest
-    )
+    part = {
+        "ensure_tap": node.host.network,
+        "fresh_overlay": node.host.storage,
+        "boot": node.host.vmm,
+        "clone": node.host.vmm,
+        "resume": node.host.vmm,
+    }.get(point, node.host.guest)
     real = getattr(part, point)
 
     def then_die(*args: object, **kwargs: object) -> None:

@@ -130,7 +130,7 @@ def test_exec_passes_words_streams_and_exit_code(mvm: CommandLine, node: Node) -
 
 
 def test_logs_show_the_console_without_its_control_characters(mvm: CommandLine, node: Node) -> None:
-    node.pool()
+    node.pool(cold=True)
     (ref,) = node.create()
     node.ok(JobVerb.INSTANCE_START, ref)
     next(iter(node.host.consoles.values())).append("\x1b[2Jgone?\r")

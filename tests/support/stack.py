@@ -99,9 +99,16 @@ class Stack:
             transport.close()
 
     def pid(self, part: str) -> int:
-        """The pid of a part of the stack."""
-        found: int = next(p["pid"] for p in self.json("status") if p["name"] == part)
-        return found
+        """The pid of a part of the stack, once it has one."""
+        found: list[int] = []
+
+        def seen() -> bool:
+            rows = json.loads(self.run("status", "-o", "json").stdout)
+            found[:] = [row["pid"] for row in rows if row["name"] == part and row["pid"]]
+            return bool(found)
+
+        until(seen, 60, f"{part} has a process")
+        return found[0]
 
     def statuses(self) -> dict[str, str]:
         """Every instance's status."""

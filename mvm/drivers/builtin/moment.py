@@ -1,9 +1,10 @@
-"""The guest's program ``moment``: no tool of a small image can set the clock to the microsecond or reseed the kernel.
+"""The guest's program ``moment``: no tool of a small image can move the clock by microseconds or reseed the kernel.
 
-It stands by, since starting a program costs a guest milliseconds while somebody waits: it reads a `struct timespec` and
-a `struct rand_pool_info` from its input, hands them to the kernel, through /dev/urandom open as descriptor 3, and
-writes a line with 0, or with the number of the call that failed; and so on, until its input ends. Being a handful of
-system calls, it is assembled here from a table rather than built with a compiler.
+It stands by, since starting a program costs a guest milliseconds while somebody waits. It reads a `struct timeval` and
+a `struct rand_pool_info` from its input and hands them to the kernel: the first is added to the clock, the second goes
+through /dev/urandom, open as descriptor 3. It writes a line with 0, or with the number of the call that failed, and
+begins again, until its input ends. Being six system calls, it is assembled here from a table rather than built with a
+compiler.
 """
 
 from __future__ import annotations
@@ -13,27 +14,29 @@ import struct
 from mvm import guest
 
 _BASE = 0x400000  # where the file is mapped, as a whole
-_INPUT = _BASE + 0x1000  # behind it: memory that the file does not fill
-_POOL = 16 + 8  # a timespec (seconds, nanoseconds), then a pool's bits and bytes
-_SIZE = _POOL + guest.ENTROPY_BYTES
-_REPLY = _INPUT + 0x100  # a digit and the end of its line
+_TIMEX = _BASE + 0x200  # a struct timex; its first field ends the file, the others are zero in memory
+_TIMEX_TIME, _TIMEX_SIZE = 72, 208
+_POOL = _TIMEX + _TIMEX_SIZE
+_POOL_SIZE = 8 + guest.ENTROPY_BYTES  # how many bits and bytes, then they
+_REPLY = _POOL + _POOL_SIZE  # a digit and the end of its line
 
-_READ, _WRITE, _IOCTL, _EXIT, _CLOCK_SETTIME = 0, 1, 16, 60, 227
-_REALTIME = 0
+_READ, _WRITE, _IOCTL, _EXIT, _ADJTIMEX = 0, 1, 16, 60, 159
+_ADJ_SETOFFSET = 0x0100
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _URANDOM = 3
 
-# Number, its three arguments, and what it must return.
+# Number, its three arguments, and what it must at least return.
 _CALLS = (
-    (_READ, 0, _INPUT, _SIZE, _SIZE),
-    (_CLOCK_SETTIME, _REALTIME, _INPUT, 0, 0),
-    (_IOCTL, _URANDOM, _RNDADDENTROPY, _INPUT + 16, 0),
+    (_READ, 0, _TIMEX + _TIMEX_TIME, 16, 16),
+    (_READ, 0, _POOL, _POOL_SIZE, _POOL_SIZE),
+    (_ADJTIMEX, _TIMEX, 0, 0, 0),
+    (_IOCTL, _URANDOM, _RNDADDENTROPY, _POOL, 0),
     (_IOCTL, _URANDOM, _RNDRESEEDCRNG, 0, 0),
 )
 
 _SYSCALL = b"\x0f\x05"
 _EAX, _EDX, _ESI, _EDI = b"\xb8", b"\xba", b"\xbe", b"\xbf"  # mov REGISTER, the 32 bits that follow
-_CMP_EAX, _JG, _JNE, _JMP = b"\x3d", b"\x7f", b"\x0f\x85", b"\xe9"
+_CMP_EAX, _JG, _JL, _JMP = b"\x3d", b"\x7f", b"\x0f\x8c", b"\xe9"
 _MOV_BYTE = b"\xc6\x04\x25"  # to the address that follows, the byte after it
 
 _ELF = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -49,33 +52,36 @@ def program() -> bytes:
         _BASE + start, _ELF.size, 0, 0,  # where it begins, where the segments are told; no sections
         _ELF.size, _SEGMENT.size, 1, 0, 0, 0,
     )  # fmt: skip
-    everything = start + len(code)
-    segment = _SEGMENT.pack(1, 7, 0, _BASE, _BASE, everything, _REPLY + 2 - _BASE, 0x1000)
-    return header + segment + code
+    data = struct.pack("<I", _ADJ_SETOFFSET)
+    in_file, in_memory = _TIMEX - _BASE + len(data), _REPLY - _BASE + 2
+    segment = _SEGMENT.pack(1, 7, 0, _BASE, _BASE, in_file, in_memory, 0x1000)  # to be loaded; all may be done with it
+    return (header + segment + code).ljust(_TIMEX - _BASE, b"\0") + data
 
 
 def _code() -> bytes:
-    """A loop over the calls: one that does not return what it must ends the round, which is reported."""
-    ended = _call(_EXIT, 0, 0, 0)
-    begin = _store(_REPLY + 1, b"\n")
-    rounds = b""
-    fixups = []
-    for number, (function, first, second, third, result) in enumerate(_CALLS, start=1):
-        rounds += _store(_REPLY, b"%d" % number) + _call(function, first, second, third)
-        if function == _READ:
-            rounds += _CMP_EAX + struct.pack("<I", 0) + _JG + bytes([len(ended)]) + ended
-        rounds += _CMP_EAX + struct.pack("<I", result) + _JNE + bytes(4)
-        fixups.append(len(rounds))
-    rounds += _store(_REPLY, b"0")
-    report = len(rounds)
-    for end in fixups:  # where each jump's 4 bytes end, from which it is counted
-        rounds = rounds[: end - 4] + struct.pack("<i", report - end) + rounds[end:]
-    rounds += _call(_WRITE, 1, _REPLY, 2)
-    return begin + rounds + _JMP + struct.pack("<i", -(len(rounds) + 5))
+    """A loop over the calls: one that does not return enough ends the round, which is reported."""
+    end = _call(_EXIT, 0, 0, 0)
+    calls = []
+    for number, (function, first, second, third, least) in enumerate(_CALLS, start=1):
+        code = _store(_REPLY, b"%d" % number) + _call(function, first, second, third)
+        if number == 1:  # at the end of its input
+            code += _compare(0) + _JG + bytes([len(end)]) + end
+        calls.append(code + _compare(least) + _JL)
+    done = _store(_REPLY, b"0")
+    code = b""
+    for at, call in enumerate(calls):
+        rest = sum(len(later) + 4 for later in calls[at + 1 :]) + len(done)
+        code += call + struct.pack("<i", rest)  # to the report
+    code += done + _call(_WRITE, 1, _REPLY, 2)
+    return _store(_REPLY + 1, b"\n") + code + _JMP + struct.pack("<i", -len(code) - 5)
 
 
 def _call(function: int, first: int, second: int, third: int) -> bytes:
     return _mov(_EAX, function) + _mov(_EDI, first) + _mov(_ESI, second) + _mov(_EDX, third) + _SYSCALL
+
+
+def _compare(value: int) -> bytes:
+    return _CMP_EAX + struct.pack("<I", value)
 
 
 def _store(address: int, byte: bytes) -> bytes:

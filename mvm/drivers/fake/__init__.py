@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.fake.machines import FakeGuest, FakeVmm
-from mvm.drivers.fake.resources import FakeImages, FakeLocks, FakeNetwork, FakeStorage
+from mvm.drivers.fake.resources import FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakeStorage
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
@@ -30,6 +30,7 @@ class FakeHost(HostState):
         self.network = FakeNetwork(self)
         self.storage = FakeStorage(self)
         self.images = FakeImages(self)
+        self.memory = FakeMemory(self)
         self.locks = FakeLocks(self)
 
     def fail(self, point: str, error: MvmError, times: int = 1) -> None:

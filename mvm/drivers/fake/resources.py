@@ -1,4 +1,4 @@
-"""The fake host's network, files, images and locks."""
+"""The fake host's network, files, images, memory and locks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mvm.domain.ids import InstanceRef, PoolRef, Revision
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake.state import POINTS, Files, Part, point
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
+from mvm.ports.host import MemoryLeft
 from mvm.ports.images import ProgressReport
 from mvm.ports.storage import InstanceKeys, RevisionFiles
 
@@ -178,6 +179,15 @@ class FakeImages(Part):
         revision = Revision(sha256(f"{source.flake_ref} {source.profile}".encode()).hexdigest())
         self._host.revisions.add(revision)
         return revision
+
+
+class FakeMemory(Part):
+    """ports/host.py: as the host's `memory_left` says."""
+
+    @point("memory.left")
+    def left(self) -> MemoryLeft:
+        """See ports/host.py."""
+        return self._host.memory_left
 
 
 class FakeLocks(Part):

@@ -21,6 +21,7 @@ from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestIdentity, Worker
+from mvm.ports.host import MemoryLeft
 from mvm.ports.storage import InstanceKeys
 from mvm.ports.vmm import BootSpec
 
@@ -111,6 +112,7 @@ class HostState:
         self.hangs: Counter[InstanceRef] = Counter()
         self.panics: Counter[InstanceRef] = Counter()
         self._faults: dict[str, deque[MvmError]] = {}
+        self.memory_left = MemoryLeft(total_mib=16384, available_mib=8192)
         self.last_pid = 999
 
     def turn(self) -> AbstractContextManager[object]:

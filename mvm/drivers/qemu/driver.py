@@ -178,7 +178,11 @@ class QemuDriver(QemuVmms):
             self._kill(process)  # left half restored by a worker that was killed
         devices = files.read(snapshot, DEVICES, said.files)
         pages = _pages(snapshot, said) if delta else None
-        disk = self._verified.check(template, DISK, base.files) if template and base else None
+        disk = None
+        if template and base:
+            for name in (INDEX, MEMORY):  # though the memory may be there already
+                self._verified.check(template, name, base.files)
+            disk = self._verified.check(template, DISK, base.files)
 
         def load(qmp: Qmp, process: ProcessIdentity) -> None:
             _refuse(snapshot, other_version(said, qmp.version))
