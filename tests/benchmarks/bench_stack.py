@@ -28,8 +28,10 @@ CLONES, COLD = "bench/web", "bench/cold"
 NODE = NodeId("n1")
 _SETTINGS = {  # the defaults, which tests make shorter; and the steps of jobs in the services' logs
     "MVM_STALE_PID_SWEEP_S": "10", "MVM_RECONCILE_SWEEP_S": "15", "MVM_ORPHAN_SWEEP_S": "60",
-    "MVM_ORPHAN_GRACE_S": "60", "MVM_LOG": "mvm.jobs=debug",
+    "MVM_ORPHAN_GRACE_S": "60", "MVM_LOG": "mvm.jobs=debug,mvm.snapshots=debug",
 }  # fmt: skip
+
+_EVENTS = ("began", "step", "guest replied", "succeeded")
 
 Times = dict[str, float]
 """When each step of a job began, in seconds from when it was asked for; ``succeeded`` is after its last record."""
@@ -108,7 +110,7 @@ class Bench:
             with log.open() as lines:
                 lines.seek(offset)
                 for event in (json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")):
-                    if event.get("subject") == ref and event["event"] in ("began", "step", "succeeded"):
+                    if event.get("subject") == ref and event["event"] in _EVENTS:
                         at = datetime.fromisoformat(event["timestamp"]).timestamp() - began
                         times.setdefault(event.get("step", event["event"]), at)
             return "succeeded" in times

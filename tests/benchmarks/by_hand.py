@@ -25,7 +25,6 @@ from mvm import guest
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import ProcessIdentity
-
 from mvm.drivers import netns, processes, tap
 from mvm.drivers import snapshot_files as files
 from mvm.drivers.guest_channel import UnixGuestChannel
