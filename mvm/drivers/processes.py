@@ -42,13 +42,14 @@ def runs(process: ProcessIdentity) -> bool:
     return True
 
 
-def arguments(pid: int) -> list[str]:
-    """Its command line; empty when it has ended, is ending, or is the kernel's."""
+def arguments(pid: int, containing: bytes = b"") -> list[str]:
+    """Its command line; empty when it has ended, is ending, is the kernel's, or does not hold `containing`."""
     try:
-        data = (_PROC / str(pid) / "cmdline").read_bytes()
+        with open(f"{_PROC}/{pid}/cmdline", "rb", buffering=0) as file:  # noqa: PTH123 - of every process, each time
+            data = file.readall()
     except (FileNotFoundError, ProcessLookupError):
         return []
-    return [os.fsdecode(word) for word in data.split(b"\0")[:-1]]
+    return [os.fsdecode(word) for word in data.split(b"\0")[:-1]] if containing in data else []
 
 
 def pids() -> Iterator[int]:

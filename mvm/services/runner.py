@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from mvm.domain.job import Job, JobState, JobVerb, Progress
+from mvm.domain.job import Job, JobState, JobVerb, Progress, Reason
 from mvm.errors import Cancelled, MvmError, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
@@ -123,6 +123,8 @@ class Runner:
 
     def check_cancelled(self, job: Job) -> None:
         """Raises `Cancelled` if somebody asked for it. An unreachable registry has nobody's wishes."""
+        if job.reason is Reason.URGENT:
+            return
         try:
             asked = self._registry.cancel_requested(job.job_id)
         except Unreachable:
@@ -150,6 +152,8 @@ class Runner:
             log.warning("sweep not released", error=error.message)
 
     def _tell(self, job: Job) -> bool:
+        if job.reason is Reason.URGENT:  # listed by `UrgentWake` once it has ended: now every millisecond is waited for
+            return False
         try:
             self._registry.update(job)
         except Unreachable as error:  # the node's record is the truth; a sweep publishes it later

@@ -177,6 +177,7 @@ class Snapshots:
             instance.ref, self._storage.directory(instance.ref), now=self._clock.now(), entropy=self._clock.random(64),
             deadline_s=_GUEST_S,
         )  # fmt: skip
+        log.debug("guest replied")
 
     def _driver(self) -> Snapshotting:
         if not isinstance(self._vmm, Snapshotting):

@@ -62,11 +62,12 @@ class UrgentWake:
         job = self._jobs.new(
             JobVerb.INSTANCE_WAKE, str(ref), self._node_id, reason=Reason.URGENT, actor=actor, lane=Lane.URGENT
         )
+        final = self._runner.run(job)
         try:
             self._registry.record([job])
+            self._registry.update(final)
         except Unreachable as error:  # the node's own record is enough
             log.warning("not listed", job_id=job.job_id, error=error.message)
-        final = self._runner.run(job)
         waited_for = str(ahead.job_id) if ahead else None
         if final.state is JobState.SUCCEEDED:
             return {"job_id": str(job.job_id), "waited_for": waited_for, **(final.result or {})}

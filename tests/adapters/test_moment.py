@@ -18,14 +18,19 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("length", "call"), [(0, 1), (15, 1), (16, 2), (87, 2)])
-def test_too_little_input_is_a_call_that_fails(program: Path, length: int, call: int) -> None:
-    assert subprocess.run([program], input=bytes(length), check=False).returncode == call
+def said(program: Path, given: bytes) -> bytes:
+    done = subprocess.run([program], input=given, capture_output=True, timeout=10, check=True)
+    return done.stdout
 
 
-def test_an_impossible_time_is_the_third(program: Path) -> None:
+@pytest.mark.parametrize(("length", "lines"), [(0, b""), (15, b"1\n"), (16, b"2\n"), (87, b"2\n")])
+def test_too_little_input_is_a_call_that_fails(program: Path, length: int, lines: bytes) -> None:
+    assert said(program, bytes(length)) == lines
+
+
+def test_an_impossible_time_is_the_third_and_it_goes_on(program: Path) -> None:
     microseconds = (10**6).to_bytes(8, "little")  # too many, so that nobody's clock is moved
-    assert subprocess.run([program], input=bytes(8) + microseconds + bytes(72), check=False).returncode == 3
+    assert said(program, (bytes(8) + microseconds + bytes(72)) * 2) == b"3\n3\n"
 
 
 def test_it_is_the_same_each_time_and_small() -> None:

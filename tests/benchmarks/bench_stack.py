@@ -21,14 +21,17 @@ from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.sqlite_store import SqliteStore
 from mvm.wiring import Client, open_client
 from tests.support.stack import Stack, running_stack
+from tests.support.waiting import until
 
 COMMAND = str(Path(sys.executable).with_name("mvm"))  # as people run it
 CLONES, COLD = "bench/web", "bench/cold"
 NODE = NodeId("n1")
 _SETTINGS = {  # the defaults, which tests make shorter; and the steps of jobs in the services' logs
     "MVM_STALE_PID_SWEEP_S": "10", "MVM_RECONCILE_SWEEP_S": "15", "MVM_ORPHAN_SWEEP_S": "60",
-    "MVM_ORPHAN_GRACE_S": "60", "MVM_LOG": "mvm.jobs=debug",
+    "MVM_ORPHAN_GRACE_S": "60", "MVM_LOG": "mvm.jobs=debug,mvm.snapshots=debug",
 }  # fmt: skip
+
+_EVENTS = ("began", "step", "guest replied", "succeeded")
 
 Times = dict[str, float]
 """When each step of a job began, in seconds from when it was asked for; ``succeeded`` is after its last record."""
@@ -100,11 +103,17 @@ class Bench:
         log = self.stack.layout.logs / f"{service}.log"
         offset, began = log.stat().st_size, time.time()
         run()
-        times = {"answer": time.time() - began}
-        with log.open() as lines:
-            lines.seek(offset)
-            for event in (json.loads(line) for line in lines if line.startswith("{")):
-                if event.get("subject") == ref and event["event"] in ("began", "step", "succeeded"):
-                    at = datetime.fromisoformat(event["timestamp"]).timestamp() - began
-                    times.setdefault(event.get("step", event["event"]), at)
-        return times
+        answered = time.time() - began
+        times: Times = {}
+
+        def succeeded() -> bool:  # the log's file is the supervisor's, and may lag
+            with log.open() as lines:
+                lines.seek(offset)
+                for event in (json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")):
+                    if event.get("subject") == ref and event["event"] in _EVENTS:
+                        at = datetime.fromisoformat(event["timestamp"]).timestamp() - began
+                        times.setdefault(event.get("step", event["event"]), at)
+            return "succeeded" in times
+
+        until(succeeded, 10, f"{service}.log has the end of the job of {ref}")
+        return times | {"answer": answered}

@@ -25,8 +25,8 @@ from mvm import guest
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import ProcessIdentity
-from mvm.domain.snapshot import SnapshotManifest
 from mvm.drivers import netns, processes, tap
+from mvm.drivers import snapshot_files as files
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.instance_sockets import listen
 from mvm.drivers.qcow2 import write_empty
@@ -147,7 +147,7 @@ class Hand:
     def __init__(self, where: Place, template: Path) -> None:
         self.where = where
         self._template = template
-        said = SnapshotManifest.from_json((template / "manifest.json").read_bytes())
+        said = files.manifest(template)
         index, packed = (template / INDEX).read_bytes(), (template / MEMORY).read_bytes()
         self._ram = os.memfd_create(_RAM, os.MFD_CLOEXEC)
         os.truncate(self._ram, said.mem_mib << 20)

@@ -1,12 +1,12 @@
 """``sleep.*``, ``wake.*``, ``warm.resume`` and ``clone.pss``, of idle guests with 256 MB.
 
 ``sleep.time``: a sleep job from before it is recorded to its end in the worker's log, against the delta procedure by
-hand: the same request to the guest, QMP's stop, the devices, the pages that differ, zstd, fsync, rename, QEMU's end.
+hand: the same request to the guest, QMP's stop, the devices, the pages that differ, zstd, fsync, rename, the end.
 Bar 1.5. ``sleep.size``: the bytes of the same snapshots as a percentage of the guest's memory, against the procedure's
 files. Bar 2.
 
-``wake.idle``: an urgent wake of the same guests, from before the QUIC connection is opened to after the guest's reply
-(the job's end in the agent's log), against restoring what the procedure saved, from QEMU's spawn to the guest's reply
+``wake.idle``: an urgent wake of the same guests, from before the QUIC connection is opened to the guest's reply, as
+the agent logs it, against restoring what the procedure saved, from QEMU's spawn to the guest's reply
 to the same request ``wake``. Both find the template's memory in a memfd that somebody maps. Bar 1.3.
 
 ``wake.backlog``: the same wake while 10,000 jobs lie in the queue of the node, whose worker does them, against itself
@@ -103,7 +103,7 @@ def sleep_size(bench: Bench) -> Result:
 def wake_idle(bench: Bench) -> Result:
     found = _rounds(bench)
     tell_steps(bench, "wake.idle", found.wakes)
-    ours = [each["succeeded"] for each in found.wakes]
+    ours = [each["guest replied"] for each in found.wakes]
     return at_most_ratio("wake.idle", "s", "the restore by hand", found.hand_wakes, ours, 1.3)
 
 
@@ -128,7 +128,7 @@ def wake_backlog(bench: Bench) -> Result:
 
 def _sleep_and_wake(bench: Bench, ref: str) -> float:
     bench.job(JobVerb.INSTANCE_SLEEP, ref, lane=Lane.URGENT)
-    return bench.wake(ref)["succeeded"]
+    return bench.wake(ref)["guest replied"]
 
 
 def _fill(bench: Bench, link: RedisLink) -> None:
@@ -169,7 +169,7 @@ def warm_resume(bench: Bench) -> Result:
             hand.close()
     bench.destroy(ref)
     tell_steps(bench, "warm.resume", ours[1:])
-    replied = [each["succeeded"] * 1000 for each in ours[1:]]
+    replied = [each["guest replied"] * 1000 for each in ours[1:]]
     return at_most("warm.resume", "ms", "QMP's cont by hand", bare[1:], replied, 15)
 
 

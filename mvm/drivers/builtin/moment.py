@@ -1,8 +1,10 @@
 """The guest's program ``moment``: no tool of a small image can move the clock by microseconds or reseed the kernel.
 
-It reads a `struct timeval` and a `struct rand_pool_info` from its input and hands them to the kernel: the first is
-added to the clock, the second goes through /dev/urandom, open as descriptor 3. It ends with 0, or with the number of
-the call that failed. Being five system calls, it is assembled here from a table rather than built with a compiler.
+It stands by, since starting a program costs a guest milliseconds while somebody waits. It reads a `struct timeval` and
+a `struct rand_pool_info` from its input and hands them to the kernel: the first is added to the clock, the second goes
+through /dev/urandom, open as descriptor 3. It writes a line with 0, or with the number of the call that failed, and
+begins again, until its input ends. Being six system calls, it is assembled here from a table rather than built with a
+compiler.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ _TIMEX = _BASE + 0x200  # a struct timex; its first field ends the file, the oth
 _TIMEX_TIME, _TIMEX_SIZE = 72, 208
 _POOL = _TIMEX + _TIMEX_SIZE
 _POOL_SIZE = 8 + guest.ENTROPY_BYTES  # how many bits and bytes, then they
+_REPLY = _POOL + _POOL_SIZE  # a digit and the end of its line
 
-_READ, _IOCTL, _EXIT, _ADJTIMEX = 0, 16, 60, 159
+_READ, _WRITE, _IOCTL, _EXIT, _ADJTIMEX = 0, 1, 16, 60, 159
 _ADJ_SETOFFSET = 0x0100
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _URANDOM = 3
@@ -33,7 +36,8 @@ _CALLS = (
 
 _SYSCALL = b"\x0f\x05"
 _EAX, _EDX, _ESI, _EDI = b"\xb8", b"\xba", b"\xbe", b"\xbf"  # mov REGISTER, the 32 bits that follow
-_CMP_EAX, _JGE = b"\x3d", b"\x7d"
+_CMP_EAX, _JG, _JL, _JMP = b"\x3d", b"\x7f", b"\x0f\x8c", b"\xe9"
+_MOV_BYTE = b"\xc6\x04\x25"  # to the address that follows, the byte after it
 
 _ELF = struct.Struct("<16sHHIQQQIHHHHHH")
 _SEGMENT = struct.Struct("<IIQQQQQQ")
@@ -41,7 +45,7 @@ _SEGMENT = struct.Struct("<IIQQQQQQ")
 
 def program() -> bytes:
     """It, as a static x86-64 executable."""
-    code = b"".join(_call(number, call) for number, call in enumerate(_CALLS, start=1)) + _exit(0)
+    code = _code()
     start = _ELF.size + _SEGMENT.size
     header = _ELF.pack(
         b"\x7fELF\x02\x01\x01", 2, 62, 1,  # 64 bits, little-endian; an executable for x86-64
@@ -49,23 +53,39 @@ def program() -> bytes:
         _ELF.size, _SEGMENT.size, 1, 0, 0, 0,
     )  # fmt: skip
     data = struct.pack("<I", _ADJ_SETOFFSET)
-    in_file, in_memory = _TIMEX - _BASE + len(data), _POOL - _BASE + _POOL_SIZE
+    in_file, in_memory = _TIMEX - _BASE + len(data), _REPLY - _BASE + 2
     segment = _SEGMENT.pack(1, 7, 0, _BASE, _BASE, in_file, in_memory, 0x1000)  # to be loaded; all may be done with it
     return (header + segment + code).ljust(_TIMEX - _BASE, b"\0") + data
 
 
-def _call(number: int, call: tuple[int, int, int, int, int]) -> bytes:
-    """One system call; unless it returns enough, the program exits with `number`."""
-    function, first, second, third, least = call
-    failed = _exit(number)
-    return (
-        _mov(_EAX, function) + _mov(_EDI, first) + _mov(_ESI, second) + _mov(_EDX, third) + _SYSCALL
-        + _CMP_EAX + struct.pack("<I", least) + _JGE + bytes([len(failed)]) + failed
-    )  # fmt: skip
+def _code() -> bytes:
+    """A loop over the calls: one that does not return enough ends the round, which is reported."""
+    end = _call(_EXIT, 0, 0, 0)
+    calls = []
+    for number, (function, first, second, third, least) in enumerate(_CALLS, start=1):
+        code = _store(_REPLY, b"%d" % number) + _call(function, first, second, third)
+        if number == 1:  # at the end of its input
+            code += _compare(0) + _JG + bytes([len(end)]) + end
+        calls.append(code + _compare(least) + _JL)
+    done = _store(_REPLY, b"0")
+    code = b""
+    for at, call in enumerate(calls):
+        rest = sum(len(later) + 4 for later in calls[at + 1 :]) + len(done)
+        code += call + struct.pack("<i", rest)  # to the report
+    code += done + _call(_WRITE, 1, _REPLY, 2)
+    return _store(_REPLY + 1, b"\n") + code + _JMP + struct.pack("<i", -len(code) - 5)
 
 
-def _exit(code: int) -> bytes:
-    return _mov(_EAX, _EXIT) + _mov(_EDI, code) + _SYSCALL
+def _call(function: int, first: int, second: int, third: int) -> bytes:
+    return _mov(_EAX, function) + _mov(_EDI, first) + _mov(_ESI, second) + _mov(_EDX, third) + _SYSCALL
+
+
+def _compare(value: int) -> bytes:
+    return _CMP_EAX + struct.pack("<I", value)
+
+
+def _store(address: int, byte: bytes) -> bytes:
+    return _MOV_BYTE + struct.pack("<I", address) + byte
 
 
 def _mov(register: bytes, value: int) -> bytes:

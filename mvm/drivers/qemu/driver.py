@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
+from itertools import chain
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
@@ -223,11 +224,13 @@ class QemuDriver(QemuVmms):
             return _unpacker(index, mmap(file.fileno(), 0, access=ACCESS_READ), manifest)
 
     def _shared(self, name: str) -> Iterator[int]:
-        for found in self.processes().values():
-            for process in found:
-                fd = memory.sealed_in(process.pid, name)
-                if fd is not None:
-                    yield fd
+        with self._lock:
+            children = tuple(self._children)
+        others = (process for found in (self.processes,) for several in found().values() for process in several)
+        for process in chain(children, others):  # looking for all of them takes a while
+            fd = memory.sealed_in(process.pid, name)
+            if fd is not None:
+                yield fd
 
     @contextmanager
     def _monitor(self, ref: InstanceRef, process: ProcessIdentity, deadline_s: float = _ANSWER_S) -> Iterator[Qmp]:

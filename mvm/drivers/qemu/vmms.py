@@ -124,7 +124,7 @@ class QemuVmms:
             self._children = {child for child in self._children if processes.runs(child)}  # which reaps
         found: dict[InstanceRef, tuple[ProcessIdentity, ...]] = defaultdict(tuple)
         for pid in processes.pids():
-            ref = argv.started_for(processes.arguments(pid), self._mark)
+            ref = argv.started_for(processes.arguments(pid, self._mark.encode()), self._mark)
             process = processes.identify(pid) if ref else None
             # Looked at twice, for the pid may have become another's in between.
             if ref and process and processes.runs(process) and processes.arguments(pid):
