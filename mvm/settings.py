@@ -33,7 +33,10 @@ class _TomlFile(PydanticBaseSettingsSource):
         try:
             return tomllib.loads(Path(config).read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InvalidInput("settings.unreadable", f"{config}: {error}", field="MVM_CONFIG") from None
+            raise InvalidInput(
+                "settings.unreadable", f"{config}: {error}", hint="correct the file, or unset MVM_CONFIG",
+                field="MVM_CONFIG",
+            ) from None  # fmt: skip
 
 
 class Settings(BaseSettings):
@@ -128,6 +131,11 @@ def load_settings(**overrides: object) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
+        if first["type"] == "extra_forbidden":
+            raise InvalidInput(
+                "settings.unknown", f"there is no setting {name}",
+                hint=f"in the file named by MVM_CONFIG; known are: {', '.join(Settings.model_fields)}", field=name,
+            ) from None  # fmt: skip
         raise InvalidInput(
             "settings.invalid", f"setting {name}: {first['msg']}",
             hint=f"set by MVM_{name.upper()} or in the file named by MVM_CONFIG", field=name,

@@ -198,7 +198,7 @@ def build_node(
     tenants = Tenants(p.store, p.registry, p.network)
     pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)
     sweeps = Sweeps(
-        store=p.store, registry=p.registry, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
+        store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
         storage=p.storage, lifecycle=lifecycle, node_id=node, grace_s=settings.orphan_grace_s,
         keep_jobs=settings.keep_jobs,
     )  # fmt: skip

@@ -28,8 +28,20 @@ def _logging(**_: Any) -> None:
 
 @signals.worker_ready.connect
 def _ready(**_: Any) -> None:
+    # What a killed predecessor had taken and not noted is in no queue any more.
+    threading.Thread(target=_send_lost, name="send lost", daemon=True).start()
     if role == "main":
         threading.Thread(target=_beat, name="heartbeat", daemon=True).start()
+
+
+def _send_lost() -> None:
+    try:
+        lost = services().jobs.send_lost(settings.node, older_than_s=0)
+    except MvmError as error:  # the next sweep does it
+        log.warning("lost messages not looked for", code=error.code, error=error.message)
+        return
+    if lost:
+        log.warning("sent again what was lost", jobs=[str(job.job_id) for job in lost])
 
 
 def _beat() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from threading import Event
 from typing import Any
 
 import click
@@ -15,9 +16,11 @@ from mvm.cli.progress import Progress
 from mvm.cli.render import emit
 from mvm.domain.ids import JobId
 from mvm.domain.job import Job, JobState, JobVerb
-from mvm.errors import Cancelled, Failed, MvmError, TimedOut, error_from_dict
+from mvm.errors import Cancelled, Failed, MvmError, TimedOut, Unreachable, error_from_dict
 
 _DIAGNOSE_S = 3.0  # queued for so long, a job's node is looked at
+_PATIENCE_S = 15.0  # with a registry that has answered before: its supervisor starts it again
+_ASK_AGAIN_S = 0.25
 
 
 def finish(fleet: Fleet, output: str, job: Job, wait: JobWait, show: Callable[[Job], None]) -> None:
@@ -56,6 +59,7 @@ def follow(fleet: Fleet, ids: Sequence[JobId], timeout_s: float | None) -> dict[
     """Show progress until all of them are final. Ctrl-C stops the waiting only, and exits 130."""
     end = None if timeout_s is None else time.monotonic() + timeout_s
     latest: dict[JobId, Job] = {}
+    lost: float | None = None  # since when the registry is silent
     try:
         with Progress(ids) as progress:
             look = True  # now and then, why nothing happens
@@ -64,9 +68,17 @@ def follow(fleet: Fleet, ids: Sequence[JobId], timeout_s: float | None) -> dict[
                 last = not look or (left is not None and left <= _DIAGNOSE_S)
                 try:
                     for job in fleet.jobs.follow(ids, deadline_s=left if last else _DIAGNOSE_S):
-                        latest[job.job_id] = job
+                        latest[job.job_id], lost = job, None
                         progress.show(job)
                     return latest
+                except Unreachable as error:
+                    now = time.monotonic()
+                    if lost is None and latest:
+                        progress.note(f"{error.message}; waiting for it")
+                    lost = lost or now
+                    if not latest or now - lost > _PATIENCE_S or (end is not None and now > end):
+                        raise _unheard(ids, latest, error) from None
+                    Event().wait(_ASK_AGAIN_S)  # nothing tells when it is back
                 except TimedOut:
                     if last:
                         raise _waited(ids, latest, timeout_s) from None
@@ -109,6 +121,15 @@ def _waited(ids: Sequence[JobId], latest: Mapping[JobId, Job], timeout_s: float 
     return TimedOut(
         "job.wait_timeout", f"not finished after {timeout_s:g} s; the job goes on: {' '.join(names)}",
         hint=f"mvm job wait {' '.join(names)}", jobs=[str(name) for name in names],
+    )  # fmt: skip
+
+
+def _unheard(ids: Sequence[JobId], latest: Mapping[JobId, Job], error: Unreachable) -> Unreachable:
+    """`error`, with the jobs that it keeps from being followed: they were accepted."""
+    names = _open(ids, latest)
+    return Unreachable(
+        error.code, error.message, hint=f"see: mvm status; then: mvm job wait {' '.join(names)}",
+        **{**error.fields, "jobs": [str(name) for name in names]},
     )  # fmt: skip
 
 

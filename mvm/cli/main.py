@@ -64,7 +64,7 @@ def _report(error: Exception, output: str, debug: bool) -> int:
 
 @click.command(cls=Root, lazy=_COMMANDS, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--state-dir", envvar="MVM_STATE_DIR", type=click.Path(file_okay=False), metavar="DIR",
+    "--state-dir", envvar="MVM_STATE_DIR", type=click.Path(file_okay=False, readable=False), metavar="DIR",
     help="Where the node's state is (MVM_STATE_DIR; default: /var/lib/mvm).",
 )  # fmt: skip
 @click.version_option(package_name="mvm", message="%(version)s")

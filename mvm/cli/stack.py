@@ -42,9 +42,11 @@ def up(
 ) -> None:
     """Start the stack on this machine; without --detach stay until Ctrl-C. Instances go on either way."""
     from mvm.drivers.stack import connection
+    from mvm.telemetry.logging import parse_filter, without_passwords
 
     os.umask(0o077)  # logs and sockets of the stack are for its user alone
     settings = _settings(ctx, netns=netns, driver=driver, flower_port=flower_port)
+    parse_filter(settings.log)  # every part would refuse it
     stack = _stack(settings)
     if prepare:
         stack.prepare()
@@ -53,7 +55,7 @@ def up(
     with _interrupts_as_keyboard():
         stack.up(_say)
         try:
-            facts = connection(settings)
+            facts = {name: value and without_passwords(value) for name, value in connection(settings).items()}
             with suppress(BrokenPipeError):
                 show_one(facts, output_of(ctx))
             _say(f"up; Flower's user is mvm, its password in {settings.layout.flower_password}")

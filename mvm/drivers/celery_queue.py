@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, Lane
 from mvm.drivers.redis_link import RedisLink
 from mvm.ports.queue import node_queue
@@ -112,3 +113,10 @@ class CeleryQueue:
         pushes = [("LPUSH", queue_key(job), json.dumps(task_message(job, expires))) for job in jobs]
         for start in range(0, len(pushes), _BATCH):
             self._link.pipeline(pushes[start : start + _BATCH])
+
+    def queued(self, node: NodeId) -> frozenset[JobId]:
+        """See ports/queue.py."""
+        names = {node_queue(node, lane) for lane in Lane}
+        keys = [f"{name}{PRIORITY_SEPARATOR}{p}" if p else name for name in names for p in PRIORITY_STEPS]
+        lists = self._link.pipeline([("LRANGE", key, 0, -1) for key in keys])
+        return frozenset(JobId(json.loads(raw)["headers"]["id"]) for raws in lists for raw in raws)

@@ -186,7 +186,8 @@ def _errors() -> Iterator[None]:
             raise _full() from None
         raise Failed("image.build_failed", f"the image could not be built: {error}") from error
     except Failed as error:
-        if "No space left" in f"{error.message} {error.fields.get('stderr', '')}":
+        words = f"{error.message} {error.fields.get('stderr', '')}"
+        if "No space left" in words or "Write error" in words:  # lz4 does not say why it could not write
             raise _full() from None
         if error.code.startswith("shell."):
             raise Failed("image.build_failed", error.message, hint=error.hint, **error.fields) from None

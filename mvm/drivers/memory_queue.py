@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Lock
 
-from mvm.domain.ids import NodeId
+from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, Lane
 from mvm.errors import Unreachable
 from mvm.ports.clock import Clock
@@ -37,6 +37,11 @@ class MemoryQueue:
         """What lies in `queue` (see `node_queue`), expired or not, in the order it will be taken."""
         with self._lock:
             return [job for key in self._keys() if node_queue(*key) == queue for job, _ in self._sent[key]]
+
+    def queued(self, node: NodeId) -> frozenset[JobId]:
+        """See ports/queue.py."""
+        with self._lock:
+            return frozenset(job.job_id for key in self._keys() if key[0] == node for job, _ in self._sent[key])
 
     def drain(self, run: Callable[[Job], object], *, node: NodeId | None = None) -> int:
         """Deliver to `run` until nothing is left (for `node`, if given), also what `run` sends; returns how many.

@@ -213,6 +213,11 @@ class MemoryRegistry:
             count = max(0, min(parallel - under_way, len(bulk.held)))
             return [self._jobs[bulk.held.popleft()] for _ in range(count)]
 
+    def held_children(self, parent: JobId) -> frozenset[JobId]:
+        """See ports/registry.py."""
+        with self._changed:
+            return frozenset(self._bulks[parent].held) if parent in self._bulks else frozenset()
+
     def request_cancel(self, job_id: JobId) -> Job:
         """See ports/registry.py."""
         with self._changed:

@@ -84,7 +84,7 @@ class RedisLink:
                 raise self._unreachable(again) from None
         for reply in replies:
             if isinstance(reply, hiredis.HiredisError):
-                raise Failed("redis.refused", f"Redis refused a command: {reply}")
+                raise _refused("a command", reply)
         return replies
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class RedisLink:
     def _hello(connection: _Connection, *words: str) -> None:
         (reply,) = connection.exchange(hiredis.pack_command(cast("Any", words)), 1, _CONNECT_S)
         if isinstance(reply, hiredis.HiredisError):
-            raise Failed("redis.refused", f"Redis refused {words[0]}: {reply}")
+            raise _refused(words[0], reply)
 
     def _connect(self) -> socket.socket:
         if self._url.scheme == "unix":
@@ -152,3 +152,9 @@ class RedisLink:
             self._code, f"Redis at {where} does not answer: {error.strerror or error}",
             hint="is the stack up? see: mvm status",
         )  # fmt: skip
+
+
+def _refused(what: str, reply: hiredis.HiredisError) -> Failed:
+    if "No space left" in str(reply):
+        return Failed("disk.full", "Redis has no space left for its data", hint="free some space on its disk")
+    return Failed("redis.refused", f"Redis refused {what}: {reply}", hint="look at the log of Redis")

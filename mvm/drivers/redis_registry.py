@@ -202,6 +202,10 @@ class RedisRegistry:
         """See ports/registry.py."""
         return self._get(self._link.command("EVAL", NEXT_CHILDREN, 0, parent))
 
+    def held_children(self, parent: JobId) -> frozenset[JobId]:
+        """See ports/registry.py."""
+        return frozenset(JobId(raw.decode()) for raw in self._link.command("LRANGE", f"mvm:bulk:{parent}:held", 0, -1))
+
     def request_cancel(self, job_id: JobId) -> Job:
         """See ports/registry.py."""
         job = self.job(job_id)

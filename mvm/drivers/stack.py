@@ -152,7 +152,6 @@ class Stack:
                 raise supervisor.already_up(self._layout)
             self._supervisor.stop()  # what is left of one that was killed
             self._check_ports()
-            self._check_external()
             try:
                 self._start(report)
                 self._wait_ready(report)
@@ -202,6 +201,7 @@ class Stack:
         self._layout.connection.unlink(missing_ok=True)
         if namespace:
             self._own_namespace(namespace, report)
+        self._check_external()
         for stale in (self._layout.metrics, self._layout.redis_socket):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
         self._layout.metrics.mkdir(mode=0o700)
@@ -274,10 +274,13 @@ class Stack:
                     ) from None  # fmt: skip
 
     def _check_external(self) -> None:
+        hint = "see MVM_REDIS_URL"
+        if self._settings.namespace and not self._settings.redis_url.startswith("unix:"):
+            hint += "; a new network namespace reaches no other host: give a Unix socket, or --netns host"
         for name in self._external:
             problem = self._probes.ask(name, {})
             if problem:
-                raise Unreachable("registry.unreachable", problem, hint="see MVM_REDIS_URL")
+                raise Unreachable("registry.unreachable", problem, hint=hint)
 
     def _down(self, report: Report) -> None:
         if self._supervisor.pids():

@@ -65,7 +65,8 @@ def prepare(layout: StateLayout) -> None:
     except PermissionError:
         raise denied(layout.root) from None
     except OSError as error:
-        raise Failed("state.failed", f"{error.filename or layout.root}: {error.strerror}") from None
+        raise Failed("state.failed", f"{error.filename or layout.root}: {error.strerror}",
+                     hint="choose a writable directory with MVM_STATE_DIR") from None  # fmt: skip
 
 
 @contextmanager

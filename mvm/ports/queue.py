@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mvm.domain.ids import NodeId
+from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, Lane
 
 
@@ -19,4 +19,8 @@ class JobQueue(Protocol):
 
     def send(self, jobs: Sequence[Job], *, expires_s: float | None = None) -> None:
         """Send each to its node's queue; one that nobody takes within `expires_s` seconds is dropped."""
+        ...
+
+    def queued(self, node: NodeId) -> frozenset[JobId]:
+        """The jobs whose messages wait in the node's queues; not those that a worker has taken."""
         ...

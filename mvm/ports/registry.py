@@ -114,6 +114,10 @@ class Registry(Protocol):
         """Held children that may be sent now that others ended, at most to the bulk job's ``parallel``."""
         ...
 
+    def held_children(self, parent: JobId) -> frozenset[JobId]:
+        """Children that `next_children` has not released yet."""
+        ...
+
     def request_cancel(self, job_id: JobId) -> Job:
         """Ask a job (and a bulk job's children) to end: queued ones are cancelled, running ones are asked.
 

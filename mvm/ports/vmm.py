@@ -116,6 +116,13 @@ class VmmDriver(Protocol):
         """The guest's console from byte `offset` on, at most 64 KiB, and the offset behind it."""
         ...
 
+    def trim_console(self, directory: Path, *, keep: int) -> None:
+        """Give back the disk space of all but about the last `keep` bytes of the guest's console.
+
+        Offsets stay what they were. A guest decides how much it writes, so somebody has to do this now and then.
+        """
+        ...
+
 
 @runtime_checkable
 class Snapshotting(Protocol):

@@ -90,6 +90,31 @@ class Jobs:
                 )
             raise
 
+    def send_lost(self, node: NodeId, *, older_than_s: float) -> Sequence[Job]:
+        """Send again what waits for `node` and is in none of its queues; returns those jobs.
+
+        A message is lost when a worker is killed between taking and noting it, or a caller between recording its job
+        and sending it. A message too many is harmless: a job is done once. Sweeps are not worth it.
+        """
+        before = self._clock.now() - timedelta(seconds=older_than_s)
+        waiting = [
+            job
+            for job in self._registry.open_jobs(node)
+            if job.state is JobState.QUEUED
+            and job.submitted_at <= before
+            and job.verb is not JobVerb.BULK
+            and not job.verb.is_sweep
+        ]
+        if not waiting:
+            return []
+        known = set(self._queue.queued(node))
+        for parent in {job.parent for job in waiting if job.parent}:
+            known |= self._registry.held_children(parent)
+        lost = [job for job in waiting if job.job_id not in known]
+        if lost:
+            self._queue.send(lost)
+        return lost
+
     def release_children(self, parent: JobId) -> None:
         """Send the children of a bulk job that may run now that others ended."""
         ready = self._registry.next_children(parent)

@@ -21,10 +21,16 @@ from mvm.ports.registry import Registry
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import Presence, VmmDriver
+from mvm.services.jobs import Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.sweeps")
+
+_LOST_S = 30.0
+"""How long a job may wait in no queue: longer than sending it takes."""
+
+_CONSOLE_BYTES = 1 << 20  # of a running guest's console that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +46,13 @@ class Sweeps:
     """Stale PIDs and orphans. An orphan is removed once it has been one for the grace time."""
 
     def __init__(
-        self, *, store: NodeStore, registry: Registry, locks: Locks, clock: Clock, vmm: VmmDriver,
+        self, *, store: NodeStore, registry: Registry, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver,
         network: HostNetwork, storage: NodeStorage, lifecycle: Lifecycle, node_id: NodeId, grace_s: float,
         keep_jobs: int,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
+        self._jobs = jobs
         self._locks = locks
         self._clock = clock
         self._vmm = vmm
@@ -58,13 +65,14 @@ class Sweeps:
         self._first_seen: dict[str, float] = {}
 
     def stale_pids(self, context: JobContext) -> Mapping[str, Any]:
-        """Instances recorded running whose process is gone become stopped, with the reason."""
+        """Instances recorded running whose process is gone become stopped, with the reason; consoles are kept short."""
         context.step("compare processes", 0, 1)
         gone = []
         for instance in self._store.instances():
             if instance.status not in (Status.RUNNING, Status.WARM) or instance.in_flight:
                 continue
             if self._vmm.observe(instance.ref, instance.process) is not Presence.ABSENT:
+                self._vmm.trim_console(self._storage.directory(instance.ref), keep=_CONSOLE_BYTES)
                 continue
             reason = self._reason(instance)
             try:
@@ -96,6 +104,7 @@ class Sweeps:
     def orphans(self, context: JobContext) -> Mapping[str, Any]:
         """Processes, TAPs, bridges, directories and files of a run that no record owns."""
         context.step("compare host and store", 0, 1)
+        sent = self._send_lost()
         found = self._find_orphans()
         now = self._clock.monotonic()
         self._first_seen = {name: self._first_seen.get(name, now) for name in found}
@@ -104,7 +113,14 @@ class Sweeps:
             if now - self._first_seen[name] >= self._grace_s and self._remove(orphan):
                 removed.append(name)
                 log.warning("orphan removed", orphan=name)
-        return {"changed": bool(removed), "found": sorted(found), "removed": removed}
+        return {"changed": bool(removed or sent), "found": sorted(found), "removed": removed, "sent_again": sent}
+
+    def _send_lost(self) -> list[str]:
+        try:
+            lost = self._jobs.send_lost(self._node_id, older_than_s=_LOST_S)
+        except Unreachable:
+            return []
+        return [str(job.job_id) for job in lost]
 
     def _find_orphans(self) -> dict[str, Orphan]:
         # The host is read before the store: what is being created is written down first, so it has an owner by then.

@@ -9,7 +9,7 @@ from typing import Any
 from mvm.domain.addressing import parse_net_id, parse_subnet
 from mvm.domain.ids import TenantId
 from mvm.domain.tenant import Quota, Tenant
-from mvm.errors import InvalidInput, NotAllowed
+from mvm.errors import InvalidInput, NotAllowed, NotFound
 from mvm.ports.network import HostNetwork
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
@@ -58,7 +58,17 @@ class Tenants:
 
     def destroy(self, context: JobContext) -> Mapping[str, Any]:
         """Remove a tenant that has no pools and no instances; its net id is never given again."""
-        tenant = self._store.tenant(TenantId(context.job.subject))
+        tenant_id = TenantId(context.job.subject)
+        try:
+            tenant = self._store.tenant(tenant_id)
+        except NotFound:
+            ghost = self._registry.tenant(tenant_id)
+            if ghost is None:
+                raise
+            # A heartbeat reminded the registry of it in the very moment it was destroyed.
+            self._network.remove_bridges(frozenset({ghost.network.bridge}))
+            self._registry.remove_tenant(tenant_id)
+            return {"tenant_id": str(tenant_id)}
         self._check_empty(tenant)
         context.step("remove bridge", 0, 1)
         self._network.remove_bridges(frozenset({tenant.network.bridge}))

@@ -107,9 +107,14 @@ def _hide_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -
     return event
 
 
+def without_passwords(text: str) -> str:
+    """`text` with the passwords in its URLs hidden."""
+    return _URL_PASSWORD.sub(rf"\1:{_HIDDEN}@", text)
+
+
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        return _URL_PASSWORD.sub(rf"\1:{_HIDDEN}@", value)
+        return without_passwords(value)
     if isinstance(value, dict):
         return {k: _HIDDEN if _SECRET_NAME.search(str(k)) else _clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -67,3 +67,14 @@ def test_no_broker_is_a_clear_error(tmp_path: Any) -> None:
         CeleryQueue(link).send([a_job()])
     assert caught.value.code == "broker.unreachable"
     assert "none.sock" in caught.value.message
+
+
+@pytest.mark.redis
+def test_what_waits_in_a_nodes_queues_is_known(redis_server: RedisServer) -> None:
+    link = RedisLink(redis_server.url, code="x")
+    queue = CeleryQueue(link)
+    jobs = [a_job(lane, job_id=JobId(f"j-0193583f6c2a-{n:010x}")) for n, lane in enumerate(Lane)]
+    elsewhere = a_job(node_id=NodeId("n10"))
+    queue.send([*jobs, elsewhere])
+    assert queue.queued(NodeId("n1")) == {job.job_id for job in jobs}
+    link.close()

@@ -13,7 +13,7 @@ import structlog
 
 from mvm.errors import InvalidInput
 from mvm.settings import load_settings
-from mvm.telemetry.logging import bind_job, configure, parse_filter
+from mvm.telemetry.logging import bind_job, configure, parse_filter, without_passwords
 from tests.support.make import job
 
 
@@ -110,3 +110,7 @@ def test_text_is_for_people() -> None:
     assert "made" in out.getvalue()
     assert "count=3" in out.getvalue()
     assert "\x1b" not in out.getvalue()
+
+
+def test_a_url_is_shown_without_its_password() -> None:
+    assert without_passwords("redis://u:p%40ss@h/0 unix:///s/redis.sock") == "redis://u:***@h/0 unix:///s/redis.sock"

@@ -71,3 +71,19 @@ def test_a_character_cut_in_two_comes_whole(vmm: QemuDriver, tmp_path: Path) -> 
 def test_a_new_run_is_followed_from_its_start(vmm: QemuDriver, tmp_path: Path) -> None:
     write(tmp_path, b"new")
     assert vmm.console(tmp_path, offset=1000) == ("new", 3)
+
+
+def test_a_flooded_console_gives_back_its_space_and_goes_on(vmm: QemuDriver, tmp_path: Path) -> None:
+    write(tmp_path, b"early\n" + b"flood\n" * 200_000 + b"late\n")
+    _, offset = vmm.console(tmp_path, offset=0)
+    vmm.trim_console(tmp_path, keep=8192)
+    assert (tmp_path / "console.log").stat().st_blocks * 512 <= 8192 + 4096
+    text, behind = vmm.console(tmp_path, offset=0)
+    assert behind > offset
+    assert len(text) <= 8192 + 4096
+    assert text.endswith("flood\nlate\n")
+    assert vmm.console(tmp_path, offset=behind) == ("", behind)
+    with (tmp_path / "console.log").open("ab") as file:
+        file.write(b"more\n")
+    assert vmm.console(tmp_path, offset=behind)[0] == "more\n"
+    vmm.trim_console(tmp_path / "none", keep=1)

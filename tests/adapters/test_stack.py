@@ -20,6 +20,7 @@ from mvm.drivers.supervisor import Program
 from mvm.errors import Failed, Forbidden, InvalidInput, NotAllowed, Unreachable
 from mvm.settings import Settings, load_settings
 from tests.support.local import free_port
+from tests.support.redis_server import RedisServer
 
 pytestmark = pytest.mark.redis
 
@@ -163,6 +164,25 @@ def test_an_external_redis_that_is_down_is_known_at_once(root: Path) -> None:
     with pytest.raises(Unreachable) as caught:
         Stack(settings, LocalShell(), []).up(quiet)
     assert caught.value.code == "registry.unreachable"
+
+
+@pytest.mark.root
+def test_an_external_redis_is_asked_from_the_namespace_made_for_the_stack(settings: Settings) -> None:
+    redis = RedisServer()
+    settings = load_settings(**{**settings.model_dump(), "netns": "", "redis_url": redis.url})
+    stack = Stack(settings, LocalShell(), [])
+    try:
+        stack.up(quiet)
+        assert [(part.name, part.state, part.answers) for part in stack.status()] == [("redis", "external", True)]
+        stack.down(quiet)
+        redis.kill()
+        with pytest.raises(Unreachable):
+            stack.up(quiet)
+        assert settings.namespace is not None
+        assert not netns.exists(settings.namespace), "a failed start leaves nothing"
+    finally:
+        redis.close()
+        stack.down(quiet)
 
 
 @pytest.mark.root

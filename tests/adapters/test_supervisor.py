@@ -85,6 +85,17 @@ def test_a_part_that_dies_is_started_again(supervisor: Supervisor) -> None:
     until(lambda: supervisor.parts()["part"].pid not in (None, first), 10, "another one runs")
 
 
+def test_a_disk_too_full_for_logs_does_not_end_it(supervisor: Supervisor, layout: StateLayout) -> None:
+    for name in ("supervisord.log", "supervisord.out", "part.log"):
+        (layout.logs / name).symlink_to("/dev/full")
+    supervisor.start([Program("part", SLEEP, 10)], {})
+    until(lambda: supervisor.parts()["part"].state == "RUNNING", 10, "the part runs")
+    first = supervisor.parts()["part"].pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    until(lambda: supervisor.parts()["part"].pid not in (None, first), 10, "another one runs")
+
+
 def test_stop_ends_everything_but_other_sessions(supervisor: Supervisor, layout: StateLayout) -> None:
     """What a part started in a session of its own, as microVMs are, goes on; its other children do not."""
     script = (

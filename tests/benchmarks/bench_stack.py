@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
 
-from tests.support.live_stack import LiveStack, live_stack
-from tests.support.microvm import image_cache
+from tests.support.stack import Stack, running_stack
+
+COMMAND = str(Path(sys.executable).with_name("mvm"))  # as people run it
+_SETTINGS = {  # the defaults, which tests make shorter; and the steps of jobs in the worker's log
+    "MVM_STALE_PID_SWEEP_S": "10", "MVM_RECONCILE_SWEEP_S": "15", "MVM_ORPHAN_SWEEP_S": "60",
+    "MVM_ORPHAN_GRACE_S": "60", "MVM_LOG": "mvm.jobs=debug",
+}  # fmt: skip
 
 
 class Bench:
@@ -18,20 +25,12 @@ class Bench:
         self.say = say
 
     @cached_property
-    def stack(self) -> LiveStack:
-        """Up, with the steps of jobs in its worker's log. Packages and images come from the tests' cache."""
+    def stack(self) -> Stack:
+        """Up. Packages come from the tests' cache."""
         self.say("bringing a stack up")
-        stack = self._cleanup.enter_context(live_stack(before=_use_cache, MVM_LOG="mvm.jobs=debug"))
-        stack.ok("tenant", "create", "bench")
-        stack.ok("pool", "create", "bench/web", "--flake", "builtin:", "--profile", "minimal")
+        stack = self._cleanup.enter_context(running_stack(**_SETTINGS))
+        stack.mvm("tenant", "create", "bench")
+        stack.mvm("pool", "create", "bench/web", "--flake", "builtin:", "--profile", "minimal")
         self.say("building its image")
-        stack.ok("pool", "build", "bench/web", within_s=600)
+        stack.mvm("pool", "build", "bench/web", timeout_s=600)
         return stack
-
-
-def _use_cache(stack: LiveStack) -> None:
-    cache, layout = image_cache(), stack.layout
-    for ours, theirs in ((cache.package_cache, layout.package_cache), (cache.images, layout.images)):
-        ours.mkdir(parents=True, exist_ok=True, mode=0o700)
-        theirs.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        theirs.symlink_to(ours)

@@ -22,9 +22,8 @@ from mvm.drivers.clock import SystemClock
 from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.redis_registry import RedisRegistry
 from mvm.services.jobs import Jobs
-from tests.benchmarks.bench_stack import Bench
+from tests.benchmarks.bench_stack import COMMAND, Bench
 from tests.benchmarks.result import Result, at_most, informal
-from tests.support.live_stack import COMMAND
 from tests.support.redis_server import RedisServer
 
 _RUNS = 15
@@ -34,16 +33,16 @@ _REF = "bench/web/i-00000000"
 
 
 def cli_help(_bench: Bench) -> Result:
-    bare, ours = _interleaved(lambda: _process(_BARE), lambda: _process((str(COMMAND), "--help")))
+    bare, ours = _interleaved(lambda: _process(_BARE), lambda: _process((COMMAND, "--help")))
     return at_most("cli.help", "ms", "python -c pass", bare, ours, 100)
 
 
 def cli_list(bench: Bench) -> Result:
     stack = bench.stack
-    refs = stack.ok("instance", "create", "bench/web", "--count", "3").split()
-    listing = (str(COMMAND), "instance", "list")
-    bare, ours = _interleaved(lambda: _process(_BARE), lambda: _process(listing, stack.environment))
-    stack.ok("instance", "destroy", "-y", *refs)
+    refs = stack.mvm("instance", "create", "bench/web", "--count", "3").split()
+    listing = (COMMAND, "instance", "list")
+    bare, ours = _interleaved(lambda: _process(_BARE), lambda: _process(listing, stack.env))
+    stack.mvm("instance", "destroy", "-y", *refs)
     return at_most("cli.list", "ms", "python -c pass", bare, ours, 400)
 
 

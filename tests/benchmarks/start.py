@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -36,13 +35,14 @@ from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.instance_sockets import listen
 from mvm.drivers.qcow2 import write_empty
 from mvm.drivers.qemu import argv
+from mvm.drivers.qemu.qmp import MONITOR
 from mvm.drivers.qemu.tsc import host_tsc_khz
 from mvm.drivers.revisions import INITRAMFS, KERNEL, ROOTFS
 from mvm.drivers.shell import LocalShell
 from mvm.ports.vmm import BootSpec, Nic
-from tests.benchmarks.bench_stack import Bench
+from tests.benchmarks.bench_stack import COMMAND, Bench
 from tests.benchmarks.result import Result, at_most_ratio
-from tests.support.live_stack import COMMAND, LiveStack
+from tests.support.stack import Stack
 
 _RUNS = 9
 _ANSWER_S = 60.0
@@ -54,7 +54,7 @@ _ANSWERED = "identify guest"
 def cold(bench: Bench) -> Result:
     """Run it; the way of ours, step by step, is told on stderr."""
     stack = bench.stack
-    ref = InstanceRef.parse(stack.ok("instance", "create", "bench/web").strip())
+    ref = InstanceRef.parse(stack.mvm("instance", "create", "bench/web").strip())
     bare: list[float] = []
     ours: list[dict[str, float]] = []
     with _by_hand(stack, ref) as hand:
@@ -66,7 +66,7 @@ def cold(bench: Bench) -> Result:
             if not hand_first:
                 bare.append(hand.start())
             bench.say(f"start.cold {run}/{_RUNS}: {ours[-1][_ANSWERED]:.3f} s, by hand {bare[-1]:.3f} s")
-    stack.ok("instance", "destroy", "-y", str(ref))
+    stack.mvm("instance", "destroy", "-y", str(ref))
     del bare[0], ours[0]
     for step in ours[0]:
         bench.say(f"start.cold reaches {step!r} after {median(each[step] for each in ours):.3f} s")
@@ -74,20 +74,20 @@ def cold(bench: Bench) -> Result:
     return at_most_ratio("start.cold", "s", "the same QEMU by hand", bare, answered, 1.25)
 
 
-def _start(stack: LiveStack, ref: InstanceRef) -> dict[str, float]:
+def _start(stack: Stack, ref: InstanceRef) -> dict[str, float]:
     """Start `ref` and stop it again; when each step of the job began, in seconds from the command's spawn."""
     log = stack.layout.logs / "worker.log"
     offset = log.stat().st_size
     began = time.time()
     subprocess.run(
-        [COMMAND, "instance", "start", str(ref)], env=stack.environment, stdin=subprocess.DEVNULL,
+        [COMMAND, "instance", "start", str(ref)], env=stack.env, stdin=subprocess.DEVNULL,
         capture_output=True, check=True,
     )  # fmt: skip
     ended = time.time()
     with log.open() as lines:
         lines.seek(offset)
         events = [json.loads(line) for line in lines if line.startswith("{")]
-    stack.ok("instance", "stop", "--force", str(ref))
+    stack.mvm("instance", "stop", "--force", str(ref))
     steps = {
         event.get("step", event["event"]): datetime.fromisoformat(event["timestamp"]).timestamp() - began
         for event in events
@@ -111,32 +111,31 @@ class ByHand:
         spec.overlay.unlink(missing_ok=True)
         with spec.overlay.open("w+b") as file:
             write_empty(file, spec.rootfs.stat().st_size)
-        with ExitStack() as stack:
-            ours, theirs = socket.socketpair()
-            stack.enter_context(ours)
-            card = tap.attach(spec.nic.tap)
-            ports = {name: listen(spec.directory, name) for name in guest.PORTS}
-            fds = argv.Descriptors(card, theirs.fileno(), {name: port.fileno() for name, port in ports.items()})
-            command = argv.command(spec, fds, self._accelerator, host_tsc_khz(), _MARK)
-            began = time.perf_counter()
-            try:
-                process = self._shell.spawn(
-                    command, log=spec.directory / "vmm.log", pass_fds=(fds.tap, fds.monitor, *fds.ports.values())
-                )
-            finally:
-                os.close(card)
-                for each in (theirs, *ports.values()):
-                    each.close()
-            try:
-                channel.hello(spec.ref, spec.directory, deadline_s=_ANSWER_S)
-                return time.perf_counter() - began
-            finally:
-                processes.kill(process)
-                processes.wait_gone(process, _ANSWER_S)
+        card = tap.attach(spec.nic.tap)
+        names = (MONITOR, *guest.PORTS)
+        sockets = {name: listen(spec.directory, name) for name in names}
+        ports = {name: sockets[name].fileno() for name in guest.PORTS}
+        fds = argv.Descriptors(card, sockets[MONITOR].fileno(), ports)
+        command = argv.command(spec, fds, self._accelerator, host_tsc_khz(), _MARK)
+        began = time.perf_counter()
+        try:
+            process = self._shell.spawn(
+                command, log=spec.directory / "vmm.log", pass_fds=(fds.tap, fds.monitor, *fds.ports.values())
+            )
+        finally:
+            os.close(card)
+            for each in sockets.values():
+                each.close()
+        try:
+            channel.hello(spec.ref, spec.directory, deadline_s=_ANSWER_S)
+            return time.perf_counter() - began
+        finally:
+            processes.kill(process)
+            processes.wait_gone(process, _ANSWER_S)
 
 
 @contextmanager
-def _by_hand(stack: LiveStack, ref: InstanceRef) -> Iterator[ByHand]:
+def _by_hand(stack: Stack, ref: InstanceRef) -> Iterator[ByHand]:
     """Everything but QEMU itself is there within the block, and gone after it."""
     tenant, pool = stack.json("tenant", "info", str(ref.tenant)), stack.json("pool", "info", str(ref.pool_ref))
     network = TenantNetwork(tenant["net_id"], IPv4Network(tenant["subnet"]))
@@ -145,7 +144,7 @@ def _by_hand(stack: LiveStack, ref: InstanceRef) -> Iterator[ByHand]:
     accelerator = json.loads((stack.layout.run / "accelerator.json").read_text())["name"]
     shell = LocalShell()
     connection = json.loads(stack.layout.connection.read_text())
-    with tempfile.TemporaryDirectory(dir=stack.root) as name, netns.entered(netns.path_of(connection["netns"])):
+    with tempfile.TemporaryDirectory(dir=stack.layout.root) as name, netns.entered(netns.path_of(connection["netns"])):
         shell.run(["ip", "tuntap", "add", _TAP, "mode", "tap"])
         try:
             shell.run(["ip", "link", "set", _TAP, "master", network.bridge, "addrgenmode", "none", "up"])

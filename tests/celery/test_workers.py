@@ -54,6 +54,16 @@ def test_killed_workers_lose_and_repeat_nothing(celery_setup: Any, fleet: Jobs) 
     assert len(set(net_ids)) == 60
 
 
+def test_a_message_that_was_lost_is_sent_again_by_the_next_worker(celery_setup: Any, fleet: Jobs) -> None:
+    live(fleet)
+    lost = fleet.new(JobVerb.TENANT_CREATE, "lost", NODES[0], actor="test")
+    fleet._registry.record([lost])  # as a kill between taking and noting a message leaves it
+    worker = celery_setup.worker_cluster[0]
+    worker.container._container.kill()
+    worker.container._container.start()
+    assert ended(fleet, lost.job_id)[lost.job_id].state is JobState.SUCCEEDED
+
+
 def test_a_message_delivered_twice_runs_once(celery_setup: Any, fleet: Jobs) -> None:
     """50 jobs, each message sent twice: one tenant each, and every job succeeded."""
     live(fleet)

@@ -123,3 +123,4 @@ def test_no_boot_without_its_tap(side: Side) -> None:
 def test_the_console_of_an_instance_that_never_ran_is_empty(side: Side, tmp_path: Path) -> None:
     assert side.vmm.console_tail(tmp_path / "none", lines=10) == ""
     assert side.vmm.console(tmp_path / "none", offset=0) == ("", 0)
+    side.vmm.trim_console(tmp_path / "none", keep=1)

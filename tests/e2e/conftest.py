@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.live_stack import LiveStack, live_stack
+from tests.support.stack import Stack, running_stack
 
 
 @pytest.fixture(scope="module")
-def mvm() -> Iterator[LiveStack]:
-    """The command, over a stack that is up; redis, workers, Beat, agent and Flower are processes of their own."""
-    with live_stack("--driver", "fake", "--netns", "host", MVM_NODE_ID="n1") as stack:
+def fake_stack() -> Iterator[Stack]:
+    """Redis, workers, Beat, agent and Flower are processes of their own, outside any namespace."""
+    seldom = {f"MVM_{sweep}_SWEEP_S": "60" for sweep in ("STALE_PID", "RECONCILE", "ORPHAN")}
+    with running_stack("fake", MVM_NETNS="host", **seldom) as stack:
         yield stack

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from mvm.settings import load_settings
-from tests.support.live_stack import COMMAND, LiveStack, free_port
+from tests.support.local import free_port
+from tests.support.stack import Stack
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.redis]
@@ -21,16 +21,16 @@ _REF = "acme/web/i-00000000"
 
 
 @pytest.fixture(scope="module")
-def refs(mvm: LiveStack) -> dict[str, str]:
+def refs(fake_stack: Stack) -> dict[str, str]:
     """One instance that runs, one that is stopped and one that was never started; the quota lets one run."""
-    mvm.ok("tenant", "create", "acme", "--net-id", "7", "--max-running", "1", "--max-pools", "1",
+    fake_stack.mvm("tenant", "create", "acme", "--net-id", "7", "--max-running", "1", "--max-pools", "1",
            "--max-instances-per-pool", "3", "--max-disk", "1")  # fmt: skip
-    mvm.ok("pool", "create", "acme/web", *_POOL.split(), "--mem", "128")
-    mvm.ok("pool", "build", "acme/web")
-    running, stopped, ready = mvm.ok("instance", "create", "acme/web", "--count", "3").split()
-    mvm.ok("instance", "start", stopped)
-    mvm.ok("instance", "stop", stopped)
-    mvm.ok("instance", "start", running)
+    fake_stack.mvm("pool", "create", "acme/web", *_POOL.split(), "--mem", "128")
+    fake_stack.mvm("pool", "build", "acme/web")
+    running, stopped, ready = fake_stack.mvm("instance", "create", "acme/web", "--count", "3").split()
+    fake_stack.mvm("instance", "start", stopped)
+    fake_stack.mvm("instance", "stop", stopped)
+    fake_stack.mvm("instance", "start", running)
     return {"running": running, "stopped": stopped, "ready": ready}
 
 
@@ -85,92 +85,84 @@ def refs(mvm: LiveStack) -> dict[str, str]:
     ],
 )
 def test_what_cannot_be_done_is_told(
-    mvm: LiveStack, refs: dict[str, str], exit_code: int, code: str, line: str
+    fake_stack: Stack, refs: dict[str, str], exit_code: int, code: str, line: str
 ) -> None:
-    words = line.format(**refs).split()
-    if "--" in words:
-        words[1:1] = ["-o", "json"]
-        done = mvm(*words)
-        assert (done.returncode, f"error[{code}]: " in done.stderr) == (exit_code, True), done.stderr
-    else:
-        mvm.fails(exit_code, code, *words)
+    fake_stack.fails(exit_code, code, *line.format(**refs).split())
 
 
-def test_nothing_of_it_was_changed(mvm: LiveStack, refs: dict[str, str]) -> None:
-    assert [row["tenant_id"] for row in mvm.json("tenant", "list")] == ["acme"]
-    assert [row["ref"] for row in mvm.json("pool", "list")] == ["acme/web"]
-    statuses = {row["ref"]: row["status"] for row in mvm.json("instance", "list")}
+def test_nothing_of_it_was_changed(fake_stack: Stack, refs: dict[str, str]) -> None:
+    assert [row["tenant_id"] for row in fake_stack.json("tenant", "list")] == ["acme"]
+    assert [row["ref"] for row in fake_stack.json("pool", "list")] == ["acme/web"]
+    statuses = {row["ref"]: row["status"] for row in fake_stack.json("instance", "list")}
     assert statuses == {refs["running"]: "running", refs["stopped"]: "stopped", refs["ready"]: "ready"}
 
 
-def test_a_second_up_is_refused_and_harms_nothing(mvm: LiveStack) -> None:
-    mvm.fails(4, "stack.already_up", "up", "--detach", *mvm.flags)
-    mvm.ok("status")
+def test_a_second_up_is_refused_and_harms_nothing(fake_stack: Stack) -> None:
+    fake_stack.fails(4, "stack.already_up", "up", "--detach")
+    fake_stack.mvm("status")
 
 
-def test_a_state_directory_of_another_version_is_refused(mvm: LiveStack, tmp_path: Path) -> None:
+def test_a_state_directory_of_another_version_is_refused(fake_stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "VERSION").write_text("7\n")
     other = {"MVM_STATE_DIR": str(tmp_path)}
-    mvm.fails(4, "state.version", "up", "--detach", *mvm.flags, env=other)
-    mvm.fails(4, "state.version", "down", env=other)
+    fake_stack.fails(4, "state.version", "up", "--detach", **other)
+    fake_stack.fails(4, "state.version", "down", **other)
 
 
-def test_without_root_the_hint_is_root(mvm: LiveStack, tmp_path: Path) -> None:
-    if subprocess.run([*_NOBODY, COMMAND, "--help"], capture_output=True, check=False).returncode:
+def test_without_root_the_hint_is_root(fake_stack: Stack) -> None:
+    if fake_stack.run("--help", prefix=_NOBODY).returncode:
         pytest.skip("this checkout cannot be read by nobody")
-    tmp_path.chmod(0o700)
-    own = {**mvm.environment, "HOME": "/"}
     for words in (["up", "--detach"], ["tenant", "list"], ["status"], ["down"]):
-        done = subprocess.run([*_NOBODY, COMMAND, *words], env=own, capture_output=True, text=True, check=False)
+        done = fake_stack.run(*words, prefix=_NOBODY)
         assert done.returncode == 7, (words, done.stderr)
         assert done.stderr.startswith("error[permission."), done.stderr
         assert "\nhint: " in done.stderr
-    mvm.ok("status")
+    fake_stack.mvm("status")
 
 
-def test_without_redis_commands_end_at_once_and_the_node_is_still_seen(mvm: LiveStack, refs: dict[str, str]) -> None:
-    with mvm.without("redis"):
-        _unreachable_at_once(mvm)
-        assert len(mvm.json("instance", "list")) == len(refs), "the agent needs no Redis"
-        assert mvm("status").returncode == 6
-    mvm.ok("tenant", "update", "acme", "--max-vcpus", "9")  # its worker has found it again
+def test_without_redis_commands_end_at_once_and_the_node_is_still_seen(fake_stack: Stack, refs: dict[str, str]) -> None:
+    with fake_stack.without("redis"):
+        _unreachable_at_once(fake_stack)
+        assert len(fake_stack.json("instance", "list")) == len(refs), "the agent needs no Redis"
+        assert fake_stack.run("status").returncode == 6
+    fake_stack.mvm("tenant", "update", "acme", "--max-vcpus", "9")  # its worker has found it again
 
 
-def test_a_redis_that_hangs_is_not_waited_for(mvm: LiveStack, refs: dict[str, str]) -> None:
-    with mvm.frozen("redis"):
-        _unreachable_at_once(mvm)
+def test_a_redis_that_hangs_is_not_waited_for(fake_stack: Stack, refs: dict[str, str]) -> None:
+    with fake_stack.frozen("redis"):
+        _unreachable_at_once(fake_stack)
 
 
-def _unreachable_at_once(mvm: LiveStack) -> None:
+def _unreachable_at_once(fake_stack: Stack) -> None:
     for line in ("tenant create late", "job list", "instance start acme --all"):
         began = time.monotonic()
-        error = mvm.fails(6, "registry.unreachable", *line.split())
+        error = fake_stack.fails(6, "registry.unreachable", *line.split())
         assert time.monotonic() - began < _AT_ONCE_S, line
         assert "mvm status" in error["hint"]
 
 
-def test_without_an_agent_its_node_is_named(mvm: LiveStack) -> None:
-    address = f"127.0.0.1:{mvm.environment['MVM_AGENT_PORT']}"
-    with mvm.without("agent"):
+def test_without_an_agent_its_node_is_named(fake_stack: Stack) -> None:
+    address = f"127.0.0.1:{fake_stack.env['MVM_AGENT_PORT']}"
+    with fake_stack.without("agent"):
         for line in ("instance list", "node list", f"coordinator status --node {address}"):
-            error = mvm.fails(6, "agent.unreachable", *line.split())
+            error = fake_stack.fails(6, "agent.unreachable", *line.split())
             assert address in error["message"]
 
 
-def test_without_a_worker_a_job_waits_and_says_so(mvm: LiveStack, refs: dict[str, str]) -> None:
-    with mvm.without("worker"):
-        job = mvm.ok("tenant", "update", "acme", "--max-vcpus", "8", "--no-wait").strip()
-        mvm.fails(6, "job.wait_timeout", "job", "wait", job, "--timeout", "0.5")
-        mvm.ok("instance", "stop", refs["running"])  # what is urgent has a worker of its own
-        until(lambda: "note" in mvm.json("job", "show", job), 40, "the worker is missed")
-        shown = mvm.json("job", "show", job)
+def test_without_a_worker_a_job_waits_and_says_so(fake_stack: Stack, refs: dict[str, str]) -> None:
+    with fake_stack.without("worker"):
+        job = fake_stack.mvm("tenant", "update", "acme", "--max-vcpus", "8", "--no-wait").strip()
+        fake_stack.fails(6, "job.wait_timeout", "job", "wait", job, "--timeout", "0.5")
+        fake_stack.mvm("instance", "stop", refs["running"])  # what is urgent has a worker of its own
+        until(lambda: "note" in fake_stack.json("job", "show", job), 40, "the worker is missed")
+        shown = fake_stack.json("job", "show", job)
         assert shown["state"] == "queued"
         assert shown["note"].startswith("no worker has taken it: node n1's worker was last seen ")
-    assert mvm.json("job", "wait", job)["state"] == "succeeded", "it was only waiting"
+    assert fake_stack.json("job", "wait", job)["state"] == "succeeded", "it was only waiting"
 
 
-def test_a_taken_port_is_told_and_nothing_is_left(mvm: LiveStack, tmp_path: Path) -> None:
+def test_a_taken_port_is_told_and_nothing_is_left(fake_stack: Stack, tmp_path: Path) -> None:
     other = {"MVM_STATE_DIR": str(tmp_path / "s"), "MVM_METRICS_PORT": str(free_port())}
-    error = mvm.fails(4, "stack.port_taken", "up", "--detach", *mvm.flags, env=other)
-    assert error["fields"]["port"] == mvm.flower_port
+    error = fake_stack.fails(4, "stack.port_taken", "up", "--detach", **other)
+    assert str(error["fields"]["port"]) == fake_stack.env["MVM_FLOWER_PORT"]
     assert not load_settings(state_dir=tmp_path / "s").layout.connection.exists()

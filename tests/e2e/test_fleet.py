@@ -12,104 +12,88 @@ import pytest
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.wiring import open_client
-from tests.support.live_stack import LiveStack, live_stack
-from tests.support.microvm import image_cache
+from tests.support.stack import Stack, running_stack
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.redis, pytest.mark.timeout(420)]
 
 
-_SWEEPS = {
-    "MVM_NODE_ID": "n1", "MVM_STALE_PID_SWEEP_S": "2", "MVM_RECONCILE_SWEEP_S": "2", "MVM_ORPHAN_SWEEP_S": "3",
-    "MVM_ORPHAN_GRACE_S": "3",
-}  # fmt: skip
-
-
-def _share_packages(stack: LiveStack) -> None:
-    """The session's package cache, so that each stack need not download."""
-    image_cache().package_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stack.layout.package_cache.parent.mkdir(parents=True)
-    stack.layout.package_cache.symlink_to(image_cache().package_cache)
-
-
 @pytest.fixture(scope="module")
-def stack() -> Iterator[LiveStack]:
-    with live_stack(before=_share_packages, **_SWEEPS) as running:
-        running.ok("tenant", "create", "acme")
-        running.ok("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
-        running.ok("pool", "build", "acme/web")
+def stack() -> Iterator[Stack]:
+    with running_stack() as running:
+        running.mvm("tenant", "create", "acme")
+        running.mvm("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
+        running.mvm("pool", "build", "acme/web")
         yield running
-        running.ok("down", "--instances")
-        assert not running.processes()
 
 
-def create(stack: LiveStack, count: int, pool: str = "acme/web") -> list[str]:
+def create(stack: Stack, count: int, pool: str = "acme/web") -> list[str]:
     return [i["ref"] for i in stack.json("instance", "create", pool, "--count", str(count))]
 
 
-def execute(stack: LiveStack, ref: str, command: str) -> str:
-    return stack.ok("instance", "exec", ref, "--", "sh", "-c", command).strip()
+def execute(stack: Stack, ref: str, command: str) -> str:
+    return stack.mvm("instance", "exec", ref, "--", "sh", "-c", command).strip()
 
 
 @pytest.fixture
-def emptied(stack: LiveStack) -> Iterator[LiveStack]:
+def emptied(stack: Stack) -> Iterator[Stack]:
     """The stack, whose instances are destroyed after the test."""
     yield stack
-    stack.ok("instance", "destroy", "acme/web", "--all", "-y")
+    stack.mvm("instance", "destroy", "acme/web", "--all", "-y")
     assert not stack.vmms()
     assert not stack.taps()
 
 
-def test_guests_of_a_tenant_reach_each_other_and_their_gateway(emptied: LiveStack) -> None:
+def test_guests_of_a_tenant_reach_each_other_and_their_gateway(emptied: Stack) -> None:
     stack, refs = emptied, create(emptied, 2)
-    stack.ok("instance", "start", *refs)
+    stack.mvm("instance", "start", *refs)
     infos = [stack.json("instance", "info", ref) for ref in refs]
     for ref, info in zip(refs, infos, strict=True):
         assert execute(stack, ref, "hostname") == ref.split("/")[2]
         assert info["mac"] in execute(stack, ref, "cat /sys/class/net/eth0/address")
         for target in ("10.240.0.1", *(i["guest_ip"] for i in infos)):
             execute(stack, ref, f"ping -c 1 -W 3 {target}")
-    assert stack.ok("instance", "ssh", refs[0], "--", "hostname").strip() == refs[0].split("/")[2]
-    failed = stack("instance", "exec", refs[0], "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert stack.mvm("instance", "ssh", refs[0], "--", "hostname").strip() == refs[0].split("/")[2]
+    failed = stack.run("instance", "exec", refs[0], "--", "sh", "-c", "echo out; echo err >&2; exit 7")
     assert (failed.returncode, failed.stdout, failed.stderr) == (7, "out\n", "err\n")
-    stack("instance", "exec", refs[0], "--", "sh", "-c", "echo to-the-console >/dev/console")
-    assert "to-the-console" in stack.ok("instance", "logs", refs[0])
+    stack.run("instance", "exec", refs[0], "--", "sh", "-c", "echo to-the-console >/dev/console")
+    assert "to-the-console" in stack.mvm("instance", "logs", refs[0])
 
 
-def test_a_data_disk_survives_stop_and_start_and_the_root_does_not(emptied: LiveStack) -> None:
+def test_a_data_disk_survives_stop_and_start_and_the_root_does_not(emptied: Stack) -> None:
     stack = emptied
-    stack.ok("pool", "create", "acme/data", "--flake", "builtin:", "--profile", "minimal", "--mem", "128",
+    stack.mvm("pool", "create", "acme/data", "--flake", "builtin:", "--profile", "minimal", "--mem", "128",
               "--data-disk", "16")  # fmt: skip
-    stack.ok("pool", "build", "acme/data")
+    stack.mvm("pool", "build", "acme/data")
     (ref,) = create(stack, 1, "acme/data")
-    stack.ok("instance", "start", ref)
+    stack.mvm("instance", "start", ref)
     execute(stack, ref, "echo kept >/data/file; echo lost >/etc/lost; sync")
-    stack.ok("instance", "stop", ref)
-    stack.ok("instance", "start", ref)
+    stack.mvm("instance", "stop", ref)
+    stack.mvm("instance", "start", ref)
     assert execute(stack, ref, "cat /data/file; ls /etc/lost 2>/dev/null || echo gone") == "kept\ngone"
-    stack.ok("instance", "destroy", "-y", ref)
-    stack.ok("pool", "destroy", "-y", "acme/data")
+    stack.mvm("instance", "destroy", "-y", ref)
+    stack.mvm("pool", "destroy", "-y", "acme/data")
 
 
-def test_ten_starts_survive_two_kills_of_their_worker(emptied: LiveStack) -> None:
+def test_ten_starts_survive_two_kills_of_their_worker(emptied: Stack) -> None:
     """Ten instances by one command are ten jobs; the worker dies twice meanwhile; all end running, once each."""
     stack, refs = emptied, create(emptied, 10)
-    parent = stack.ok("instance", "start", *refs, "--no-wait").strip()
+    parent = stack.mvm("instance", "start", *refs, "--no-wait").strip()
     for running in (1, 4):
         until(lambda n=running: list(stack.statuses().values()).count("running") >= n, 120, f"{running} running")
         os.kill(stack.pid("worker"), signal.SIGKILL)
-    stack.ok("job", "wait", parent, within_s=240)
+    stack.mvm("job", "wait", parent, timeout_s=240)
     assert len(stack.json("job", "show", parent)["children"]) == 10
     assert set(stack.statuses().values()) == {"running"}
     assert len(stack.vmms()) == 10
     assert len(stack.taps()) == 10
 
 
-def test_a_killed_vmm_is_noticed_and_its_pool_brought_back(emptied: LiveStack) -> None:
+def test_a_killed_vmm_is_noticed_and_its_pool_brought_back(emptied: Stack) -> None:
     stack = emptied
-    stack.ok("pool", "create", "acme/kept", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
-    stack.ok("pool", "build", "acme/kept")
-    stack.ok("pool", "scale", "acme/kept", "--running", "2")
+    stack.mvm("pool", "create", "acme/kept", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
+    stack.mvm("pool", "build", "acme/kept")
+    stack.mvm("pool", "scale", "acme/kept", "--running", "2")
     until(lambda: list(stack.statuses().values()) == ["running"] * 2, 60, "two running")
     victim = stack.json("instance", "list")[0]
     os.kill(victim["pid"], signal.SIGKILL)
@@ -125,34 +109,34 @@ def test_a_killed_vmm_is_noticed_and_its_pool_brought_back(emptied: LiveStack) -
     until(lambda: info()["status"] == "running", 60, "reconcile brings it back")
     assert info()["pid"] != victim["pid"]
     assert len(stack.vmms()) == 2
-    stack.ok("pool", "scale", "acme/kept", "--running", "0")
+    stack.mvm("pool", "scale", "acme/kept", "--running", "0")
     until(lambda: set(stack.statuses().values()) == {"stopped"}, 60, "scaled down")
-    stack.ok("instance", "destroy", "acme/kept", "--all", "-y")
-    stack.ok("pool", "destroy", "acme/kept", "-y")
+    stack.mvm("instance", "destroy", "acme/kept", "--all", "-y")
+    stack.mvm("pool", "destroy", "acme/kept", "-y")
 
 
-def test_running_vms_survive_worker_agent_and_stack(emptied: LiveStack) -> None:
+def test_running_vms_survive_worker_agent_and_stack(emptied: Stack) -> None:
     stack, (ref,) = emptied, create(emptied, 1)
-    stack.ok("instance", "start", ref)
+    stack.mvm("instance", "start", ref)
     pid = stack.json("instance", "info", ref)["pid"]
     for part in ("worker", "agent"):
         old = stack.pid(part)
         os.kill(old, signal.SIGKILL)
         until(lambda part=part, old=old: _answers(stack, part, old), 60, f"{part} is back")
     assert execute(stack, ref, "echo alive") == "alive"
-    stack.ok("down")
+    stack.mvm("down")
     assert stack.vmms() == [pid]
-    stack.ok("up", "--detach")
+    stack.mvm("up", "--detach")
     assert execute(stack, ref, "echo alive") == "alive"
     assert stack.json("instance", "info", ref)["pid"] == pid
 
 
-def _answers(stack: LiveStack, part: str, old_pid: int) -> bool:
-    done = stack("status", "-o", "json")
+def _answers(stack: Stack, part: str, old_pid: int) -> bool:
+    done = stack.run("status", "-o", "json")
     return any(p["name"] == part and p["answers"] and p["pid"] != old_pid for p in json.loads(done.stdout))
 
 
-def test_messages_delivered_twice_do_their_job_once(emptied: LiveStack) -> None:
+def test_messages_delivered_twice_do_their_job_once(emptied: Stack) -> None:
     """Four starts, then four stops, each message sent twice at once."""
     stack, refs = emptied, create(emptied, 4)
     client = open_client(json.loads(stack.layout.connection.read_text()), stack.layout)
@@ -171,9 +155,9 @@ def test_messages_delivered_twice_do_their_job_once(emptied: LiveStack) -> None:
     assert not stack.vmms()
 
 
-def test_what_nobody_owns_is_removed_after_its_grace(emptied: LiveStack) -> None:
+def test_what_nobody_owns_is_removed_after_its_grace(emptied: Stack) -> None:
     stack, (ref,) = emptied, create(emptied, 1)
-    stack.ok("instance", "start", ref)
+    stack.mvm("instance", "start", ref)
     stack.in_namespace("ip", "tuntap", "add", "tn7i9", "mode", "tap")
     stray = stack.layout.instances / "acme" / "web" / "i-0000dead"
     stray.mkdir(mode=0o700)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.live_stack import LiveStack
+from tests.support.stack import Stack
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.redis]  # root: Chromium runs without its sandbox
@@ -27,8 +27,8 @@ _FLAGS = (
 class Browser:
     """Headless Chromium on Flower's pages. The password goes through a file, never through arguments."""
 
-    def __init__(self, stack: LiveStack, directory: Path) -> None:
-        self._address = f"127.0.0.1:{stack.flower_port}"
+    def __init__(self, stack: Stack, directory: Path) -> None:
+        self._address = f"127.0.0.1:{stack.env['MVM_FLOWER_PORT']}"
         self._password = stack.layout.flower_password.read_text().strip()
         self._directory = directory
 
@@ -53,13 +53,13 @@ def _text(markup: str) -> str:
     return html.unescape(re.sub(r"<[^>]+>", "", markup)).strip()
 
 
-def test_flower_shows_every_job_with_its_arguments(mvm: LiveStack, tmp_path: Path) -> None:
-    mvm.ok("tenant", "create", "acme", "--max-running", "2")
-    mvm.ok("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
-    mvm.ok("pool", "build", "acme/web")
-    refs = mvm.ok("instance", "create", "acme/web", "--count", "3").split()
-    assert mvm("instance", "start", *refs).returncode == 5, "the quota lets two run"
-    browser = Browser(mvm, tmp_path)
+def test_flower_shows_every_job_with_its_arguments(fake_stack: Stack, tmp_path: Path) -> None:
+    fake_stack.mvm("tenant", "create", "acme", "--max-running", "2")
+    fake_stack.mvm("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
+    fake_stack.mvm("pool", "build", "acme/web")
+    refs = fake_stack.mvm("instance", "create", "acme/web", "--count", "3").split()
+    assert fake_stack.run("instance", "start", *refs).returncode == 5, "the quota lets two run"
+    browser = Browser(fake_stack, tmp_path)
     rows: list[dict[str, str]] = []
 
     def shown() -> bool:

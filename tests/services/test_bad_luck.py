@@ -351,3 +351,31 @@ def test_a_failed_job_holds_nothing(node: Node, verb: JobVerb, monkeypatch: pyte
     monkeypatch.undo()
     node.ok(V.INSTANCE_DESTROY, ref)
     assert not node.host.leaks()
+
+
+def test_a_tenant_that_only_the_registry_remembers_can_be_destroyed(node: Node) -> None:
+    node.ok(V.TENANT_CREATE, "acme")
+    known = node.services.store.tenants()
+    node.ok(V.TENANT_DESTROY, "acme")
+    node.registry.restore(known, {}, frozenset())  # a heartbeat that had read the store just before
+    node.fails("tenant.exists", V.TENANT_CREATE, "acme")
+    node.ok(V.TENANT_DESTROY, "acme")
+    assert node.ok(V.TENANT_CREATE, "acme")["net_id"] == 1
+
+
+def test_a_message_that_was_lost_is_sent_again_and_only_that(node: Node) -> None:
+    node.pool()
+    refs = node.create(5)
+    waiting = node.submit(V.INSTANCE_START, refs[0])
+    lost = node.services.jobs.new(V.INSTANCE_START, refs[1], NODE, actor="test")
+    node.registry.record([lost])  # its sender died here
+    node.services.jobs.submit_bulk(V.INSTANCE_START, refs[2:], lambda _: NODE, parallel=1, actor="test")
+    assert node.services.jobs.send_lost(NODE, older_than_s=30) == [], "it may still be on its way"
+    node.clock.advance(31)
+    assert [job.job_id for job in node.services.jobs.send_lost(NODE, older_than_s=30)] == [lost.job_id]
+    node.clock.advance(31)
+    assert node.services.jobs.send_lost(NODE, older_than_s=30) == []
+    node.drain()
+    assert node.services.jobs.job(waiting.job_id).state is JobState.SUCCEEDED
+    assert node.services.jobs.job(lost.job_id).state is JobState.SUCCEEDED
+    assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -13,7 +14,8 @@ from click.testing import CliRunner
 from mvm.cli import following, params
 from mvm.cli.errors import report
 from mvm.cli.main import cli
-from mvm.domain.job import JobVerb
+from mvm.domain.ids import JobId
+from mvm.domain.job import Job, JobVerb
 from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.errors import (
     Cancelled,
@@ -217,6 +219,30 @@ def test_a_dead_registry_and_a_dead_broker_are_told(
     mvm.fails(6, "registry.unreachable", "tenant", "create", "other")
 
 
+def test_a_registry_that_restarts_is_waited_for(mvm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = mvm.client.jobs
+    healthy = jobs.follow
+
+    def restarting(ids: Sequence[JobId], *, deadline_s: float | None = None) -> Iterator[Job]:
+        monkeypatch.setattr(jobs, "follow", healthy)
+        yield jobs.job(ids[0])
+        raise Unreachable("registry.unreachable", "Redis does not answer", hint="see: mvm status")
+
+    monkeypatch.setattr(jobs, "follow", restarting)
+    result = mvm("tenant", "create", "acme")
+    assert result.exit_code == 0, result.output
+    assert "note: Redis does not answer; waiting for it" in result.stderr
+
+
+def test_a_registry_that_stays_away_leaves_the_jobs_named(mvm: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_args: object, **_kwargs: object) -> None:
+        raise Unreachable("registry.unreachable", "Redis does not answer", hint="see: mvm status")
+
+    monkeypatch.setattr(mvm.client.jobs, "follow", gone)
+    error = json.loads(mvm.fails(6, "registry.unreachable", "tenant", "create", "acme").stdout)["error"]
+    assert f"mvm job wait {error['fields']['jobs'][0]}" in error["hint"]
+
+
 def test_ctrl_c_stops_the_waiting_and_not_the_job(mvm: CommandLine, node: Node) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -297,3 +323,11 @@ def test_a_file_that_may_not_be_read_is_a_matter_of_root(mvm: CommandLine, monke
     mvm.fails(7, "permission.denied", "node", "list")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     mvm.fails(1, "internal", "node", "list")
+
+
+def test_another_users_state_directory_is_no_matter_of_usage(
+    mvm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it may be read shows when it is: then as ``permission.denied``."""
+    monkeypatch.setattr(os, "access", lambda *_args, **_kwargs: False)
+    mvm.ok("--state-dir", str(tmp_path), "node", "list")

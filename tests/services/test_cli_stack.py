@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mvm.cli import stack
 from mvm.drivers import doctor
 from mvm.drivers.doctor import Check
-from mvm.errors import NotAllowed
+from mvm.errors import InvalidInput, NotAllowed
 
 PARTS = ["redis", "worker", "urgent", "beat", "agent", "flower", "metrics"]
 
@@ -51,6 +51,24 @@ def test_up_refuses_another_version(run: CliRunner, tmp_path: Path) -> None:
     result = run.invoke(stack.up, ["--detach", "--driver", "fake", "--netns", "host"])
     assert isinstance(result.exception, NotAllowed)
     assert result.exception.code == "state.version"
+
+
+def test_up_refuses_a_log_filter_that_no_part_could_read(run: CliRunner, tmp_path: Path) -> None:
+    result = run.invoke(stack.up, ["--detach", "--driver", "fake", "--netns", "host"], env={"MVM_LOG": "loud"})
+    assert isinstance(result.exception, InvalidInput)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("flower = 1", "settings.unknown"), ("flower_port = 0", "settings.invalid"), ("=", "settings.unreadable")],
+)
+def test_up_refuses_a_wrong_config(run: CliRunner, tmp_path: Path, text: str, code: str) -> None:
+    (tmp_path / "mvm.toml").write_text(text)
+    error = run.invoke(stack.up, env={"MVM_CONFIG": str(tmp_path / "mvm.toml")}).exception
+    assert isinstance(error, InvalidInput)
+    assert error.code == code
+    assert "MVM_CONFIG" in error.hint
 
 
 def test_prepare_makes_the_state_directory_and_starts_nothing(run: CliRunner, tmp_path: Path) -> None:

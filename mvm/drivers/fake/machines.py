@@ -66,6 +66,10 @@ class FakeVmm(FakeSnapshots):
         kept = list(self._host.consoles.get(directory, ()))
         return "\n".join(kept[max(0, len(kept) - lines) :])
 
+    @point("vmm.trim_console")
+    def trim_console(self, directory: Path, *, keep: int) -> None:
+        """See the port; it keeps a number of lines anyway."""
+
     @point("vmm.console")
     def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
         """See ports/vmm.py."""

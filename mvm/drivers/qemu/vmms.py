@@ -8,7 +8,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
-from mvm.drivers import processes, tap
+from mvm.drivers import files, processes, tap
 from mvm.drivers.instance_sockets import listen
 from mvm.drivers.qemu import argv
 from mvm.drivers.qemu.accel import Accelerator, AcceleratorProbe
@@ -77,11 +77,12 @@ class QemuVmms:
 
     def _launch(
         self, ref: InstanceRef, directory: Path, card: int, command: Callable[[argv.Descriptors], list[str]],
-        *, pass_fds: Sequence[int] = (), then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
+        *, pass_fds: Sequence[int] = (), new_run: bool = True,
+        then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
     ) -> ProcessIdentity:  # fmt: skip
         """Start QEMU and let `then` speak to it; it returns, or QEMU is ended."""
         log = directory / _VMM_LOG
-        for path in (log, directory / argv.CONSOLE_LOG):  # of one run each
+        for path in (log, directory / argv.CONSOLE_LOG) if new_run else (log,):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
         with ExitStack() as stack:
             monitor = stack.enter_context(listen(directory, MONITOR)).fileno()
@@ -148,13 +149,20 @@ class QemuVmms:
         """See the port; control characters are removed. Shorter than `offset`, it is a new run's: from its start."""
         try:
             with (directory / argv.CONSOLE_LOG).open("rb") as file:
-                start = offset if offset <= file.seek(0, os.SEEK_END) else 0
-                file.seek(start)
+                end = file.seek(0, os.SEEK_END)
+                start = offset if offset <= end else 0
+                if start < end:
+                    start = file.seek(start, os.SEEK_DATA)  # past what was trimmed
                 data = file.read(_CONSOLE_BYTES)
         except FileNotFoundError:
             return "", offset
         text, used = codecs.utf_8_decode(data, "replace", len(data) < _PARTIAL)  # a character cut in two is left
         return _NOT_TEXT.sub("", text), start + used
+
+    def trim_console(self, directory: Path, *, keep: int) -> None:
+        """See the port."""
+        with suppress(FileNotFoundError), (directory / argv.CONSOLE_LOG).open("r+b") as file:
+            files.punch(file.fileno(), file.seek(0, os.SEEK_END) - keep)
 
     def _of(self, ref: InstanceRef) -> tuple[ProcessIdentity, ...]:
         return self.processes().get(ref, ())

@@ -1,0 +1,162 @@
+"""A whole stack as ``mvm up`` brings it up, driven through the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import xmlrpc.client
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from supervisor.xmlrpc import SupervisorTransport
+
+from mvm.domain.layout import StateLayout
+from tests.support.local import free_port
+from tests.support.microvm import image_cache
+from tests.support.waiting import until
+
+COMMAND = (sys.executable, "-m", "mvm")
+_ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Stack:
+    """A stack that is up. `mvm` runs a command and wants it to succeed."""
+
+    layout: StateLayout
+    env: dict[str, str]
+
+    def run(
+        self, *words: str, timeout_s: float = 180, prefix: tuple[str, ...] = (), **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """One command, whatever comes of it; behind another program's words, and with `env` added."""
+        return subprocess.run(
+            [*prefix, *COMMAND, *words], env=self.env | env, cwd=_ROOT, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+
+    def mvm(self, *words: str, timeout_s: float = 180) -> str:
+        """A command that must succeed; its standard output."""
+        done = self.run(*words, timeout_s=timeout_s)
+        assert done.returncode == 0, f"mvm {' '.join(words)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def json(self, *words: str, timeout_s: float = 180) -> Any:
+        """What a command that must succeed prints as JSON."""
+        return json.loads(self.mvm(*words, "-o", "json", timeout_s=timeout_s))
+
+    def fails(self, exit_code: int, code: str, *words: str, **env: str) -> dict[str, Any]:
+        """A command that must end so, saying why on stderr and as JSON on stdout; the error."""
+        before, dashes, after = list(words), [], []
+        if "--" in words:
+            at = words.index("--")
+            before, dashes, after = list(words[:at]), ["--"], list(words[at + 1 :])
+        done = self.run(*before, "-o", "json", *dashes, *after, **env)
+        assert done.returncode == exit_code, (words, done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        error: dict[str, Any] = json.loads(done.stdout)["error"]
+        assert error["code"] == code, error
+        assert error["hint"], "tells what to do"
+        assert f"error[{code}]: {error['message']}" in done.stderr
+        return error
+
+    @contextlib.contextmanager
+    def without(self, part: str) -> Iterator[None]:
+        """Within the block `part` is stopped and stays so; afterwards every part answers again."""
+        self._supervisor("stopProcess", part)
+        try:
+            yield
+        finally:
+            self._supervisor("startProcess", part)
+            until(lambda: self.run("status").returncode == 0, 60, f"{part} is back")
+
+    @contextlib.contextmanager
+    def frozen(self, part: str) -> Iterator[None]:
+        """Within the block `part` is there and does nothing."""
+        pid = self.pid(part)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            until(lambda: self.run("status").returncode == 0, 60, f"{part} goes on")
+
+    def _supervisor(self, method: str, part: str) -> None:
+        transport = SupervisorTransport(None, None, f"unix://{self.layout.run / 'supervisor.sock'}")
+        try:
+            proxy = cast("Any", xmlrpc.client.ServerProxy("http://localhost", transport=cast("Any", transport)))
+            group = next(each["group"] for each in proxy.supervisor.getAllProcessInfo() if each["name"] == part)
+            assert getattr(proxy.supervisor, method)(f"{group}:{part}") is True
+        finally:
+            transport.close()
+
+    def pid(self, part: str) -> int:
+        """The pid of a part of the stack."""
+        found: int = next(p["pid"] for p in self.json("status") if p["name"] == part)
+        return found
+
+    def statuses(self) -> dict[str, str]:
+        """Every instance's status."""
+        return {i["ref"]: i["status"] for i in self.json("instance", "list")}
+
+    def in_namespace(self, *argv: str) -> str:
+        """What a program says that runs in the stack's network namespace."""
+        name = json.loads(self.layout.connection.read_text())["netns"]
+        return subprocess.run(["ip", "netns", "exec", name, *argv], capture_output=True, text=True, check=True).stdout
+
+    def taps(self) -> set[str]:
+        """TAPs in the stack's namespace."""
+        return {link["ifname"] for link in json.loads(self.in_namespace("ip", "-j", "tuntap", "show"))}
+
+    def vmms(self) -> list[int]:
+        """Pids of the VMM processes of this state directory."""
+        from mvm.drivers.qemu.driver import QemuDriver
+        from mvm.drivers.shell import LocalShell
+
+        found = QemuDriver(self.layout, LocalShell()).processes().values()
+        return [process.pid for several in found for process in several]
+
+    def rest(self) -> list[str]:
+        """Processes that still name this state directory."""
+        left = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with contextlib.suppress(OSError):
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if str(self.layout.root) in line:
+                        left.append(line)
+        return left
+
+
+@contextlib.contextmanager
+def running_stack(driver: str = "qemu", **settings: str) -> Iterator[Stack]:
+    """A stack of its own state directory, namespace and ports; nothing of it is left at the end."""
+    root = Path(tempfile.mkdtemp(prefix="mvm-e2e-"))
+    layout = StateLayout(root / "s")
+    layout.package_cache.parent.mkdir(parents=True)
+    image_cache().package_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    layout.package_cache.symlink_to(image_cache().package_cache)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MVM_")}
+    env |= {
+        "MVM_STATE_DIR": str(layout.root), "MVM_FLOWER_PORT": str(free_port()), "MVM_METRICS_PORT": str(free_port()),
+        "MVM_AGENT_PORT": str(free_port()), "MVM_DRIVER": driver, "PYTHONPATH": str(_ROOT), "MVM_NODE_ID": "n1",
+        "MVM_STALE_PID_SWEEP_S": "2",
+        "MVM_RECONCILE_SWEEP_S": "2", "MVM_ORPHAN_SWEEP_S": "3", "MVM_ORPHAN_GRACE_S": "3", **settings,
+    }  # fmt: skip
+    stack = Stack(layout, env)
+    try:
+        stack.mvm("up", "--detach")
+        yield stack
+        stack.mvm("down", "--instances")
+        assert not stack.rest()
+    finally:
+        stack.run("down", "--instances")
+        shutil.rmtree(root, ignore_errors=True)
