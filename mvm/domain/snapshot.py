@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import Any, NamedTuple, NewType
 
 from mvm.domain.ids import Revision
+from mvm.errors import InvalidInput
 
 FORMAT = 1
 
@@ -131,7 +132,7 @@ class SnapshotManifest:
                 format=data["format"],
             )
             same = found.to_json() == raw
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, InvalidInput) as error:
             raise ValueError(f"not a manifest: {error}") from None
         if not same:
             raise ValueError("not in the form manifests are written in")

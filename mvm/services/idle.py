@@ -15,7 +15,7 @@ from mvm.domain.instance import Instance
 from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
-from mvm.errors import MvmError, Unreachable
+from mvm.errors import Failed, MvmError, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
 from mvm.ports.host import HostMemory
@@ -99,7 +99,7 @@ class Idleness:
         if instance.process is not None:
             try:
                 return self._vmm.memory(instance.process).private >> 20
-            except Unreachable as error:
+            except (Failed, Unreachable) as error:
                 log.debug("memory unknown", instance=str(instance.ref), code=error.code)
         return pools[instance.ref.pool_ref].resources.mem_mib
 

@@ -106,8 +106,9 @@ class Insight:
         if coming is None:
             return _nothing("its pool's sleep policy is off")
         choice, wait = coming
-        at = self._clock.now() + timedelta(seconds=wait)
-        return {"verb": choice.value, "in_s": round(wait, 1), "at": at.isoformat(), "reason": "if it stays idle"}
+        at = (self._clock.now() + timedelta(seconds=wait)).isoformat()
+        reason = f"if it stays idle; seen last: {note['decision']['reason']}"
+        return {"verb": choice.value, "in_s": round(wait, 1), "at": at, "reason": reason}
 
     # --- how much
     def stats(self, ref: InstanceRef) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class Insight:
             return None
         try:
             return self._vmm.memory(instance.process)
-        except Unreachable:  # it has ended; a sweep will record it
+        except (Failed, Unreachable):  # it has ended; a sweep will record it
             return None
 
     def _manifest(self, directory: Path) -> SnapshotManifest | None:

@@ -17,7 +17,7 @@ from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.store import NodeStore, Note
 from mvm.services.microvm import MicroVms
-from mvm.services.quotas import admit_instances, admit_running
+from mvm.services.quotas import admit_instances, admit_running, admit_warm
 from mvm.services.runner import JobContext
 from mvm.services.views import instance_view
 
@@ -225,6 +225,8 @@ class Lifecycle:
                 # Without a mark that a crash left, so that the quota does not count this instance twice.
                 instance = self._store.save_instance(replace(instance, in_flight=None))
                 admit_running(self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref))
+            if verb is Verb.WARM:
+                admit_warm(self._store, self._store.tenant(ref.tenant))
             return self._store.save_instance(replace(instance, in_flight=InFlight(job_id, verb)))
 
 

@@ -75,6 +75,11 @@ def admit_running(store: NodeStore, tenant: Tenant, pool: WorkerPool, count: int
     )
 
 
+def admit_warm(store: NodeStore, tenant: Tenant) -> None:
+    """Raises `QuotaExceeded` unless one more instance may be warm."""
+    check_quota(tenant.id, (Limit("max_warm", usage(store, tenant.id).warm, 1, tenant.quota.max_warm),))
+
+
 def admit_counts(tenant: Tenant, pool: WorkerPool, others: Iterable[Instance]) -> None:
     """Raises `QuotaExceeded` unless the pool's desired counts fit beside what runs in other pools."""
     if pool.desired is None:

@@ -152,9 +152,7 @@ class Runner:
             log.warning("sweep not released", error=error.message)
 
     def _tell(self, job: Job) -> bool:
-        if (
-            job.reason is Reason.URGENT
-        ):  # listed by `UrgentWake` when it has ended: somebody waits for every millisecond
+        if job.reason is Reason.URGENT:  # listed by `UrgentWake` once it has ended: now every millisecond is waited for
             return False
         try:
             self._registry.update(job)

@@ -122,8 +122,15 @@ class Snapshots:
         process = _process(instance)
         driver.discard(into)
         context.step("prepare guest", 0, 3)
-        if not driver.paused(ref, process):
-            self._ask_to_sleep(instance, force=force)
+        paused = driver.paused(ref, process)
+        if not (paused and force):
+            driver.resume(ref, process)  # a warm one too is asked
+            try:
+                self._ask_to_sleep(instance, force=force)
+            except MvmError:
+                if paused:
+                    driver.pause(ref, process)
+                raise
         context.step(_SAVING, 1, 3)
         manifest = driver.save(
             spec, process, template=self._base(instance, pool), revision=_revision(instance), into=into,

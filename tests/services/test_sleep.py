@@ -197,3 +197,25 @@ def test_a_killed_worker_leaves_what_is_true_and_can_go_on(
         node.ok(V.INSTANCE_START, ref, force=True)
     node.ok(V.INSTANCE_DESTROY, ref)
     assert not node.host.leaks()
+
+
+def test_a_warm_guest_is_asked_too_before_it_sleeps(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.host.fail("guest.prepare_sleep", TimedOut("guest.silent", "no answer"))
+    node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
+    assert node.instance(ref).status is Status.WARM
+    process = node.instance(ref).process
+    assert process is not None
+    assert node.host.vmm.paused(InstanceRef.parse(ref), process)
+    assert node.ok(V.INSTANCE_SLEEP, ref)["status"] == "sleeping"
+
+
+def test_quota_of_warm_ones(node: Node) -> None:
+    node.ok(V.TENANT_CREATE, "acme", quota={"max_warm": 1})
+    first, second = running(node, 2)
+    node.ok(V.INSTANCE_WARM, first)
+    job = node.fails("quota.exceeded", V.INSTANCE_WARM, second)
+    assert job.error is not None
+    assert job.error["fields"]["field"] == "max_warm"
+    assert node.instance(second).status is Status.RUNNING

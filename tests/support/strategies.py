@@ -63,6 +63,7 @@ def networks(draw: st.DrawFn) -> TenantNetwork:
 
 instances = st.builds(
     Instance, instance_refs, node_ids, st.integers(3, 65534), st.sampled_from(Status), times, st.integers(0, 99),
-    st.none() | revisions, st.booleans(), st.none() | st.builds(ProcessIdentity, st.integers(1, 2**22), st.integers(0, 2**60)),
+    st.none() | revisions, st.booleans(),
+    st.none() | st.builds(ProcessIdentity, st.integers(1, 2**22), st.integers(0, 2**60)),
     st.none() | in_flights, st.none() | st.text(max_size=20), st.none() | times, st.none() | times,
 )  # fmt: skip

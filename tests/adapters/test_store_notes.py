@@ -1,0 +1,58 @@
+"""Notes on instances, and the last job of one, in the node's store."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status
+from mvm.drivers.sqlite_store import SqliteStore
+from mvm.ports.store import Note
+from tests.support import make
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    opened = SqliteStore(tmp_path / "node.db")
+    opened.insert_instance(Instance(make.instance_ref(), make.NODE, 3, Status.RUNNING, make.START))
+    yield opened
+    opened.close()
+
+
+def test_a_note_is_kept_until_its_instance_is_forgotten(store: SqliteStore) -> None:
+    ref = make.instance_ref()
+    assert store.note(ref, Note.SLEPT) is None
+    store.put_note(ref, Note.SLEPT, {"bytes": 1})
+    store.put_note(ref, Note.SLEPT, {"bytes": 2})
+    store.put_note(ref, Note.WOKE, {"seconds": 0.5})
+    assert store.note(ref, Note.SLEPT) == {"bytes": 2}
+    assert store.notes(Note.WOKE) == {ref: {"seconds": 0.5}}
+    assert store.notes(Note.POLICY) == {}
+    store.delete_instance(ref)
+    assert store.notes(Note.SLEPT) == {}
+    store.put_note(ref, Note.SLEPT, {"bytes": 3})
+    assert store.notes(Note.SLEPT) == {}, "nobody is left to forget it"
+
+
+def test_a_store_from_before_there_were_notes_gets_them(store: SqliteStore, tmp_path: Path) -> None:
+    store.close()
+    older = sqlite3.connect(tmp_path / "node.db")
+    older.execute("DROP TABLE notes")
+    older.close()
+    again = SqliteStore(tmp_path / "node.db")
+    again.put_note(make.instance_ref(), Note.WOKE, {"seconds": 1})
+    assert again.note(make.instance_ref(), Note.WOKE) == {"seconds": 1}
+    again.close()
+
+
+def test_the_last_job_of_an_instance_is_its_newest(store: SqliteStore) -> None:
+    ref = str(make.instance_ref())
+    older, other, newer = make.job(subject=ref), make.job(), make.job(subject=ref)
+    assert store.last_job(ref) is None
+    for job in (newer, other, older):
+        store.put_job(job)
+    assert store.last_job(ref) == newer
