@@ -7,18 +7,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mvm.domain.ids import NodeId, PoolRef
+from mvm.domain.ids import NodeId
 from mvm.domain.job import JobState, JobVerb, Lane
-from mvm.domain.pool import StartMode
 from mvm.drivers.celery_queue import CeleryQueue
 from mvm.drivers.redis_link import RedisLink
-from mvm.drivers.sqlite_store import SqliteStore
 from mvm.wiring import Client, open_client
 from tests.support.stack import Stack, running_stack
 from tests.support.waiting import until
@@ -51,12 +48,9 @@ class Bench:
         stack = self.cleanup.enter_context(running_stack(**_SETTINGS))
         stack.mvm("tenant", "create", "bench")
         self.say("building its image")
-        for pool in (CLONES, COLD):
-            stack.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--mem", "256")
+        for pool, *how in ((CLONES,), (COLD, "--cold")):
+            stack.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--mem", "256", *how)
             stack.mvm("pool", "build", pool, timeout_s=600)
-        store = SqliteStore(stack.layout.database)
-        store.put_pool(replace(store.pool(PoolRef.parse(COLD)), start=StartMode.COLD))
-        store.close()
         return stack
 
     @cached_property
