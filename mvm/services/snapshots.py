@@ -76,7 +76,7 @@ class Snapshots:
                 )
                 process = driver.boot_template(spec)
                 self._guest.hello(ref, spec.directory, deadline_s=self._boot_deadline_s)
-                self._guest.prepare_sleep(ref, spec.directory, deadline_s=_GUEST_S)
+                self._guest.settle(ref, spec.directory, deadline_s=_GUEST_S)
                 driver.save_template(spec, process, revision=revision, into=into)
             finally:
                 self._vmm.kill(ref, None)

@@ -205,7 +205,8 @@ class QemuDriver(QemuVmms):
             inherited = [state, *([shared] if shared is not None else [])]
             return self._launch(
                 spec.ref, spec.directory, card,
-                lambda fds: argv.restored(spec, disk, fds, shared, accel, self._mark), pass_fds=inherited, then=load,
+                lambda fds: argv.restored(spec, disk, fds, shared, accel, self._mark),
+                pass_fds=inherited, new_run=not delta, then=load,
             )  # fmt: skip
 
     @contextmanager

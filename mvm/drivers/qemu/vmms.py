@@ -77,11 +77,12 @@ class QemuVmms:
 
     def _launch(
         self, ref: InstanceRef, directory: Path, card: int, command: Callable[[argv.Descriptors], list[str]],
-        *, pass_fds: Sequence[int] = (), then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
+        *, pass_fds: Sequence[int] = (), new_run: bool = True,
+        then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
     ) -> ProcessIdentity:  # fmt: skip
         """Start QEMU and let `then` speak to it; it returns, or QEMU is ended."""
         log = directory / _VMM_LOG
-        for path in (log, directory / argv.CONSOLE_LOG):  # of one run each
+        for path in (log, directory / argv.CONSOLE_LOG) if new_run else (log,):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
         with ExitStack() as stack:
             monitor = stack.enter_context(listen(directory, MONITOR)).fileno()
