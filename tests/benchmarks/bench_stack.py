@@ -74,14 +74,15 @@ class Bench:
     def job(self, verb: JobVerb, ref: str, *, lane: Lane | None = None, **params: Any) -> Times:
         """A job that must succeed, from before it is recorded."""
 
+        job = self.client.jobs.new(verb, ref, NODE, params=params, actor="bench", lane=lane)
+
         def run() -> None:
-            job = self.client.jobs.new(verb, ref, NODE, params=params, actor="bench", lane=lane)
             self.client.registry.record([job])
             self.queue.send([job])
             *_, final = self.client.jobs.follow([job.job_id], deadline_s=120)
             assert final.state is JobState.SUCCEEDED, final.error
 
-        return self.timed("urgent" if lane is Lane.URGENT else "worker", ref, run)
+        return self.timed("urgent" if job.lane is Lane.URGENT else "worker", ref, run)
 
     def wake(self, ref: str) -> Times:
         """An urgent wake, from before the QUIC connection is opened; ``answer`` is when the client has it."""
