@@ -24,17 +24,24 @@ class SharedFakeHost(FakeHost):
     def __init__(self, clock: Clock, path: Path) -> None:
         super().__init__(clock)
         self._path = path
+        self._inside = False
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Within it no other thread or process reads or changes the host."""
-        with self.lock, self._path.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._path.exists():
-                vars(self).update(pickle.loads(self._path.read_bytes()))
-            try:
+        """Within it no other thread or process reads or changes the host. A part may ask another one within it."""
+        with self.lock:
+            if self._inside:
                 yield
-            finally:
-                draft = self._path.with_suffix(".new")
-                draft.write_bytes(pickle.dumps({name: getattr(self, name) for name in _KEPT}))
-                draft.replace(self._path)
+                return
+            with self._path.with_suffix(".lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if self._path.exists():
+                    vars(self).update(pickle.loads(self._path.read_bytes()))
+                self._inside = True
+                try:
+                    yield
+                finally:
+                    self._inside = False
+                    draft = self._path.with_suffix(".new")
+                    draft.write_bytes(pickle.dumps({name: getattr(self, name) for name in _KEPT}))
+                    draft.replace(self._path)
