@@ -189,6 +189,8 @@ def wake(fleet: Fleet, output: str, refs: Sequence[Target], all_: bool) -> None:
             answers.append(wake_at(fleet.agents, fleet.addresses[0], ref))
         except MvmError as error:
             errors.append(error)
+    if len(errors) == 1 and not answers:
+        raise errors[0]
     show_woken(answers, output)
     show_and_exit(errors)
 

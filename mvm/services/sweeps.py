@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +13,14 @@ import structlog
 from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
-from mvm.errors import TimedOut, Unreachable
+from mvm.errors import Failed, NotFound, TimedOut, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.network import HostNetwork
 from mvm.ports.registry import Registry
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
-from mvm.ports.vmm import Presence, VmmDriver
+from mvm.ports.vmm import Presence, Snapshotting, VmmDriver
 from mvm.services.jobs import Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.runner import JobContext
@@ -153,7 +153,23 @@ class Sweeps:
             for ref, names in leftovers.items()
             if names and ref in instances and ref not in active and instances[ref].status is not Status.SLEEPING
         ]
+        orphans += self._past_snapshots(instances.values())
         return {orphan.name: orphan for orphan in orphans}
+
+    def _past_snapshots(self, instances: Iterable[Instance]) -> Iterator[Orphan]:
+        """Of those that a worker woke and was killed before it dropped what they slept in."""
+        vmm = self._vmm
+        for instance in instances:
+            if instance.status is Status.SLEEPING or instance.in_flight or not isinstance(vmm, Snapshotting):
+                continue
+            snapshot = self._storage.snapshot(instance.ref)
+            try:
+                vmm.manifest(snapshot)
+            except NotFound:
+                continue
+            except Failed:
+                pass  # it is there, and damaged
+            yield Orphan(f"snapshot of {instance.ref}", partial(vmm.discard, snapshot), instance.ref)
 
     def _remove(self, orphan: Orphan) -> bool:
         """Remove it if it still is an orphan once nobody else works on its instance."""

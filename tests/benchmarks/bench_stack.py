@@ -7,18 +7,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mvm.domain.ids import NodeId, PoolRef
+from mvm.domain.ids import NodeId
 from mvm.domain.job import JobState, JobVerb, Lane
-from mvm.domain.pool import StartMode
 from mvm.drivers.celery_queue import CeleryQueue
 from mvm.drivers.redis_link import RedisLink
-from mvm.drivers.sqlite_store import SqliteStore
 from mvm.wiring import Client, open_client
 from tests.support.stack import Stack, running_stack
 from tests.support.waiting import until
@@ -51,12 +48,9 @@ class Bench:
         stack = self.cleanup.enter_context(running_stack(**_SETTINGS))
         stack.mvm("tenant", "create", "bench")
         self.say("building its image")
-        for pool in (CLONES, COLD):
-            stack.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--mem", "256")
+        for pool, *how in ((CLONES,), (COLD, "--cold")):
+            stack.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--mem", "256", *how)
             stack.mvm("pool", "build", pool, timeout_s=600)
-        store = SqliteStore(stack.layout.database)
-        store.put_pool(replace(store.pool(PoolRef.parse(COLD)), start=StartMode.COLD))
-        store.close()
         return stack
 
     @cached_property
@@ -80,14 +74,15 @@ class Bench:
     def job(self, verb: JobVerb, ref: str, *, lane: Lane | None = None, **params: Any) -> Times:
         """A job that must succeed, from before it is recorded."""
 
+        job = self.client.jobs.new(verb, ref, NODE, params=params, actor="bench", lane=lane)
+
         def run() -> None:
-            job = self.client.jobs.new(verb, ref, NODE, params=params, actor="bench", lane=lane)
             self.client.registry.record([job])
             self.queue.send([job])
             *_, final = self.client.jobs.follow([job.job_id], deadline_s=120)
             assert final.state is JobState.SUCCEEDED, final.error
 
-        return self.timed("urgent" if lane is Lane.URGENT else "worker", ref, run)
+        return self.timed("urgent" if job.lane is Lane.URGENT else "worker", ref, run)
 
     def wake(self, ref: str) -> Times:
         """An urgent wake, from before the QUIC connection is opened; ``answer`` is when the client has it."""

@@ -188,7 +188,10 @@ class QemuDriver(QemuVmms):
         def load(qmp: Qmp, process: ProcessIdentity) -> None:
             _refuse(snapshot, other_version(said, qmp.version))
             if pages:
-                memory.unpack_into(memory.region(process, spec.mem_mib), pages)
+                try:
+                    memory.unpack_into(memory.region(process, spec.mem_mib), pages)
+                except (FileNotFoundError, ProcessLookupError, EOFError):
+                    raise _ended(process) from None
             qmp.run("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
             qmp.run("migrate-incoming", uri=f"fd:{state}")
             end = qmp.wait("MIGRATION", status=("completed", "failed"))

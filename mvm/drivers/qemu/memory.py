@@ -42,11 +42,14 @@ class Region:
 
 
 def region(process: ProcessIdentity, mem_mib: int) -> Region:
-    """Find it. Raises `Failed` (``vmm.failed``) when it is not to be found."""
+    """Find it. Raises `Failed` (``vmm.failed``) when it is not to be found, and `OSError` when the VMM has ended."""
     size = mem_mib << 20
     shared: list[tuple[int, int]] = []
     private: list[tuple[int, int]] = []
-    for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+    lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    if not lines:  # it has not been reaped
+        raise ProcessLookupError
+    for line in lines:
         addresses, mode, *_, inode, name = (line + " -").split()[:6]
         start, end = (int(word, 16) for word in addresses.split("-"))
         if mode == "rw-p" and name.startswith(f"/memfd:{_NAME}"):
@@ -180,4 +183,6 @@ def _write(fd: int, offset: int, data: Buffer) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
+        if not written:  # the VMM whose memory it is has ended
+            raise EOFError
         offset, view = offset + written, view[written:]

@@ -91,6 +91,7 @@ class _Verified(QuicConnection):
         self.tls.__class__ = self.context
         self.tls.store = self.store
         self.tls._request_client_certificate = True
+        self.tls._supported_groups = [tls.Group.X25519]  # a key for each would be made, twice
         # A ticket would admit its holder without a certificate, and 0-RTT data with it.
         self.tls.get_session_ticket_cb = None
         self.tls.new_session_ticket_cb = None
