@@ -184,6 +184,7 @@ def build_node(
     from mvm.services.lifecycle import Lifecycle
     from mvm.services.microvm import Limits, MicroVms
     from mvm.services.pools import Pools
+    from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
     from mvm.services.runner import Runner
     from mvm.services.snapshots import Snapshots
@@ -195,7 +196,8 @@ def build_node(
     p, node = ports, settings.node
     address = f"{settings.agent_host}:{settings.agent_port}"
     jobs = Jobs(p.registry, p.queue, p.clock)
-    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, observers)
+    precedence = Precedence(p.locks)
+    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, observers)
     snapshots = Snapshots(
         locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
@@ -250,7 +252,7 @@ def build_node(
         clock=p.clock,
         node_id=node,
         address=address,
-        urgent=UrgentWake(p.store, p.registry, jobs, runner, node),
+        urgent=UrgentWake(p.store, p.registry, jobs, runner, precedence, node),
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
     )
     heartbeat = Heartbeat(

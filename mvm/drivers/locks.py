@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
 from time import monotonic
+from typing import TypeVar
 from urllib.parse import quote
 
 from mvm.errors import Failed, TimedOut
 
+_T = TypeVar("_T")
 _LONGEST_NAME = 200  # of a file system's 255
 _SLOWEST_RETRY_S = 0.025
 
@@ -46,21 +48,14 @@ class FileLocks:
                 path.unlink()
             os.close(fd)
 
-    def _acquire(self, path: Path, end: float) -> int | None:
-        """A descriptor that holds the lock, or None at the deadline.
+    def wait_free(self, name: str, *, deadline_s: float) -> bool:
+        """See ports/locks.py. A lock that nobody holds has no file, so that mostly nothing is opened."""
+        path = self._directory / _file_name(name)
+        return _asking(lambda: _is_free(path) or None, monotonic() + deadline_s) is not None
 
-        The kernel tells nobody that a lock came free within a deadline, so it is asked again, ever more slowly.
-        """
-        delay = 0.001
-        while True:
-            fd = self._try(path)
-            if fd is not None:
-                return fd
-            left = end - monotonic()
-            if left <= 0:
-                return None
-            Event().wait(min(delay, left))
-            delay = min(delay * 2, _SLOWEST_RETRY_S)
+    def _acquire(self, path: Path, end: float) -> int | None:
+        """A descriptor that holds the lock, or None at the deadline."""
+        return _asking(lambda: self._try(path), end)
 
     def _try(self, path: Path) -> int | None:
         """A descriptor that holds the lock now, or None when another has it."""
@@ -84,6 +79,35 @@ class FileLocks:
                 os.close(fd)
                 raise
             os.close(fd)  # its last holder removed the file after we had opened it: this lock is nobody's
+
+
+def _asking(ask: Callable[[], _T | None], end: float) -> _T | None:
+    """What `ask` returns, asked until then or until the deadline.
+
+    The kernel tells nobody that a lock came free within a deadline, so it is asked again, ever more slowly.
+    """
+    delay = 0.001
+    while True:
+        answer = ask()
+        left = end - monotonic()
+        if answer is not None or left <= 0:
+            return answer
+        Event().wait(min(delay, left))
+        delay = min(delay * 2, _SLOWEST_RETRY_S)
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _file_name(name: str) -> str:

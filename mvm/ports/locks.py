@@ -12,3 +12,7 @@ class Locks(Protocol):
     def hold(self, name: str, *, deadline_s: float) -> AbstractContextManager[None]:
         """Hold `name`; raises `TimedOut` (``lock.busy``) when another holds it past the deadline."""
         ...
+
+    def wait_free(self, name: str, *, deadline_s: float) -> bool:
+        """Return once nobody holds `name`, or at the deadline; whether it was free."""
+        ...

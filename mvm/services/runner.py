@@ -8,13 +8,14 @@ from typing import Any
 
 import structlog
 
-from mvm.domain.job import Job, JobState, JobVerb, Progress, Reason
+from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason
 from mvm.errors import Cancelled, MvmError, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
 from mvm.services.jobs import Jobs
+from mvm.services.precedence import Precedence
 
 log = structlog.get_logger("mvm.jobs")
 
@@ -53,13 +54,14 @@ class Runner:
 
     def __init__(
         self, store: NodeStore, registry: Registry, locks: Locks, clock: Clock, jobs: Jobs,
-        observers: tuple[Observer, ...] = (),
+        precedence: Precedence, observers: tuple[Observer, ...] = (),
     ) -> None:  # fmt: skip
         self.store = store
         self._registry = registry
         self._locks = locks
         self._clock = clock
         self._jobs = jobs
+        self._precedence = precedence
         self._observers = observers
         self._handlers: dict[JobVerb, Handler] = {}
 
@@ -73,6 +75,8 @@ class Runner:
         A second delivery waits for the first, then returns what was recorded. A job whose worker was killed is
         taken up from its beginning: every step observes before it acts.
         """
+        if job.lane is not Lane.URGENT:
+            self._precedence.given()
         with structlog.contextvars.bound_contextvars(
             job_id=job.job_id, subject=job.subject, node=job.node_id, reason=job.reason.value, verb=job.verb.value
         ), self._locks.hold(f"job {job.job_id}", deadline_s=_DUPLICATE_WAIT_S):  # fmt: skip

@@ -16,6 +16,7 @@ from mvm.errors import Failed, Unreachable, error_from_dict
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
 from mvm.services.jobs import Jobs
+from mvm.services.precedence import Precedence
 from mvm.services.runner import Runner
 
 log = structlog.get_logger("mvm.urgent")
@@ -24,11 +25,14 @@ log = structlog.get_logger("mvm.urgent")
 class UrgentWake:
     """Wakes through the same `Runner` as every job, without a broker; one flight per instance at a time."""
 
-    def __init__(self, store: NodeStore, registry: Registry, jobs: Jobs, runner: Runner, node_id: NodeId) -> None:
+    def __init__(
+        self, store: NodeStore, registry: Registry, jobs: Jobs, runner: Runner, precedence: Precedence, node_id: NodeId
+    ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
         self._jobs = jobs
         self._runner = runner
+        self._precedence = precedence
         self._node_id = node_id
         self._lock = threading.Lock()
         self._flights: dict[InstanceRef, Future[Mapping[str, Any]]] = {}
@@ -46,7 +50,8 @@ class UrgentWake:
         if not mine:
             return flight.result()
         try:
-            answer = self._wake(ref, actor)
+            with self._precedence.taken():
+                answer = self._wake(ref, actor)
         except BaseException as error:
             flight.set_exception(error)
             raise
