@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from mvm.domain.instance import ProcessIdentity
@@ -73,6 +73,8 @@ class LocalShell:
                 )  # fmt: skip
             except OSError as error:
                 raise _not_started(argv[0], error) from None
+        with suppress(ProcessLookupError, PermissionError):  # it has ended already, or we are not root
+            os.setpriority(os.PRIO_PROCESS, pid, 0)  # whatever ours is
         identity = processes.identify(pid)
         if identity is None:
             raise Failed("shell.failed", f"{argv[0]} cannot be seen in /proc", hint="mount /proc without hidepid")

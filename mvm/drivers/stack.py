@@ -73,8 +73,9 @@ def programs(settings: Settings) -> tuple[Program, ...]:
         worker("worker", queue, settings.worker_threads),
         worker("urgent", f"{queue}.urgent", settings.urgent_threads),
         Program("beat", beat, 20),
-        Program("agent", [python, "-m", "mvm.agent"], 20),
-        Program("flower", [python, "-m", "workers.flower"], 20),
+        # Who asks the agent waits, who looks at Flower does not; coreutils' nice goes on where it may not.
+        Program("agent", ["nice", "-n", "-10", python, "-m", "mvm.agent"], 20),
+        Program("flower", ["nice", "-n", "10", python, "-m", "workers.flower"], 20),
     )
 
 

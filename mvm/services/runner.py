@@ -75,8 +75,7 @@ class Runner:
         A second delivery waits for the first, then returns what was recorded. A job whose worker was killed is
         taken up from its beginning: every step observes before it acts.
         """
-        if job.lane is not Lane.URGENT:
-            self._precedence.given()
+        self._give_way(job)
         with structlog.contextvars.bound_contextvars(
             job_id=job.job_id, subject=job.subject, node=job.node_id, reason=job.reason.value, verb=job.verb.value
         ), self._locks.hold(f"job {job.job_id}", deadline_s=_DUPLICATE_WAIT_S):  # fmt: skip
@@ -86,12 +85,17 @@ class Runner:
                 self._publish(known)
                 return known
             final = self._run_once(known or job)
+            self._give_way(job)  # it holds no instance any more that a wake could wait for
             self._publish(final)
             if job.verb.is_sweep:
                 self._release_sweep(job)
             for observe in self._observers:
                 observe(final)
             return final
+
+    def _give_way(self, job: Job) -> None:
+        if job.lane is not Lane.URGENT:
+            self._precedence.given()
 
     def _run_once(self, job: Job) -> Job:
         job = job.with_(state=JobState.RUNNING, started_at=job.started_at or self._clock.now())
