@@ -14,7 +14,7 @@ _LET_PASS_S = 0.5  # the longest that a stream of urgent wakes holds up one job
 
 
 class Precedence:
-    """While urgent wakes are under way no other job begins, or tells of its end: a backlog leaves them the processors."""
+    """While urgent wakes are under way no job begins or tells of its end: a backlog leaves them the processors."""
 
     def __init__(self, locks: Locks) -> None:
         self._locks = locks

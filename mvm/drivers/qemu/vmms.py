@@ -8,7 +8,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.drivers import files, processes, tap
 from mvm.drivers.instance_sockets import listen
-from mvm.drivers.qemu import argv
+from mvm.drivers.qemu import argv, pages
 from mvm.drivers.qemu.accel import Accelerator, AcceleratorProbe
 from mvm.drivers.qemu.qmp import MONITOR, CommandFailed, Qmp
 from mvm.drivers.qemu.tsc import host_tsc_khz
@@ -77,7 +77,7 @@ class QemuVmms:
 
     def _launch(
         self, ref: InstanceRef, directory: Path, card: int, command: Callable[[argv.Descriptors], list[str]],
-        *, pass_fds: Sequence[int] = (), new_run: bool = True,
+        *, pass_fds: Sequence[int] = (), new_run: bool = True, small_pages: bool = False,
         then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
     ) -> ProcessIdentity:  # fmt: skip
         """Start QEMU and let `then` speak to it; it returns, or QEMU is ended."""
@@ -88,9 +88,9 @@ class QemuVmms:
             monitor = stack.enter_context(listen(directory, MONITOR)).fileno()
             ports = {name: stack.enter_context(listen(directory, name)).fileno() for name in guest.PORTS}
             fds = argv.Descriptors(card, monitor, ports)
-            process = self._shell.spawn(
-                command(fds), log=log, pass_fds=(fds.tap, fds.monitor, *fds.ports.values(), *pass_fds)
-            )
+            arguments, inherited = command(fds), (fds.tap, fds.monitor, *fds.ports.values(), *pass_fds)
+            with pages.small() if small_pages else nullcontext():
+                process = self._shell.spawn(arguments, log=log, pass_fds=inherited)
         with self._lock:
             self._children.add(process)
         try:
