@@ -40,6 +40,15 @@ def test_other_names_are_other_locks(locks: Locks, other: str) -> None:
             pass
 
 
+def test_one_may_wait_until_nobody_holds_a_lock(locks: Locks) -> None:
+    assert locks.wait_free("x", deadline_s=0)
+    with locks.hold("x", deadline_s=0):
+        assert not locks.wait_free("x", deadline_s=0.02)
+    assert locks.wait_free("x", deadline_s=0)
+    with locks.hold("x", deadline_s=0):
+        pass
+
+
 def test_an_error_within_frees_the_lock(locks: Locks) -> None:
     with pytest.raises(ZeroDivisionError), locks.hold("x", deadline_s=0):
         _ = 1 / 0

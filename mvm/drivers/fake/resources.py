@@ -208,3 +208,8 @@ class FakeLocks(Part):
             with lock:
                 held.discard(name)
                 lock.notify_all()
+
+    def wait_free(self, name: str, *, deadline_s: float) -> bool:
+        """See ports/locks.py."""
+        with self._host.lock:
+            return bool(self._host.lock.wait_for(lambda: name not in self._host.held, deadline_s))
