@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.jobs import Jobs
     from mvm.services.runner import Observer, Runner
+    from mvm.services.urgent import UrgentWake
     from mvm.services.views import NodeView
     from mvm.settings import Settings
 
@@ -114,6 +115,7 @@ class NodeServices:
     registry: Registry
     store: NodeStore
     heartbeat: Heartbeat
+    urgent: UrgentWake
     view: NodeView
 
 
@@ -244,6 +246,7 @@ def build_node(
         JobVerb.SWEEP_IDLENESS: idleness.sweep,
     }.items():
         runner.register(verb, handler)
+    urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
     view = NodeView(
         store=p.store,
         storage=p.storage,
@@ -252,11 +255,11 @@ def build_node(
         clock=p.clock,
         node_id=node,
         address=address,
-        urgent=UrgentWake(p.store, p.registry, jobs, runner, precedence, node),
+        urgent=urgent,
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
     )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,
         facts={"driver": p.vmm.name},
     )  # fmt: skip
-    return NodeServices(runner, jobs, p.registry, p.store, heartbeat, view)
+    return NodeServices(runner, jobs, p.registry, p.store, heartbeat, urgent, view)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import threading
 
 import structlog
 
@@ -36,7 +37,9 @@ def main() -> int:
         listeners = loopback_listeners(settings.metrics_port, namespaced=settings.namespace is not None)
         stop_metrics = metrics.serve(listeners)
         try:
-            asyncio.run(run(settings, open_node(settings).view))
+            node = open_node(settings)
+            threading.Thread(target=node.urgent.take_up, daemon=True).start()  # beside whoever asks already
+            asyncio.run(run(settings, node.view))
         finally:
             stop_metrics()
     except MvmError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from mvm.domain.ids import InstanceRef, NodeId
-from mvm.domain.job import JobState, JobVerb, Lane, Reason
+from mvm.domain.job import Job, JobState, JobVerb, Lane, Reason
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, Unreachable, error_from_dict
 from mvm.ports.registry import Registry
@@ -50,8 +50,7 @@ class UrgentWake:
         if not mine:
             return flight.result()
         try:
-            with self._precedence.taken():
-                answer = self._wake(ref, actor)
+            answer = self._wake(ref, actor)
         except BaseException as error:
             flight.set_exception(error)
             raise
@@ -62,20 +61,33 @@ class UrgentWake:
             with self._lock:
                 del self._flights[ref]
 
+    def take_up(self) -> None:
+        """Finish what this node's agent had begun when it was killed: nobody delivers these jobs again."""
+        for job in self._store.unfinished_jobs():
+            if job.reason is Reason.URGENT:
+                log.warning("took over what a killed agent left", job_id=job.job_id, subject=job.subject)
+                self._run(job)
+
     def _wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
         ahead = self._store.instance(ref).in_flight
-        job = self._jobs.new(
-            JobVerb.INSTANCE_WAKE, str(ref), self._node_id, reason=Reason.URGENT, actor=actor, lane=Lane.URGENT
+        final = self._run(
+            self._jobs.new(
+                JobVerb.INSTANCE_WAKE, str(ref), self._node_id, reason=Reason.URGENT, actor=actor, lane=Lane.URGENT
+            )
         )
-        final = self._runner.run(job)
+        waited_for = str(ahead.job_id) if ahead else None
+        if final.state is JobState.SUCCEEDED:
+            return {"job_id": str(final.job_id), "waited_for": waited_for, **(final.result or {})}
+        if ahead and self._store.instance(ref).status is Status.RUNNING:  # the job ahead brought it here
+            return {"job_id": str(ahead.job_id), "waited_for": waited_for, "ref": str(ref), "status": "running"}
+        raise error_from_dict(final.error or Failed("job.failed", "no reason was recorded").to_dict())
+
+    def _run(self, job: Job) -> Job:
+        with self._precedence.taken():
+            final = self._runner.run(job)
         try:
             self._registry.record([job])
             self._registry.update(final)
         except Unreachable as error:  # the node's own record is enough
             log.warning("not listed", job_id=job.job_id, error=error.message)
-        waited_for = str(ahead.job_id) if ahead else None
-        if final.state is JobState.SUCCEEDED:
-            return {"job_id": str(job.job_id), "waited_for": waited_for, **(final.result or {})}
-        if ahead and self._store.instance(ref).status is Status.RUNNING:  # the job ahead brought it here
-            return {"job_id": str(ahead.job_id), "waited_for": waited_for, "ref": str(ref), "status": "running"}
-        raise error_from_dict(final.error or Failed("job.failed", "no reason was recorded").to_dict())
+        return final

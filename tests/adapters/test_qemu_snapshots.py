@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -219,6 +219,19 @@ def test_memory_open_files_and_the_clock_go_on(host: QemuHost, template: Path, o
         execute(host, own, "touch /dev/shm/ask; until [ ! -e /dev/shm/ask ]; do usleep 20000; done")
         shown = execute(host, own, "cat /root/open").splitlines()
         assert (shown[0], len(shown)) == ("first", generation + 1)
+
+
+@pytest.mark.parametrize("hours", [-9, 9])
+def test_a_host_clock_that_moved_is_the_guests_clock(host: QemuHost, template: Path, own: BootSpec, hours: int) -> None:
+    process = clone(host, template, own)
+    configure(host, own)
+    host.vmm.pause(own.ref, process)
+    host.vmm.resume(own.ref, process)
+    moved = timedelta(hours=hours)
+    host.guest.wake(own.ref, own.directory, now=datetime.now(UTC) + moved, entropy=bytes(64), deadline_s=ANSWER_S)
+    before = time.time() + moved.total_seconds()
+    told = float(execute(host, own, "echo $EPOCHREALTIME"))
+    assert before - 0.05 < told < time.time() + moved.total_seconds() + 0.05
 
 
 def test_a_slept_delta_is_small(host: QemuHost, template: Path, own: BootSpec) -> None:

@@ -199,6 +199,43 @@ def test_a_killed_worker_leaves_what_is_true_and_can_go_on(
     assert not node.host.leaks()
 
 
+@pytest.mark.parametrize(
+    ("part", "point"),
+    [("network", "ensure_tap"), ("vmm", "restore"), ("vmm", "resume"), ("guest", "wake"), ("vmm", "discard")],
+)
+@pytest.mark.parametrize("also_vmm", [False, True])
+def test_what_a_killed_agent_had_begun_is_finished_when_it_starts(
+    node: Node, part: str, point: str, also_vmm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    holder = getattr(node.host, part)
+    real = getattr(holder, point)
+
+    def then_die(*args: object, **kwargs: object) -> None:
+        real(*args, **kwargs)
+        raise Killed
+
+    monkeypatch.setattr(holder, point, then_die)
+    with pytest.raises(Killed):
+        node.services.urgent.wake(InstanceRef.parse(ref), "test")
+    monkeypatch.setattr(holder, point, real)
+    if also_vmm:
+        node.host.kill_process(InstanceRef.parse(ref))
+    node.services.urgent.take_up()
+    assert node.instance(ref).in_flight is None
+    assert not node.services.store.unfinished_jobs()
+    node.sweep(V.SWEEP_STALE_PIDS)
+    status = node.instance(ref).status
+    assert (InstanceRef.parse(ref) in node.host.vmm.processes()) == (status is Status.RUNNING)
+    if not also_vmm:
+        assert status is Status.RUNNING
+    elif status is not Status.RUNNING:
+        node.ok(V.INSTANCE_START, ref, **({"force": True} if status is Status.SLEEPING else {}))
+    node.ok(V.INSTANCE_DESTROY, ref)
+    assert not node.host.leaks()
+
+
 def test_a_warm_guest_is_asked_too_before_it_sleeps(node: Node) -> None:
     (ref,) = running(node)
     node.ok(V.INSTANCE_WARM, ref)
