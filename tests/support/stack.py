@@ -18,13 +18,16 @@ from typing import Any, cast
 
 from supervisor.xmlrpc import SupervisorTransport
 
+from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
+from mvm.drivers import processes
 from tests.support.local import free_port
 from tests.support.microvm import image_cache
 from tests.support.waiting import until
 
 COMMAND = (sys.executable, "-m", "mvm")
 _ROOT = Path(__file__).parents[2]
+_PREFIX, _OWNER = "mvm-e2e-", "owner"
 
 
 @dataclass
@@ -143,10 +146,29 @@ class Stack:
         return left
 
 
+def _end_abandoned() -> None:
+    """End the stacks of those that have ended without doing so themselves."""
+    for mark in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(FileNotFoundError):
+            owner = json.loads(mark.read_text() or "null")
+            if owner is None or processes.runs(ProcessIdentity(*owner)):
+                continue
+            env = {**os.environ, "MVM_STATE_DIR": str(mark.parent / "s"), "PYTHONPATH": str(_ROOT)}
+            Stack(StateLayout(mark.parent / "s"), env).run("down", "--instances")
+            shutil.rmtree(mark.parent, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def running_stack(driver: str = "qemu", **settings: str) -> Iterator[Stack]:
-    """A stack of its own state directory, namespace and ports; nothing of it is left at the end."""
-    root = Path(tempfile.mkdtemp(prefix="mvm-e2e-"))
+    """A stack of its own state directory, namespace and ports; nothing of it is left at the end.
+
+    What a test run left that was killed goes first.
+    """
+    _end_abandoned()
+    root = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    owner = processes.identify(os.getpid())
+    assert owner is not None
+    (root / _OWNER).write_text(json.dumps([owner.pid, owner.start_ticks]))
     layout = StateLayout(root / "s")
     layout.package_cache.parent.mkdir(parents=True)
     image_cache().package_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
