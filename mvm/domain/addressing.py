@@ -13,6 +13,7 @@ NET_IDS = range(4096)
 FIRST_OFFSET = 3  # .1 is the gateway, .2 is kept for builders
 DEFAULT_PREFIX = 24  # 4096 of them fill the cluster's /12 exactly
 LONGEST_PREFIX = 29  # gateway, builder and three guests
+_FIRST_UID = 0x6000_0000  # 28 bits from here on are nobody's on a Debian: below the signed half, above containers
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,10 @@ class TenantNetwork:
         """Locally administered, unicast: ``02:6d``, the net id's and the offset's two bytes each."""
         raw = (0x02, 0x6D, *self.net_id.to_bytes(2, "big"), *(offset & 0xFFFF).to_bytes(2, "big"))
         return ":".join(f"{byte:02x}" for byte in raw)
+
+    def uid(self, offset: int) -> int:
+        """The user and group id of the guest's VMM: no other guest's, of whatever tenant."""
+        return _FIRST_UID + (self.net_id << 16) + offset
 
     def tap(self, offset: int) -> str:
         """The TAP's interface name, ``tn<net_id>i<offset>``; it never collides, being no hash."""

@@ -96,10 +96,12 @@ places = st.tuples(st.sampled_from(NET_IDS), st.integers(3, 65534))
 
 
 @given(places, places)
-def test_no_two_guests_share_a_mac_or_a_tap(one: tuple[int, int], other: tuple[int, int]) -> None:
+def test_no_two_guests_share_a_mac_a_tap_or_a_uid(one: tuple[int, int], other: tuple[int, int]) -> None:
     a, b = (TenantNetwork(net_id, IPv4Network("10.240.0.0/16")) for net_id, _ in (one, other))
     assert (a.mac(one[1]) == b.mac(other[1])) == (one == other)
     assert (a.tap(one[1]) == b.tap(other[1])) == (one == other)
+    assert (a.uid(one[1]) == b.uid(other[1])) == (one == other)
+    assert 0x60000000 <= a.uid(one[1]) < 0x70000000
     assert (a.bridge == b.bridge) == (one[0] == other[0])
 
 
