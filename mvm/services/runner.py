@@ -32,6 +32,12 @@ class JobContext:
     def __init__(self, job: Job, runner: Runner) -> None:
         self.job = job
         self._runner = runner
+        self._remarks: list[str] = []
+
+    def remark(self, text: str) -> None:
+        """What whoever asked should know though the job succeeds; kept as ``remarks`` of its result."""
+        self._remarks.append(text)
+        log.warning("remark", text=text)
 
     def step(self, name: str, done: int = 0, total: int = 0) -> None:
         """Begin step `name`, the `done`-th of `total`; raises `Cancelled` here if somebody asked for it."""
@@ -47,6 +53,8 @@ class JobContext:
     @contextmanager
     def ending(self, **result: Any) -> Iterator[None]:
         """The job succeeds with `result` in one transaction with the writes made within."""
+        if self._remarks:
+            result["remarks"] = self._remarks
         with self._runner.store.transaction():
             yield
             self.job = self._runner.ended(self.job, JobState.SUCCEEDED, result=result)
