@@ -7,7 +7,7 @@ import pytest
 from mvm.domain.ids import InstanceRef, PoolRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, TimedOut
+from mvm.errors import Failed, NotFound, TimedOut
 from tests.services.conftest import Node
 
 V = JobVerb
@@ -123,6 +123,27 @@ def test_a_full_disk_leaves_the_guest_running(node: Node) -> None:
     assert node.instance(ref).status is Status.RUNNING
     assert len(node.host.vmm.processes()) == 1
     node.ok(V.INSTANCE_SLEEP, ref)
+
+
+def test_a_full_disk_leaves_a_warm_guest_warm(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.host.fail("vmm.save", Failed("disk.full", "no space left"))
+    node.fails("disk.full", V.INSTANCE_SLEEP, ref)
+    instance = node.instance(ref)
+    assert instance.status is Status.WARM
+    assert instance.process is not None
+    assert node.host.vmm.paused(instance.ref, instance.process)
+
+
+def test_a_destroyed_pool_leaves_no_template(node: Node) -> None:
+    (ref,) = running(node)
+    pool = node.services.store.pool(PoolRef.parse("acme/web"))
+    assert pool.revision is not None
+    node.ok(V.INSTANCE_DESTROY, ref)
+    node.ok(V.POOL_DESTROY, "acme/web")
+    with pytest.raises(NotFound):
+        node.host.vmm.manifest(node.host.storage.template(pool.ref, pool.revision))
 
 
 def test_what_cannot_be_restored_is_refused_and_can_be_started_anew(node: Node) -> None:

@@ -130,6 +130,11 @@ def sealed_in(pid: int, name: str) -> int | None:
     return fd
 
 
+def has(process: ProcessIdentity, name: str) -> bool:
+    """Whether the VMM maps the memory that `sealed` made as `name`."""
+    return _descriptor(process.pid, _NAME + name) is not None
+
+
 def use(process: ProcessIdentity) -> MemoryUse:
     """What it uses. Raises `OSError` when it has ended."""
     text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
