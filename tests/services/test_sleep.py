@@ -279,6 +279,30 @@ def test_what_a_killed_agent_had_begun_is_finished_when_it_starts(
     assert not node.host.leaks()
 
 
+@pytest.mark.parametrize(("part", "point"), [("guest", "prepare_sleep"), ("vmm", "save")])
+def test_an_urgent_wake_does_not_answer_from_what_a_killed_worker_left(
+    node: Node, part: str, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = running(node)
+    holder = getattr(node.host, part)
+    real = getattr(holder, point)
+
+    def then_die(*args: object, **kwargs: object) -> None:
+        real(*args, **kwargs)
+        raise Killed
+
+    job = node.submit(V.INSTANCE_SLEEP, ref)
+    monkeypatch.setattr(holder, point, then_die)
+    with pytest.raises(Killed):
+        node.drain()
+    monkeypatch.setattr(holder, point, real)
+    answer = node.services.urgent.wake(InstanceRef.parse(ref), "test")
+    assert answer["waited_for"] == job.job_id
+    assert answer["job_id"] != job.job_id, "it slept, and was woken"
+    assert InstanceRef.parse(ref) in node.host.vmm.processes()
+    assert node.instance(ref).status is Status.RUNNING
+
+
 def test_a_warm_guest_is_asked_too_before_it_sleeps(node: Node) -> None:
     (ref,) = running(node)
     node.ok(V.INSTANCE_WARM, ref)
