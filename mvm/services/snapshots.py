@@ -175,6 +175,10 @@ class Snapshots:
         self._tell_time(replace(instance, process=process))
         return process
 
+    def kept(self, ref: InstanceRef) -> bool:
+        """Whether the instance has something to wake from."""
+        return isinstance(self._vmm, Snapshotting) and self._known(self._storage.snapshot(ref)) is not None
+
     def forget(self, ref: InstanceRef) -> None:
         """What the instance slept in is gone."""
         if isinstance(self._vmm, Snapshotting):

@@ -158,6 +158,15 @@ def test_what_cannot_be_restored_is_refused_and_can_be_started_anew(node: Node) 
     assert node.ok(V.INSTANCE_START, ref, force=True)["status"] == "running"
 
 
+def test_a_forced_start_that_fails_before_it_begins_forgets_nothing(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    node.host.fail("storage.revision", Failed("revision.damaged", "rootfs is missing"))
+    node.fails("revision.damaged", V.INSTANCE_START, ref, force=True)
+    assert node.instance(ref).status is Status.SLEEPING
+    node.ok(V.INSTANCE_WAKE, ref)
+
+
 @pytest.mark.parametrize("status", [V.INSTANCE_WARM, V.INSTANCE_SLEEP])
 @pytest.mark.parametrize("end", [V.INSTANCE_STOP, V.INSTANCE_DESTROY])
 def test_warm_and_sleeping_ones_can_be_ended(node: Node, status: JobVerb, end: JobVerb) -> None:
