@@ -1,7 +1,7 @@
 """The audit trail: one line an entry, each with the hash of the one before it, so that no change of it stays unseen.
 
-A line is an object in JSON's shortest spelling: ``seq`` and ``prev`` first, ``hash`` last. The hash is the sha256 of the
-line without it; it is of these very bytes, so that any other spelling of the same entry is found too.
+A line is an object in JSON's shortest spelling: ``seq`` and ``prev`` first, ``hash`` last. The hash is the sha256 of
+the line without it. It is of these very bytes, so that any other spelling of the same entry is found too.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def verify(files: Iterable[tuple[str, bytes]], head: Link | None) -> Verdict:
             check.before = (name, number)
         if half:
             check.find(name, len(lines) + 1, check.seq + 1, Problem.HALF,
-                       f"{len(half)} bytes without a line's end: a crash cut it, or it was cut or added by hand")  # fmt: skip
+                       f"{len(half)} bytes without a line's end: left by a crash, or by hand")  # fmt: skip
     check.end(name, head)
     order = {Problem.REMOVED: 0}
     found = sorted(check.findings, key=lambda f: (f.file, f.line or 1 << 60, order.get(f.problem, 1)))

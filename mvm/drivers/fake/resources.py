@@ -11,7 +11,7 @@ from pathlib import Path
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 from mvm.domain.pool import ImageSource
-from mvm.drivers.fake.state import POINTS, Files, HostState, Part, point
+from mvm.drivers.fake.state import POINTS, Files, Part, point
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.host import MemoryLeft
 from mvm.ports.images import ProgressReport
@@ -190,22 +190,33 @@ class FakeMemory(Part):
         return self._host.memory_left
 
 
-class FakeTrail(Part):
-    """ports/audit.py: one tenant's trail, as one text."""
+class FakeAudit(Part):
+    """ports/audit.py in the host's `trails`, each one text."""
 
-    def __init__(self, host: HostState, tenant: TenantId) -> None:
-        super().__init__(host)
-        self._tenant = tenant
-
-    @property
-    def _text(self) -> bytearray:
-        return self._host.trails.setdefault(self._tenant, bytearray())
+    @contextmanager
+    def hold(self, tenant: TenantId) -> Iterator[FakeTrail]:
+        """See ports/audit.py."""
+        with self._host.trail_locks[tenant]:
+            yield FakeTrail(self, tenant, self._host.trails.setdefault(tenant, bytearray()))
 
     @point("audit.append")
+    def append(self, tenant: TenantId, data: bytes) -> None:
+        """Add `data` behind the last whole line."""
+        text = self._host.trails[tenant]
+        text[text.rfind(b"\n") + 1 :] = data
+
+
+class FakeTrail:
+    """ports/audit.py: one tenant's trail."""
+
+    def __init__(self, audit: FakeAudit, tenant: TenantId, text: bytearray) -> None:
+        self._audit = audit
+        self._tenant = tenant
+        self._text = text
+
     def append(self, lines: Sequence[str]) -> None:
         """See ports/audit.py."""
-        del self._text[self._text.rfind(b"\n") + 1 :]
-        self._text.extend("".join(f"{line}\n" for line in lines).encode("ascii"))
+        self._audit.append(self._tenant, "".join(f"{line}\n" for line in lines).encode("ascii"))
 
     def tail(self, count: int) -> Sequence[bytes]:
         """See ports/audit.py."""
@@ -219,16 +230,6 @@ class FakeTrail(Part):
         """See ports/audit.py."""
         if self._text:
             yield "trail", bytes(self._text)
-
-
-class FakeAudit(Part):
-    """ports/audit.py in the host's `trails`."""
-
-    @contextmanager
-    def hold(self, tenant: TenantId) -> Iterator[FakeTrail]:
-        """See ports/audit.py."""
-        with self._host.trail_locks[tenant]:
-            yield FakeTrail(self._host, tenant)
 
 
 class FakeLocks(Part):
