@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.stack import COMMAND, Stack, running_stack
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.root, pytest.mark.redis]
 
 
 def test_what_is_done_to_a_tenant_is_told_and_what_is_done_to_the_trail_is_found() -> None:
