@@ -12,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvm.domain.audit import (
-    START, AuditEntry, Kind, Link, Problem, Verdict, chained, config_hash, read_line, tenant_of, verify,
-)  # fmt: skip
+    START,
+    AuditEntry,
+    Kind,
+    Link,
+    Problem,
+    Verdict,
+    chained,
+    config_hash,
+    read_line,
+    tenant_of,
+    verify,
+)
 from mvm.domain.ids import TenantId
 from mvm.domain.job import JobVerb
 from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SleepPolicy, WorkerPool
