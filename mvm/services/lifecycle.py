@@ -213,7 +213,7 @@ class Lifecycle:
         """
         ref = InstanceRef.parse(context.job.subject)
         with self._locked(ref):
-            claimed = self._admit(context, ref, verb)
+            claimed = self._admit(ref, verb, context)
             try:
                 yield claimed
             except Exception as error:
@@ -222,7 +222,7 @@ class Lifecycle:
                 self._store.save_instance(replace(failed, in_flight=None, last_error=kept))
                 raise
 
-    def _admit(self, context: JobContext, ref: InstanceRef, verb: Verb) -> Instance:
+    def _admit(self, ref: InstanceRef, verb: Verb, context: JobContext) -> Instance:
         """Check the table and the quota and mark the instance as the job's, in one transaction.
 
         We hold the instance's lock, so a job that is still marked here lost its worker; ours takes over.
@@ -237,6 +237,7 @@ class Lifecycle:
                 admit_running(self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref))
             if verb is Verb.WARM:
                 admit_warm(self._store, self._store.tenant(ref.tenant))
+            context.record()
             return self._store.save_instance(replace(instance, in_flight=InFlight(context.job.job_id, verb)))
 
 
