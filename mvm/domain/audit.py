@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from mvm.domain.ids import JobId, NodeId, Revision, TenantId
 from mvm.domain.job import Job
 from mvm.domain.pool import WorkerPool
+from mvm.domain.tenant import Tenant
 from mvm.errors import InvalidInput
 
 _LONGEST_TEXT = 512
@@ -124,18 +125,15 @@ def tenant_of(job: Job) -> TenantId | None:
         return None
 
 
-def config_hash(pool: WorkerPool) -> str:
-    """The same for pools of the same configuration; counts, revision and where it is are none of it."""
-    config = {
-        "flake_ref": pool.source.flake_ref,
-        "profile": pool.source.profile,
-        "resources": asdict(pool.resources),
-        "start": pool.start.value,
-        "compression": pool.compression.value,
-        "sleep_policy": asdict(pool.sleep_policy),
-        "pinned": pool.pinned,
-        "critical": pool.critical,
-    }
+_NOT_CONFIGURED = {"ref", "node_id", "created_at", "desired", "revision"}
+
+
+def config_hash(owner: Tenant | WorkerPool) -> str:
+    """Of a tenant's quota, or of a pool's configuration without its name, place, counts and revision."""
+    if isinstance(owner, Tenant):
+        config = asdict(owner.quota)
+    else:
+        config = {name: value for name, value in owner.to_dict().items() if name not in _NOT_CONFIGURED}
     return sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -194,10 +192,9 @@ class Verdict:
 
 
 def verify(files: Iterable[tuple[str, bytes]], head: Link | None) -> Verdict:
-    """Compare a trail, its files in order, with itself, and its end with `head`, which is kept elsewhere.
+    """Look along a trail, its files in order, and compare its end with `head`, which is kept elsewhere.
 
-    Everything between the last good entry and the next is told; one change may be told twice (moving a line is seen
-    where it went).
+    No change of its bytes goes unseen; one change may be told by more than one finding.
     """
     check, name = _Check(), ""
     for name, data in files:
@@ -210,8 +207,7 @@ def verify(files: Iterable[tuple[str, bytes]], head: Link | None) -> Verdict:
             check.find(name, len(lines) + 1, check.seq + 1, Problem.HALF,
                        f"{len(half)} bytes without a line's end: left by a crash, or by hand")  # fmt: skip
     check.end(name, head)
-    order = {Problem.REMOVED: 0}
-    found = sorted(check.findings, key=lambda f: (f.file, f.line or 1 << 60, order.get(f.problem, 1)))
+    found = sorted(check.findings, key=lambda f: (f.file, f.line or 1 << 60))
     return Verdict(check.entries, Link(check.seq, check.hash or ""), tuple(found))
 
 

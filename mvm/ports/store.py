@@ -129,7 +129,10 @@ class NodeStore(Protocol):
         ...
 
     def put_audit(self, tenant: TenantId, line: str, head: Link) -> None:
-        """Keep a line that is to be appended to the tenant's trail, whose head it becomes."""
+        """Keep a line that is to be appended to the tenant's trail, whose head it becomes.
+
+        For a transaction in which the head was read that it follows.
+        """
         ...
 
     def pending_audit(self, tenant: TenantId) -> Sequence[str]:

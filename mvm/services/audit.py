@@ -14,7 +14,7 @@ from mvm.domain.ids import InstanceRef, NodeId, PoolRef, Revision, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
 from mvm.domain.lifecycle import Status
-from mvm.errors import MvmError, NotFound
+from mvm.errors import InvalidInput, MvmError, NotFound
 from mvm.ports.audit import AuditLog, AuditTrail
 from mvm.ports.clock import Clock
 from mvm.ports.store import NodeStore
@@ -46,13 +46,18 @@ class Audit:
         self._at_work = False
 
     # --- writing; within a transaction
-    def job_ended(self, job: Job, touched: Mapping[str, Instance | None]) -> None:
-        """`job`, in its final state, and the instances it `touched`, as they were when it came to them."""
+    def job_ended(
+        self, job: Job, touched: Mapping[str, Instance | None], change: tuple[str | None, str | None] = (None, None)
+    ) -> None:
+        """`job`, in its final state, and the instances it `touched`, as they were when it came to them.
+
+        A job that touched none has an entry of its subject, with the `change` of it.
+        """
         tenant = tenant_of(job)
         if tenant is None:
             return
         if not touched:
-            self._put(tenant, self._entry(job, Kind.JOB, job.subject))
+            self._put(tenant, self._entry(job, Kind.JOB, job.subject, before=change[0], after=change[1]))
         for subject, before in touched.items():
             self._put(tenant, self._changed(job, Kind.JOB, InstanceRef.parse(subject), before))
 
@@ -75,7 +80,7 @@ class Audit:
         )  # fmt: skip
 
     def _entry(self, job: Job, kind: Kind, subject: str, **changes: Any) -> AuditEntry:
-        config, revision = self._pool(subject)
+        config, revision = self._configured(subject)
         why = job.params.get("why")
         values: dict[str, Any] = {
             "why": str(why) if why is not None else None,
@@ -90,13 +95,13 @@ class Audit:
             config=config, **values,
         )  # fmt: skip
 
-    def _pool(self, subject: str) -> tuple[str | None, Revision | None]:
-        names = subject.split("/")
-        if len(names) < 2:
-            return None, None
+    def _configured(self, subject: str) -> tuple[str | None, Revision | None]:
+        tenant, *names = subject.split("/")
         try:
-            pool = self._store.pool(PoolRef.parse("/".join(names[:2])))
-        except MvmError:  # there is none of that name, or there never can be
+            if not names:
+                return config_hash(self._store.tenant(TenantId(tenant))), None
+            pool = self._store.pool(PoolRef.parse(f"{tenant}/{names[0]}"))
+        except (NotFound, InvalidInput):  # there is none of that name, any more or ever
             return None, None
         return config_hash(pool), pool.revision
 
@@ -124,15 +129,20 @@ class Audit:
         threading.Thread(target=self._work, name="audit", daemon=True).start()
 
     def _work(self) -> None:
-        while True:
-            threading.Event().wait(_GATHER_S)
+        try:
+            while True:
+                threading.Event().wait(_GATHER_S)
+                with self._lock:
+                    if not self._asked:
+                        self._at_work = False
+                        return
+                    self._asked = False
+                self._precedence.given()
+                self.complete()
+        except BaseException:  # a bug ends this thread, and not those to come
             with self._lock:
-                if not self._asked:
-                    self._at_work = False
-                    return
-                self._asked = False
-            self._precedence.given()
-            self.complete()
+                self._at_work = False
+            raise
 
     def complete(self) -> None:
         """Append what waits, of every tenant. What cannot be appended now waits on."""

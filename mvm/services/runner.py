@@ -35,11 +35,16 @@ class JobContext:
     def __init__(self, job: Job, runner: Runner) -> None:
         self.job = job
         self.touched: dict[str, Instance | None] = {}
+        self.change: tuple[str | None, str | None] = (None, None)
         self._runner = runner
 
     def found(self, ref: InstanceRef, instance: Instance | None) -> None:
         """The job is about `instance` (None: to be made), as it is now; for the audit trail."""
         self.touched[str(ref)] = instance
+
+    def changed(self, before: str, after: str) -> None:
+        """What the job changed, when it is of no instance; for the audit trail."""
+        self.change = (before, after)
 
     def step(self, name: str, done: int = 0, total: int = 0) -> None:
         """Begin step `name`, the `done`-th of `total`; raises `Cancelled` here if somebody asked for it."""
@@ -97,7 +102,8 @@ class Runner:
                 self._publish(known)
                 return known
             final = self._run_once(known or job)
-            self._audit.soon()
+            if not job.verb.is_sweep:
+                self._audit.soon()
             self._give_way(job)  # it holds no instance any more that a wake could wait for
             self._publish(final)
             if job.verb.is_sweep:
@@ -140,7 +146,7 @@ class Runner:
 
     def record_end(self, context: JobContext, job: Job) -> None:
         """Within a transaction: the final record of the context's job, and what the audit trail says of it."""
-        self._audit.job_ended(job, context.touched)
+        self._audit.job_ended(job, context.touched, context.change)
         self.store.put_job(job)
         context.job = job
 

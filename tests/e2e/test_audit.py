@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+from collections import Counter
 
 import pytest
 
@@ -39,6 +42,28 @@ def test_what_is_done_to_a_tenant_is_told_and_what_is_done_to_the_trail_is_found
         assert {entry["job_id"] for entry in entries} <= jobs
         assert stack.json("audit", "verify", "acme")["whole"]
         _spoil(stack)
+
+
+def test_nothing_is_lost_or_told_twice_when_workers_are_killed() -> None:
+    with running_stack("fake") as stack:
+        stack.mvm("tenant", "create", "acme")
+        stack.mvm("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal")
+        stack.mvm("pool", "build", "acme/web")
+        refs = [each["ref"] for each in stack.json("instance", "create", "acme/web", "--count", "20")]
+        jobs = []
+        for verb in ("start", "warm", "wake", "stop"):
+            (job,) = stack.mvm("instance", verb, *refs, "--no-wait").split()
+            for part in ("worker", "urgent"):
+                os.kill(stack.pid(part), signal.SIGKILL)
+            stack.run("job", "wait", job)
+            jobs.append(job)
+        children = [child for job in jobs for child in stack.json("job", "show", job)["children"]]
+        assert len(children) == 80
+        ended = {child["job_id"]: child["state"] for child in children}
+        told = [e for e in stack.json("audit", "tail", "acme", "-n", "1000") if e["job_id"] in ended]
+        assert Counter(entry["job_id"] for entry in told) == Counter(ended)
+        assert {entry["job_id"]: entry["result"] for entry in told} == ended
+        assert stack.json("audit", "verify", "acme")["whole"]
 
 
 def _wait_for(following: subprocess.Popen[str], verb: str) -> None:

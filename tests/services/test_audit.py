@@ -82,6 +82,8 @@ def test_what_a_sweep_finds_gone_is_told(mvm: CommandLine, node: Node) -> None:
 def test_what_reconcile_makes_is_told(mvm: CommandLine, node: Node) -> None:
     node.pool()
     node.ok(JobVerb.POOL_SCALE, "acme/web", running=2)
+    (scaled,) = [e for e in trail(mvm) if e["verb"] == "pool.scale" and e["kind"] == "job"]
+    assert (scaled["from"], scaled["to"]) == ("running=0", "running=2")
     made = [e for e in trail(mvm) if e["to"] == "created"]
     assert len(made) == 2
     assert [e["reason"] for e in trail(mvm) if e["verb"] == "instance.start"] == [Reason.RECONCILE] * 2
@@ -103,6 +105,52 @@ def test_a_job_delivered_twice_is_told_once(mvm: CommandLine, node: Node) -> Non
     job = node.do(JobVerb.POOL_BUILD, "acme/web")
     node.services.runner.run(job)
     assert [e["job_id"] for e in trail(mvm)].count(job.job_id) == 1
+
+
+def test_bulk_jobs_and_cancelled_ones_are_told(mvm: CommandLine, node: Node) -> None:
+    node.pool()
+    refs = node.create(2)
+    bulk = mvm.json("instance", "start", *refs)
+    assert [(e["subject"], e["parent"]) for e in trail(mvm)[-2:]] == [(ref, bulk["job_id"]) for ref in refs]
+    job = node.submit(JobVerb.INSTANCE_STOP, refs[0])
+    node.services.jobs.cancel(job.job_id)
+    node.drain()
+    last = trail(mvm)[-1]
+    assert (last["job_id"], last["result"], last["code"]) == (job.job_id, "cancelled", "job.cancelled")
+
+
+def test_a_changed_configuration_has_another_hash(mvm: CommandLine, node: Node) -> None:
+    node.pool()
+    node.ok(JobVerb.TENANT_UPDATE, "acme", quota={"max_pools": 3})
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", pinned=True)
+    hashes = {(e["verb"], e["config"]) for e in trail(mvm)}
+    assert len({config for _, config in hashes}) == 4, "the quota's and the pool's, before and after"
+
+
+def test_an_urgent_wake_does_not_wait_for_the_trail(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.ok(JobVerb.INSTANCE_START, ref)
+    node.ok(JobVerb.INSTANCE_SLEEP, ref)
+    node.services.view.audit_verify(ACME)
+    before = len(node.host.trails[ACME])
+    with node.host.trail_locks[ACME]:
+        assert node.services.view.wake(InstanceRef.parse(ref), "ann")["status"] == "running"
+        assert len(node.host.trails[ACME]) == before
+        assert len(node.services.store.pending_audit(ACME)) == 1
+    until(lambda: len(node.host.trails[ACME]) > before, 10, "the entry is appended")
+
+
+def test_a_damaged_line_is_shown_as_such(mvm: CommandLine, node: Node) -> None:
+    node.ok(JobVerb.TENANT_CREATE, "acme")
+    trail(mvm)
+    node.host.trails[ACME][:] = node.host.trails[ACME].replace(b"succeeded", b"f\xff\x1b[2J")
+    (shown,) = trail(mvm)
+    assert (shown["seq"], shown["kind"]) == (None, "damaged")
+    assert "\\xff" in shown["text"]
+    assert "\x1b" not in mvm.ok("audit", "tail", "acme"), "it does not drive the terminal"
+    node.ok(JobVerb.TENANT_UPDATE, "acme", quota={"max_pools": 3})
+    assert mvm("audit", "verify", "acme").exit_code == 1
 
 
 def test_entries_wait_while_the_disk_is_full(mvm: CommandLine, node: Node) -> None:
