@@ -51,7 +51,7 @@ def test_nothing_is_lost_or_told_twice_when_workers_are_killed() -> None:
         stack.mvm("pool", "build", "acme/web")
         refs = [each["ref"] for each in stack.json("instance", "create", "acme/web", "--count", "20")]
         jobs = []
-        for verb in ("start", "warm", "wake", "stop"):
+        for verb in ("start", "warm", "start", "stop"):
             (job,) = stack.mvm("instance", verb, *refs, "--no-wait").split()
             for part in ("worker", "urgent"):
                 os.kill(stack.pid(part), signal.SIGKILL)
@@ -61,7 +61,7 @@ def test_nothing_is_lost_or_told_twice_when_workers_are_killed() -> None:
         assert len(children) == 80
         ended = {child["job_id"]: child["state"] for child in children}
         told = [e for e in stack.json("audit", "tail", "acme", "-n", "1000") if e["job_id"] in ended]
-        assert Counter(entry["job_id"] for entry in told) == Counter(ended)
+        assert Counter(entry["job_id"] for entry in told) == Counter(ended.keys())
         assert {entry["job_id"]: entry["result"] for entry in told} == ended
         assert stack.json("audit", "verify", "acme")["whole"]
 
