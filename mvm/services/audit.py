@@ -138,7 +138,10 @@ class Audit:
                         return
                     self._asked = False
                 self._precedence.given()
-                self.complete()
+                try:
+                    self.complete()
+                except MvmError as error:  # the store does not answer; whoever comes next tries again
+                    log.warning("audit entries wait", code=error.code, error=error.message)
         except BaseException:  # a bug ends this thread, and not those to come
             with self._lock:
                 self._at_work = False
@@ -146,12 +149,12 @@ class Audit:
 
     def complete(self) -> None:
         """Append what waits, of every tenant. What cannot be appended now waits on."""
-        try:
-            for tenant in self._store.unwritten_trails():
+        for tenant in self._store.unwritten_trails():
+            try:
                 with self._trails.hold(tenant) as trail:
                     self._complete(tenant, trail)
-        except MvmError as error:
-            log.warning("audit entries wait", code=error.code, error=error.message)
+            except MvmError as error:
+                log.warning("audit entries wait", tenant=tenant, code=error.code, error=error.message)
 
     def _complete(self, tenant: TenantId, trail: AuditTrail) -> None:
         half = trail.half()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from mvm.domain.audit import read_line, verify
+from mvm.domain.audit import START, AuditEntry, Kind, chained, read_line, verify
 from mvm.domain.ids import NodeId, TenantId
 from mvm.drivers.audit_log import FileAuditLog
 from mvm.drivers.clock import SystemClock
@@ -60,9 +61,9 @@ class Trails:
         self.log = FileAuditLog(root / "audit", locks, rotate_bytes=1500)
         self.audit = Audit(self.store, self.log, SystemClock(), Precedence(locks), NodeId("n1"))
 
-    def end_jobs(self, count: int) -> None:
+    def end_jobs(self, count: int, **changes: Any) -> None:
         for _ in range(count):
-            job = make.ended(make.job())
+            job = make.ended(make.job(**changes))
             with self.store.transaction():
                 self.audit.job_ended(job, {})
                 self.store.put_job(job)
@@ -126,3 +127,24 @@ def test_two_services_append_what_either_has_ended(tmp_path: Path) -> None:
     assert two.whole()
     one.store.close()
     two.store.close()
+
+
+def test_a_trail_that_cannot_be_written_holds_up_no_other(tmp_path: Path) -> None:
+    trails, later = Trails(tmp_path), TenantId("zeta")
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit/acme").write_text("in the way")
+    trails.store.put_audit(ACME, *chained(_entry(), START))
+    trails.end_jobs(1, subject="zeta/web/i-00000001")
+    with capture_logs() as logs:
+        trails.audit.complete()
+    assert [(log["tenant"], log["code"]) for log in logs] == [("acme", "audit.failed")]
+    assert (len(trails.store.pending_audit(ACME)), len(trails.store.pending_audit(later))) == (1, 0)
+    (tmp_path / "audit/acme").unlink()
+    trails.audit.complete()
+    assert trails.whole()
+    assert len(trails.entries()) == 1
+    trails.store.close()
+
+
+def _entry() -> AuditEntry:
+    return AuditEntry(make.START, make.NODE, Kind.JOB, "ann", "manual", "tenant.create", ACME, "succeeded")
