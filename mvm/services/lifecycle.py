@@ -232,8 +232,8 @@ class Lifecycle:
             context.found(ref, instance)
             landing(instance.status, verb, ref)
             if verb in (Verb.START, Verb.WAKE):
-                # Without a mark that a crash left, so that the quota does not count this instance twice.
-                instance = self._store.save_instance(replace(instance, in_flight=None))
+                if instance.in_flight:  # a mark that a crash left: the quota must not count this instance twice
+                    instance = self._store.save_instance(replace(instance, in_flight=None))
                 admit_running(self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref))
             if verb is Verb.WARM:
                 admit_warm(self._store, self._store.tenant(ref.tenant))
