@@ -119,12 +119,14 @@ class QemuDriver(QemuVmms):
     ) -> SnapshotManifest:
         """See the port."""
         base = files.manifest(template).id if template else None
-        if base and not memory.has(process, _memory_name(base)):  # made anew since: what differs from it is not known
-            raise Failed(
-                "snapshot.other_base", f"{spec.ref} cannot sleep: the template it was cloned from has been replaced",
-                hint="it runs on; stop and start it to have it cloned from the new one", subject=str(spec.ref),
-            )  # fmt: skip
         with self._monitor(spec.ref, process, _SAVE_S) as qmp:
+            if base and not memory.has(
+                process, _memory_name(base)
+            ):  # made anew since: what differs from it is not known
+                raise Failed(
+                    "snapshot.other_base", f"{spec.ref} cannot sleep: the template it was cloned from has been replaced",
+                    hint="it runs on; stop and start it to have it cloned from the new one", subject=str(spec.ref),
+                )  # fmt: skip
             running = qmp.run("query-status")["running"]
             qmp.run("stop")  # which also writes what QEMU holds back of the disks
             try:
