@@ -120,11 +120,10 @@ class QemuDriver(QemuVmms):
         """See the port."""
         base = files.manifest(template).id if template else None
         with self._monitor(spec.ref, process, _SAVE_S) as qmp:
-            if base and not memory.has(
-                process, _memory_name(base)
-            ):  # made anew since: what differs from it is not known
+            # Of a template made anew since it is not known what differs.
+            if base and not memory.has(process, _memory_name(base)):
                 raise Failed(
-                    "snapshot.other_base", f"{spec.ref} cannot sleep: the template it was cloned from has been replaced",
+                    "snapshot.other_base", f"{spec.ref} cannot sleep: the template it was cloned from is replaced",
                     hint="it runs on; stop and start it to have it cloned from the new one", subject=str(spec.ref),
                 )  # fmt: skip
             running = qmp.run("query-status")["running"]
