@@ -82,6 +82,8 @@ class MicroVms:
         self._storage.revision(pool.revision)
         context.step(_STEPS[1], 1, len(_STEPS))
         self.prepare(instance, pool)
+        if instance.status is Status.SLEEPING:  # and is to forget: also what a killed worker had begun to restore
+            self._vmm.kill(instance.ref, None)
         self._snapshots.forget(instance.ref)
         context.step(_STEPS[2], 2, len(_STEPS))
         self._network.ensure_tap(network, instance.offset)
@@ -162,6 +164,10 @@ class MicroVms:
         manifest = self._snapshots.sleep(context, instance, pool, self.spec(instance, pool, network), force=force)
         self._network.remove_taps(frozenset({network.tap(instance.offset)}))
         return manifest
+
+    def held(self, instance: Instance) -> int:
+        """Bytes of memory that its VMM has to itself; 0 when it has ended."""
+        return self._snapshots.held(instance)
 
     def resume(self, instance: Instance) -> Instance:
         """A warm instance runs again."""

@@ -160,8 +160,9 @@ class FakeSnapshots(Part):
         said = self.manifest(snapshot)
         clones = snapshot == template
         why = refusal(
-            said, vmm=self.name, machine=_machine(spec), template=None if clones else base, revision=revision,
-            guest_protocol=guest.PROTOCOL_VERSION, disk=None if clones else self._disk(spec.ref),
+            said, owner=None if clones else str(spec.ref), vmm=self.name, machine=_machine(spec),
+            template=None if clones else base, revision=revision, guest_protocol=guest.PROTOCOL_VERSION,
+            disk=None if clones else self._disk(spec.ref),
         ) or other_version(said, host.version)  # fmt: skip
         if why is None and (snapshot in host.spoilt or template in host.spoilt):
             why = Refusal("snapshot.damaged", "memory differs from its manifest")
@@ -183,7 +184,8 @@ class FakeSnapshots(Part):
     ) -> SnapshotManifest:  # fmt: skip
         size = (8 if kind is Kind.TEMPLATE else 1) << 20
         return SnapshotManifest(
-            kind=kind, files={"memory": FileDigest(sha256(str(spec.ref).encode()).hexdigest(), size)}, vmm=self.name,
+            kind=kind, owner=None if kind is Kind.TEMPLATE else str(spec.ref),
+            files={"memory": FileDigest(sha256(str(spec.ref).encode()).hexdigest(), size)}, vmm=self.name,
             vmm_version=self._host.version, machine=_machine(spec), mem_mib=spec.mem_mib, vcpus=spec.vcpus,
             revision=revision, template=template, compression=compression, guest_protocol=guest.PROTOCOL_VERSION,
             disk=disk, taken_at=self._host.clock.now(),

@@ -170,15 +170,15 @@ class QemuDriver(QemuVmms):
         if template and base:
             machine = self._machine(spec, accel, _data_bytes(spec))
             _refuse(template, refusal(
-                base, vmm=self.name, machine=machine, template=None, revision=revision,
+                base, owner=None, vmm=self.name, machine=machine, template=None, revision=revision,
                 guest_protocol=guest.PROTOCOL_VERSION, disk=None,
             ))  # fmt: skip
         delta = snapshot != template
         said = files.manifest(snapshot) if delta or base is None else base
         if delta:
             _refuse(snapshot, refusal(
-                said, vmm=self.name, machine=self._machine(spec, accel, _data_bytes(spec)), template=base,
-                revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec),
+                said, owner=str(spec.ref), vmm=self.name, machine=self._machine(spec, accel, _data_bytes(spec)),
+                template=base, revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec),
             ))  # fmt: skip
         for process in self._of(spec.ref):
             if self._has_begun(spec, process):
@@ -266,7 +266,8 @@ class QemuDriver(QemuVmms):
         accel = self._probe.choose(lambda: None).name
         data_bytes = spec.data_disk_mib << 20 if isinstance(spec, TemplateSpec) else _data_bytes(spec)
         return SnapshotManifest(
-            kind=kind, files=saved, vmm=self.name, vmm_version=version,
+            kind=kind, owner=None if kind is Kind.TEMPLATE else str(spec.ref), files=saved, vmm=self.name,
+            vmm_version=version,
             machine=self._machine(spec, accel, data_bytes), mem_mib=spec.mem_mib, vcpus=spec.vcpus, revision=revision,
             template=template, compression=compression, guest_protocol=guest.PROTOCOL_VERSION, disk=disk,
             taken_at=datetime.now(UTC),
