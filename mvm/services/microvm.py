@@ -14,7 +14,7 @@ from hashlib import sha256
 
 import structlog
 
-from mvm.domain.addressing import TenantNetwork
+from mvm.domain.addressing import BUILDER_OFFSET, TenantNetwork
 from mvm.domain.instance import Instance
 from mvm.domain.pool import WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
@@ -86,7 +86,7 @@ class MicroVms:
         self._network.ensure_tap(network, instance.offset)
         with self._boot_slot(context):
             if self._snapshots.clones(pool):
-                self._snapshots.template(context, pool, pool.revision)
+                self._snapshots.template(context, pool, pool.revision, uid=network.uid(BUILDER_OFFSET))
             context.step(_STEPS[3], 3, len(_STEPS))
             instance = self._launch(instance, pool, network, cold=False)
             try:
@@ -138,6 +138,8 @@ class MicroVms:
             vcpus=pool.resources.vcpus,
             mem_mib=pool.resources.mem_mib,
             nic=Nic(network.tap(instance.offset), network.mac(instance.offset)),
+            uid=network.uid(instance.offset),
+            seccomp=pool.seccomp_policy,
         )
 
     # --- warm and sleeping

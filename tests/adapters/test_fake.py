@@ -40,7 +40,7 @@ def spec(host: FakeHost, ref: InstanceRef = REF, offset: int = 3) -> BootSpec:
     host.storage.prepare(ref, data_disk_mib=0)
     return BootSpec(
         ref, host.storage.directory(ref), files.kernel, files.initramfs, files.rootfs,
-        host.storage.fresh_overlay(ref, files.rootfs), None, 1, 256, Nic(ACME.tap(offset), ACME.mac(offset)),
+        host.storage.fresh_overlay(ref, files.rootfs), None, 1, 256, Nic(ACME.tap(offset), ACME.mac(offset)), ACME.uid(offset),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mvm.domain.addressing import TenantNetwork, parse_subnet
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
@@ -31,6 +32,7 @@ BOOT_S = 60.0
 ANSWER_S = 20.0
 REVISION = Revision("5" * 64)
 GUEST_IP = "10.240.1.3"
+NETWORK = TenantNetwork(1, parse_subnet("10.240.1.0/24"))
 _serial = count(1)
 
 
@@ -109,13 +111,15 @@ class QemuHost:
             ref=ref, directory=directory, kernel=image / "vmlinux", initramfs=image / "initramfs.cpio", rootfs=rootfs,
             overlay=overlay, data_disk=data_disk, vcpus=1, mem_mib=mem_mib,
             nic=Nic(self._tap(number), f"02:6d:00:01:00:{number + 2:02x}"),
+            uid=NETWORK.uid(number + 2),
         )  # fmt: skip
 
     def template_spec(self, number: int = 9, *, data_disk_mib: int = 0, mem_mib: int = 192) -> TemplateSpec:
         """What is needed to boot a template: its directory and overlay exist."""
         own = self.spec(number, mem_mib=mem_mib)
         return TemplateSpec(
-            own.ref, own.directory, own.kernel, own.initramfs, own.rootfs, own.overlay, data_disk_mib, 1, mem_mib
+            own.ref, own.directory, own.kernel, own.initramfs, own.rootfs, own.overlay, data_disk_mib, 1, mem_mib,
+            own.uid,
         )
 
     def template(self, spec: TemplateSpec) -> Path:

@@ -51,7 +51,7 @@ class FakeSnapshots(Part):
         if spec.ref not in host.machines:
             same = BootSpec(
                 spec.ref, spec.directory, spec.kernel, spec.initramfs, spec.rootfs, spec.overlay, None, spec.vcpus,
-                spec.mem_mib, Nic("", ""),
+                spec.mem_mib, Nic("", ""), spec.uid, spec.seccomp,
             )  # fmt: skip
             hung = host.hangs[spec.ref] > 0
             host.hangs[spec.ref] -= hung

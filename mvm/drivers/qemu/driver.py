@@ -51,8 +51,8 @@ _SAVE_S = 60.0
 class QemuDriver(QemuVmms):
     """`VmmDriver` and `Snapshotting` on QEMU."""
 
-    def __init__(self, layout: StateLayout, shell: Shell) -> None:
-        super().__init__(layout, shell)
+    def __init__(self, layout: StateLayout, shell: Shell, *, caged: bool = True) -> None:
+        super().__init__(layout, shell, caged=caged)
         self._verified = files.Verified()
 
     def boot_template(self, spec: TemplateSpec) -> ProcessIdentity:
@@ -62,9 +62,8 @@ class QemuDriver(QemuVmms):
         accel = self._probe.choose(lambda: (spec.kernel, spec.initramfs)).name
         with closing_fd(tap.nowhere()) as card:
             return self._launch(
-                spec.ref, spec.directory, card,
-                lambda fds: argv.template(spec, fds, accel, host_tsc_khz(), self._mark),
-            )  # fmt: skip
+                spec, card, accel, lambda inside, fds, _: argv.template(inside, fds, accel, host_tsc_khz(), self._mark)
+            )
 
     def save_template(
         self, spec: TemplateSpec, process: ProcessIdentity, *, revision: Revision, into: Path
@@ -204,9 +203,9 @@ class QemuDriver(QemuVmms):
             shared = stack.enter_context(self._template_memory(template, base)) if template and base else None
             inherited = [state, *([shared] if shared is not None else [])]
             return self._launch(
-                spec.ref, spec.directory, card,
-                lambda fds: argv.restored(spec, disk, fds, shared, accel, self._mark),
-                pass_fds=inherited, new_run=not delta, small_pages=accel == "tcg", then=load,
+                spec, card, accel,
+                lambda inside, fds, layer: argv.restored(inside, layer, fds, shared, accel, self._mark),
+                template_disk=disk, pass_fds=inherited, new_run=not delta, then=load,
             )  # fmt: skip
 
     @contextmanager

@@ -9,8 +9,9 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from mvm import guest
 from mvm.domain.ids import InstanceRef
@@ -18,13 +19,17 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.drivers import files, processes, tap
 from mvm.drivers.instance_sockets import listen
-from mvm.drivers.qemu import argv, pages
-from mvm.drivers.qemu.accel import Accelerator, AcceleratorProbe
+from mvm.drivers.qemu import argv, cage, pages
+from mvm.drivers.qemu.accel import KVM, Accelerator, AcceleratorProbe
+from mvm.drivers.qemu.handover import Handover, readable
 from mvm.drivers.qemu.qmp import MONITOR, CommandFailed, Qmp
+from mvm.drivers.qemu.seccomp import QEMUS_OWN
 from mvm.drivers.qemu.tsc import host_tsc_khz
 from mvm.errors import Failed, TimedOut, Unreachable
 from mvm.ports.shell import Shell
-from mvm.ports.vmm import BootSpec, Presence
+from mvm.ports.vmm import BootSpec, Presence, TemplateSpec
+
+Spec = TypeVar("Spec", BootSpec, TemplateSpec)
 
 _VMM_LOG = "vmm.log"
 _UP_DEADLINE_S = 15.0
@@ -41,9 +46,10 @@ class QemuVmms:
 
     name: ClassVar[str] = "qemu"
 
-    def __init__(self, layout: StateLayout, shell: Shell) -> None:
+    def __init__(self, layout: StateLayout, shell: Shell, *, caged: bool = True) -> None:
         self._layout = layout
         self._shell = shell
+        self._caged = caged  # not so only to measure what the cage costs
         self._mark = argv.marker(layout.root)
         self._probe = AcceleratorProbe(shell, layout.run / "accelerator.json")
         self._lock = threading.Lock()
@@ -71,26 +77,30 @@ class QemuVmms:
         accel = self._probe.choose(lambda: (spec.kernel, spec.initramfs)).name
         with closing_fd(tap.attach(spec.nic.tap)) as card:
             return self._launch(
-                spec.ref, spec.directory, card,
-                lambda fds: argv.command(spec, fds, accel, host_tsc_khz(), self._mark),
-            )  # fmt: skip
+                spec, card, accel, lambda inside, fds, _: argv.command(inside, fds, accel, host_tsc_khz(), self._mark)
+            )
 
     def _launch(
-        self, ref: InstanceRef, directory: Path, card: int, command: Callable[[argv.Descriptors], list[str]],
-        *, pass_fds: Sequence[int] = (), new_run: bool = True, small_pages: bool = False,
+        self, spec: Spec, card: int, accel: argv.AccelName,
+        command: Callable[[Spec, argv.Descriptors, Path | None], list[str]],
+        *, template_disk: Path | None = None, pass_fds: Sequence[int] = (), new_run: bool = True,
         then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
     ) -> ProcessIdentity:  # fmt: skip
         """Start QEMU and let `then` speak to it; it returns, or QEMU is ended."""
+        ref, directory = spec.ref, spec.directory
         log = directory / _VMM_LOG
         for path in (log, directory / argv.CONSOLE_LOG) if new_run else (log,):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
         with ExitStack() as stack:
+            handed = Handover(stack)
+            console = handed.file(directory / argv.CONSOLE_LOG, os.O_WRONLY | os.O_APPEND)
             monitor = stack.enter_context(listen(directory, MONITOR)).fileno()
             ports = {name: stack.enter_context(listen(directory, name)).fileno() for name in guest.PORTS}
-            fds = argv.Descriptors(card, monitor, ports)
-            arguments, inherited = command(fds), (fds.tap, fds.monitor, *fds.ports.values(), *pass_fds)
-            with pages.small() if small_pages else nullcontext():
-                process = self._shell.spawn(arguments, log=log, pass_fds=inherited)
+            fds = argv.Descriptors(card, monitor, ports, console)
+            layer = handed.file(template_disk, os.O_RDONLY) if template_disk else None
+            words = command(self._inside(spec, handed), fds, layer)
+            inherited = (card, monitor, *ports.values(), *handed.fds, *pass_fds)
+            process = self._start(spec, [*words, *handed.words(), "-sandbox", QEMUS_OWN], log, inherited, accel)
         with self._lock:
             self._children.add(process)
         try:
@@ -106,6 +116,30 @@ class QemuVmms:
             self._kill(process)
             raise
         return process
+
+    def _inside(self, spec: Spec, handed: Handover) -> Spec:
+        """`spec` as the VMM sees it: disks that it has open, the kernel where its cage shows it."""
+        seen = replace(
+            spec, rootfs=handed.file(spec.rootfs, os.O_RDONLY), overlay=handed.file(spec.overlay, os.O_RDWR)
+        )
+        if isinstance(seen, BootSpec) and seen.data_disk:
+            seen = replace(seen, data_disk=handed.file(seen.data_disk, os.O_RDWR))
+        return replace(seen, kernel=cage.KERNEL, initramfs=cage.INITRAMFS) if self._caged else seen
+
+    def _start(
+        self, spec: Spec, words: Sequence[str], log: Path, inherited: Sequence[int], accel: argv.AccelName
+    ) -> ProcessIdentity:
+        with pages.small() if accel == "tcg" and "-incoming" in words else nullcontext():
+            if not self._caged:
+                return self._shell.spawn(words, log=log, pass_fds=inherited)
+            shown = {cage.KERNEL: spec.kernel, cage.INITRAMFS: spec.initramfs} if "-kernel" in words else {}
+            made = cage.Cage(
+                uid=spec.uid, policy=spec.seccomp, vcpus=spec.vcpus,
+                files={inside: readable(path) for inside, path in shown.items()},
+                devices={"kvm": KVM.stat().st_rdev} if accel == "kvm" else {},
+            )  # fmt: skip
+            with closing_fd(cage.executable(made)) as program, cage.alone():
+                return self._shell.spawn(words, log=log, pass_fds=inherited, program=f"/proc/self/fd/{program}")
 
     def wait_gone(self, process: ProcessIdentity, *, deadline_s: float) -> bool:
         """See the port."""
