@@ -15,6 +15,7 @@ from mvm.domain.layout import StateLayout
 
 if TYPE_CHECKING:
     from mvm.ports.agents import NodeAgents
+    from mvm.ports.cgroup import Cgroups
     from mvm.ports.clock import Clock
     from mvm.ports.guest import GuestChannel
     from mvm.ports.host import HostMemory
@@ -104,6 +105,7 @@ class NodePorts:
     storage: NodeStorage
     images: ImageBuilder
     memory: HostMemory
+    cgroups: Cgroups
 
 
 @dataclass(frozen=True)
@@ -148,30 +150,33 @@ def open_ports(settings: Settings) -> NodePorts:
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
             store, registry, queue, FileLocks(layout.locks), host.clock, host.vmm, host.guest, host.network,
-            host.storage, host.images, host.memory,
+            host.storage, host.images, host.memory, host.cgroups,
         )  # fmt: skip
+    from mvm.drivers.cgroups import LinuxCgroups
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import UnixGuestChannel
     from mvm.drivers.host_memory import ProcMemory
     from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.netns import of_parent
+    from mvm.drivers.qemu.argv import marker
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
 
-    shell = LocalShell()
+    shell, cgroups = LocalShell(), LinuxCgroups(marker(layout.root))
     return NodePorts(
         store,
         registry,
         queue,
         FileLocks(layout.locks),
         SystemClock(),
-        QemuDriver(layout, shell),
+        QemuDriver(layout, shell, cgroups),
         UnixGuestChannel(),
         LinuxNetwork(shell),
         FileStorage(layout, shell),
         BuiltinImages(layout, shell, LocalShell(of_parent())),
         ProcMemory(),
+        cgroups,
     )
 
 

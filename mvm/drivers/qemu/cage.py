@@ -21,6 +21,7 @@ from mvm.domain.pool import SeccompPolicy
 from mvm.drivers.qemu import argv, seccomp
 from mvm.drivers.syscalls import ARGUMENTS, FIRST, Call, Record, in_memory, program, text
 from mvm.errors import Failed
+from mvm.ports.cgroup import GroupLimits
 
 KERNEL, INITRAMFS = Path("/kernel"), Path("/initramfs")
 _LIBRARIES = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/share/qemu"), Path("/usr/share/seabios"))
@@ -42,6 +43,8 @@ _SECUREBITS = 0b1110_1111
 _CAPABILITY_VERSION = 0x20080522
 _LIMITS = {"core": 4, "nproc": 6, "nofile": 7, "memlock": 8, "msgqueue": 12, "nice": 13, "rtprio": 14}
 _FILES = 256
+_OVERHEAD_MIB = 160  # of QEMU itself: 64 for translated code, about 40 for the rest, and its files in the page cache
+_SPARE_CPUS = 0.5  # for its main loop beside the guest's CPUs
 _THREADS = 96  # QEMU's pool for its disks has up to 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,6 +64,11 @@ class Cage:
     files: Mapping[Path, Path]
     join: Sequence[int] = ()
     devices: Mapping[str, int] = field(default_factory=dict)
+
+
+def limits(mem_mib: int, vcpus: int) -> GroupLimits:
+    """What the VMM of such a guest may use of the host at most."""
+    return GroupLimits(mem_mib + _OVERHEAD_MIB, vcpus + _SPARE_CPUS, _THREADS + vcpus)
 
 
 def executable(cage: Cage) -> int:

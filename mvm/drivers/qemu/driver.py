@@ -34,12 +34,14 @@ from mvm.domain.snapshot import (
 )
 from mvm.drivers import snapshot_files as files
 from mvm.drivers import tap
+from mvm.drivers.files import closing_fd
 from mvm.drivers.qemu import argv, memory
 from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker
 from mvm.drivers.qemu.qmp import CommandFailed, Qmp
 from mvm.drivers.qemu.tsc import host_tsc_khz
-from mvm.drivers.qemu.vmms import QemuVmms, closing_fd
+from mvm.drivers.qemu.vmms import QemuVmms
 from mvm.errors import Failed, Unreachable
+from mvm.ports.cgroup import Cgroups
 from mvm.ports.shell import Shell
 from mvm.ports.vmm import BootSpec, MemoryUse, TemplateSpec
 
@@ -51,8 +53,8 @@ _SAVE_S = 60.0
 class QemuDriver(QemuVmms):
     """`VmmDriver` and `Snapshotting` on QEMU."""
 
-    def __init__(self, layout: StateLayout, shell: Shell, *, caged: bool = True) -> None:
-        super().__init__(layout, shell, caged=caged)
+    def __init__(self, layout: StateLayout, shell: Shell, cgroups: Cgroups, *, caged: bool = True) -> None:
+        super().__init__(layout, shell, cgroups, caged=caged)
         self._verified = files.Verified()
 
     def boot_template(self, spec: TemplateSpec) -> ProcessIdentity:
@@ -74,7 +76,7 @@ class QemuDriver(QemuVmms):
                 qmp.run("stop")
                 saved = _write_state(qmp, process, spec.mem_mib, half, Compression.NONE)
                 version = qmp.version
-            self._kill(process)  # which closes the overlay
+            self._end(spec.ref, process)  # which closes the overlay
             spec.overlay.chmod(0o400)
             files.sync(spec.overlay)
             spec.overlay.rename(half / DISK)
@@ -137,7 +139,7 @@ class QemuDriver(QemuVmms):
                     with suppress(Unreachable):  # what went wrong may be that it has ended
                         qmp.run("cont")
                 raise
-        self._kill(process)
+        self._end(spec.ref, process)
         return made
 
     def manifest(self, snapshot: Path) -> SnapshotManifest:
@@ -175,7 +177,7 @@ class QemuDriver(QemuVmms):
         for process in self._of(spec.ref):
             if self._has_begun(spec, process):
                 return process
-            self._kill(process)  # left half restored by a worker that was killed
+            self._end(spec.ref, process)  # left half restored by a worker that was killed
         devices = files.read(snapshot, DEVICES, said.files)
         pages = _pages(snapshot, said) if delta else None
         disk = None

@@ -7,8 +7,8 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -18,6 +18,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.drivers import files, processes, tap
+from mvm.drivers.files import closing_fd
 from mvm.drivers.instance_sockets import listen
 from mvm.drivers.qemu import argv, cage, pages
 from mvm.drivers.qemu.accel import KVM, Accelerator, AcceleratorProbe
@@ -26,6 +27,7 @@ from mvm.drivers.qemu.qmp import MONITOR, CommandFailed, Qmp
 from mvm.drivers.qemu.seccomp import QEMUS_OWN
 from mvm.drivers.qemu.tsc import host_tsc_khz
 from mvm.errors import Failed, TimedOut, Unreachable
+from mvm.ports.cgroup import Cgroups
 from mvm.ports.shell import Shell
 from mvm.ports.vmm import BootSpec, Presence, TemplateSpec
 
@@ -46,9 +48,10 @@ class QemuVmms:
 
     name: ClassVar[str] = "qemu"
 
-    def __init__(self, layout: StateLayout, shell: Shell, *, caged: bool = True) -> None:
+    def __init__(self, layout: StateLayout, shell: Shell, cgroups: Cgroups, *, caged: bool = True) -> None:
         self._layout = layout
         self._shell = shell
+        self._cgroups = cgroups
         self._caged = caged  # not so only to measure what the cage costs
         self._mark = argv.marker(layout.root)
         self._probe = AcceleratorProbe(shell, layout.run / "accelerator.json")
@@ -109,11 +112,14 @@ class QemuVmms:
         except (CommandFailed, Unreachable, TimedOut) as error:
             self._kill(process)
             words = log.read_text(errors="replace").replace(f"{argv.BINARY}: ", "").strip() or str(error)
+            if self._cgroups.out_of_memory(ref):
+                words = "it ran out of memory"
+            self._cgroups.remove(ref)
             raise Failed(
                 "vmm.start_failed", f"QEMU ended at once: {words[-1000:]}", hint=f"see {log}", subject=str(ref)
             ) from None
         except BaseException:
-            self._kill(process)
+            self._end(ref, process)
             raise
         return process
 
@@ -133,13 +139,16 @@ class QemuVmms:
             if not self._caged:
                 return self._shell.spawn(words, log=log, pass_fds=inherited)
             shown = {cage.KERNEL: spec.kernel, cage.INITRAMFS: spec.initramfs} if "-kernel" in words else {}
-            made = cage.Cage(
-                uid=spec.uid, policy=spec.seccomp, vcpus=spec.vcpus,
-                files={inside: readable(path) for inside, path in shown.items()},
-                devices={"kvm": KVM.stat().st_rdev} if accel == "kvm" else {},
-            )  # fmt: skip
-            with closing_fd(cage.executable(made)) as program, cage.alone():
-                return self._shell.spawn(words, log=log, pass_fds=inherited, program=f"/proc/self/fd/{program}")
+            with self._cgroups.joining(spec.ref, cage.limits(spec.mem_mib, spec.vcpus)) as join:
+                made = cage.Cage(
+                    uid=spec.uid, policy=spec.seccomp, vcpus=spec.vcpus,
+                    files={inside: readable(path) for inside, path in shown.items()}, join=join,
+                    devices={"kvm": KVM.stat().st_rdev} if accel == "kvm" else {},
+                )  # fmt: skip
+                with closing_fd(cage.executable(made)) as program, cage.alone():
+                    return self._shell.spawn(
+                        words, log=log, pass_fds=[*inherited, *join], program=f"/proc/self/fd/{program}"
+                    )
 
     def wait_gone(self, process: ProcessIdentity, *, deadline_s: float) -> bool:
         """See the port."""
@@ -152,6 +161,7 @@ class QemuVmms:
             found.add(process)
         for one in found:
             self._kill(one)
+        self._cgroups.remove(ref)
 
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
         """See the port."""
@@ -201,6 +211,10 @@ class QemuVmms:
     def _of(self, ref: InstanceRef) -> tuple[ProcessIdentity, ...]:
         return self.processes().get(ref, ())
 
+    def _end(self, ref: InstanceRef, process: ProcessIdentity) -> None:
+        self._kill(process)
+        self._cgroups.remove(ref)
+
     def _kill(self, process: ProcessIdentity) -> None:
         processes.kill(process)
         if not processes.wait_gone(process, _KILL_DEADLINE_S):
@@ -213,11 +227,3 @@ class QemuVmms:
         kernels = sorted(self._layout.images.glob("[0-9a-f]*/vmlinux"), key=lambda path: path.stat().st_mtime)
         return (kernels[-1], kernels[-1].with_name("initramfs.cpio")) if kernels else None
 
-
-@contextmanager
-def closing_fd(fd: int) -> Iterator[int]:
-    """Closed at the end of the block."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
