@@ -211,7 +211,7 @@ def build_node(
     )  # fmt: skip
     microvms = MicroVms(
         store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
-        snapshots=snapshots,
+        snapshots=snapshots, cgroups=p.cgroups,
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def build_node(
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
         storage=p.storage, lifecycle=lifecycle, node_id=node, grace_s=settings.orphan_grace_s,
-        keep_jobs=settings.keep_jobs,
+        keep_jobs=settings.keep_jobs, cgroups=p.cgroups,
     )  # fmt: skip
     idleness = Idleness(
         store=p.store, registry=p.registry, jobs=jobs, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,

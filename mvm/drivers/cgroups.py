@@ -126,10 +126,18 @@ class LinuxCgroups:
         """See ports/cgroup.py. Directories that no instance could have are passed over."""
         found = set()
         for parent in self._parents():
-            for entry in os.scandir(parent):
+            for name in [entry.name for entry in os.scandir(parent) if entry.is_dir(follow_symlinks=False)]:
                 with suppress(InvalidInput):
-                    found.add(InstanceRef.parse(entry.name.replace(".", "/")))
+                    found.add(InstanceRef.parse(name.replace(".", "/")))
         return frozenset(found)
+
+    def close(self) -> None:
+        """Nothing is left of this state directory's groups when they are all gone; they are made again when needed."""
+        with self._lock:
+            self._found = None
+        for mount in {hierarchy.mount for hierarchy in self._choose().values()}:
+            with suppress(OSError):
+                (mount / self._mark).rmdir()
 
     @property
     def _usable(self) -> Mapping[str, Hierarchy]:
@@ -139,9 +147,7 @@ class LinuxCgroups:
         """What can be used, where groups of this state directory now can be made; and what cannot, and why."""
         with self._lock:
             if self._found is None:
-                text = self._mountinfo.read_text()
-                has = {mount: _words(mount / "cgroup.controllers") for mount in version_2_mounts(text)}
-                usable, missing = dict(choose(text, has)), {}
+                usable, missing = dict(self._choose()), {}
                 for name in CONTROLLERS:
                     try:
                         _make_parent(usable[name], name, self._mark)
@@ -151,6 +157,10 @@ class LinuxCgroups:
                         missing[name] = f"{usable.pop(name).mount}: {error.strerror}"
                 self._found = usable, missing
             return self._found
+
+    def _choose(self) -> Mapping[str, Hierarchy]:
+        text = self._mountinfo.read_text()
+        return choose(text, {mount: _words(mount / "cgroup.controllers") for mount in version_2_mounts(text)})
 
     def _parents(self) -> Sequence[Path]:
         return [mount / self._mark for mount in dict.fromkeys(h.mount for h in self._usable.values())]

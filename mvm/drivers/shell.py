@@ -70,8 +70,8 @@ class LocalShell:
             moves = [(null, 0), (output, 1), (output, 2), *((fd, fd) for fd in pass_fds)]  # onto itself: stays open
             try:
                 pid = os.posix_spawnp(
-                    program or argv[0], list(argv), os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves],
-                    setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+                    program or argv[0], list(argv), os.environ,
+                    file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves], setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
                 )  # fmt: skip
             except OSError as error:
                 raise _not_started(argv[0], error) from None

@@ -17,7 +17,9 @@ from typing import Any
 
 from mvm.domain.layout import StateLayout
 from mvm.drivers import netns, state_dir, supervisor
+from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.probes import WORKERS, Probes, agent_address
+from mvm.drivers.qemu.argv import marker
 from mvm.drivers.supervisor import Program, Supervisor
 from mvm.errors import Failed, Forbidden, MvmError, NotAllowed, Unreachable
 from mvm.ports.queue import node_queue
@@ -296,6 +298,7 @@ class Stack:
                 return
             netns.delete(self._shell, name)
             mark.unlink()
+        LinuxCgroups(marker(self._layout.root)).close()
 
 
 def _is_used(namespace: str) -> bool:

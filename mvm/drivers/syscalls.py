@@ -87,7 +87,7 @@ def program(calls: Sequence[Call], *, first: bytes = b"") -> bytes:
     for number, part in enumerate(body):
         code += part + _FAILED
         code += _u32(total - len(code) - 4 + number * stub_size)
-    return _file(data.bytes, code + stubs + common)
+    return _file(bytes(data.bytes), code + stubs + common)
 
 
 def in_memory(executable: bytes) -> int:

@@ -87,7 +87,16 @@ def _fake() -> Host:
 
     own = spec(9)
     template = TemplateSpec(
-        own.ref, own.directory, own.kernel, own.initramfs, own.rootfs, own.overlay, 0, own.vcpus, own.mem_mib, own.uid,
+        own.ref,
+        own.directory,
+        own.kernel,
+        own.initramfs,
+        own.rootfs,
+        own.overlay,
+        0,
+        own.vcpus,
+        own.mem_mib,
+        own.uid,
     )
     process = host.vmm.boot_template(template)
     host.guest.settle(own.ref, own.directory, deadline_s=ANSWER_S)

@@ -121,8 +121,17 @@ class QemuHost:
         """What is needed to boot a template: its directory and overlay exist."""
         own = self.spec(number, mem_mib=mem_mib)
         return TemplateSpec(
-            own.ref, own.directory, own.kernel, own.initramfs, own.rootfs, own.overlay, data_disk_mib, 1, mem_mib,
-            own.uid, own.seccomp,
+            own.ref,
+            own.directory,
+            own.kernel,
+            own.initramfs,
+            own.rootfs,
+            own.overlay,
+            data_disk_mib,
+            1,
+            mem_mib,
+            own.uid,
+            own.seccomp,
         )
 
     def template(self, spec: TemplateSpec) -> Path:
@@ -143,6 +152,9 @@ class QemuHost:
     def end_all(self) -> None:
         for ref in self.vmm.processes():
             self.vmm.kill(ref, None)
+        for ref in self.cgroups.groups():
+            self.cgroups.remove(ref)
+        self.cgroups.close()
 
     def _tap(self, number: int) -> str:
         name = f"tn1i{number + 2}"

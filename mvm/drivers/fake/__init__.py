@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.fake.machines import FakeGuest, FakeVmm
-from mvm.drivers.fake.resources import FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakeStorage
+from mvm.drivers.fake.resources import FakeCgroups, FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakeStorage
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
@@ -31,6 +31,7 @@ class FakeHost(HostState):
         self.storage = FakeStorage(self)
         self.images = FakeImages(self)
         self.memory = FakeMemory(self)
+        self.cgroups = FakeCgroups(self)
         self.locks = FakeLocks(self)
 
     def fail(self, point: str, error: MvmError, times: int = 1) -> None:
@@ -68,5 +69,6 @@ class FakeHost(HostState):
                 [f"tap {tap}" for tap in self.taps if tap not in used]
                 + [f"file {r}/{n}" for r, f in self.files.items() if r not in known for n in f.runtime]
                 + [f"process {ref}" for ref in self.machines if ref not in self.files]
+                + [f"control group {ref}" for ref in self.groups - set(self.machines)]
                 + [f"lock {name}" for name in self.held]
             )

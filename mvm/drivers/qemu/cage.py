@@ -80,7 +80,11 @@ def launcher(cage: Cage, *, capabilities: int, binary: Path) -> bytes:
     """The program that goes into `cage` and becomes `binary`, with the arguments that it was given itself."""
     name = text(str(binary))
     calls = [
-        *_joined(cage.join), *_apart(), *_sight(cage, binary), *_limits(cage), *_powerless(cage.uid, capabilities),
+        *_joined(cage.join),
+        *_apart(),
+        *_sight(cage, binary),
+        *_limits(cage),
+        *_powerless(cage.uid, capabilities),
         *_filtered(cage.policy),
     ]
     return program([*calls, Call(f"start {binary}", _EXECVE, (name, ARGUMENTS, bytes(8)))], first=name)

@@ -53,7 +53,9 @@ _SAVE_S = 60.0
 class QemuDriver(QemuVmms):
     """`VmmDriver` and `Snapshotting` on QEMU."""
 
-    def __init__(self, layout: StateLayout, shell: Shell, cgroups: Cgroups, *, caged: bool = True) -> None:
+    def __init__(
+        self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, caged: bool = True
+    ) -> None:
         super().__init__(layout, shell, cgroups, caged=caged)
         self._verified = files.Verified()
 

@@ -17,7 +17,9 @@ from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
+from mvm.domain.refusals import out_of_memory
 from mvm.drivers import files, processes, tap
+from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import closing_fd
 from mvm.drivers.instance_sockets import listen
 from mvm.drivers.qemu import argv, cage, pages
@@ -48,12 +50,14 @@ class QemuVmms:
 
     name: ClassVar[str] = "qemu"
 
-    def __init__(self, layout: StateLayout, shell: Shell, cgroups: Cgroups, *, caged: bool = True) -> None:
+    def __init__(
+        self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, caged: bool = True
+    ) -> None:
         self._layout = layout
         self._shell = shell
-        self._cgroups = cgroups
         self._caged = caged  # not so only to measure what the cage costs
         self._mark = argv.marker(layout.root)
+        self._cgroups = cgroups or LinuxCgroups(self._mark)
         self._probe = AcceleratorProbe(shell, layout.run / "accelerator.json")
         self._lock = threading.Lock()
         self._children: set[ProcessIdentity] = set()
@@ -111,12 +115,13 @@ class QemuVmms:
                 then(qmp, process)
         except (CommandFailed, Unreachable, TimedOut) as error:
             self._kill(process)
-            words = log.read_text(errors="replace").replace(f"{argv.BINARY}: ", "").strip() or str(error)
-            if self._cgroups.out_of_memory(ref):
-                words = "it ran out of memory"
+            said = log.read_text(errors="replace").replace(f"{argv.BINARY}: ", "").strip() or str(error)
+            exhausted = self._cgroups.out_of_memory(ref)
             self._cgroups.remove(ref)
+            if exhausted:
+                raise out_of_memory(ref) from None
             raise Failed(
-                "vmm.start_failed", f"QEMU ended at once: {words[-1000:]}", hint=f"see {log}", subject=str(ref)
+                "vmm.start_failed", f"QEMU ended at once: {said[-1000:]}", hint=f"see {log}", subject=str(ref)
             ) from None
         except BaseException:
             self._end(ref, process)
@@ -125,9 +130,7 @@ class QemuVmms:
 
     def _inside(self, spec: Spec, handed: Handover) -> Spec:
         """`spec` as the VMM sees it: disks that it has open, the kernel where its cage shows it."""
-        seen = replace(
-            spec, rootfs=handed.file(spec.rootfs, os.O_RDONLY), overlay=handed.file(spec.overlay, os.O_RDWR)
-        )
+        seen = replace(spec, rootfs=handed.file(spec.rootfs, os.O_RDONLY), overlay=handed.file(spec.overlay, os.O_RDWR))
         if isinstance(seen, BootSpec) and seen.data_disk:
             seen = replace(seen, data_disk=handed.file(seen.data_disk, os.O_RDWR))
         return replace(seen, kernel=cage.KERNEL, initramfs=cage.INITRAMFS) if self._caged else seen
@@ -226,4 +229,3 @@ class QemuVmms:
     def _newest_image(self) -> tuple[Path, Path] | None:
         kernels = sorted(self._layout.images.glob("[0-9a-f]*/vmlinux"), key=lambda path: path.stat().st_mtime)
         return (kernels[-1], kernels[-1].with_name("initramfs.cpio")) if kernels else None
-
