@@ -40,6 +40,10 @@ class JobContext:
         self._runner.save(self.job)
         log.debug("step", step=name)
 
+    def record(self) -> None:
+        """The job is at work: for the transaction in which it claims what it works on."""
+        self._runner.store.put_job(self.job)
+
     @contextmanager
     def ending(self, **result: Any) -> Iterator[None]:
         """The job succeeds with `result` in one transaction with the writes made within."""
@@ -102,7 +106,8 @@ class Runner:
         context = JobContext(job, self)
         try:
             self.check_cancelled(job)
-            self.save(job)
+            if job.reason is not Reason.URGENT:  # it is recorded with its claim: each commit reaches the disk
+                self.save(job)
             log.info("began")
             result = self._handlers[job.verb](context)
             if not context.job.state.final:
