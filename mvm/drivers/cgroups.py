@@ -185,7 +185,7 @@ def _make_parent(hierarchy: Hierarchy, controller: str, mark: str) -> None:
 def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, Path, Sequence[str]]]:
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
-        kind, _, options = (after.split(" ", 2) + ["", "", ""])[:3]
+        kind, _, options = [*after.split(" ", 2), "", "", ""][:3]
         if kind in ("cgroup", "cgroup2"):
             mount = _ESCAPED.sub(lambda code: chr(int(code[1], 8)), before.split()[4])
             yield kind, Path(mount), options.split(",")

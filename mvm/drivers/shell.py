@@ -71,7 +71,8 @@ class LocalShell:
             try:
                 pid = os.posix_spawnp(
                     program or argv[0], list(argv), os.environ,
-                    file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves], setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+                    file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves],
+                    setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
                 )  # fmt: skip
             except OSError as error:
                 raise _not_started(argv[0], error) from None

@@ -33,7 +33,7 @@ from mvm.ports.cgroup import Cgroups
 from mvm.ports.shell import Shell
 from mvm.ports.vmm import BootSpec, Presence, TemplateSpec
 
-Spec = TypeVar("Spec", BootSpec, TemplateSpec)
+Spec = TypeVar("Spec", bound=BootSpec | TemplateSpec)
 
 _VMM_LOG = "vmm.log"
 _UP_DEADLINE_S = 15.0
