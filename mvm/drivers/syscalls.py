@@ -71,9 +71,9 @@ def message(what: str) -> str:
 
 def program(calls: Sequence[Call], *, first: bytes = b"") -> bytes:
     """A program that makes `calls`, the last of which does not return; of what they point to `first` is at `FIRST`."""
-    data = _Data()
+    data = Data()
     data.put(first)
-    body = [_code(call, data) for call in calls]
+    body = [encoded(call, data) for call in calls]
     digits = data.put(b"000\n")
     texts = [data.put(message(call.what).encode()) for call in calls]
     stubs = b""
@@ -87,10 +87,10 @@ def program(calls: Sequence[Call], *, first: bytes = b"") -> bytes:
     for number, part in enumerate(body):
         code += part + _FAILED
         code += _u32(total - len(code) - 4 + number * stub_size)
-    return _file(bytes(data.bytes), code + stubs + common)
+    return executable(bytes(data.bytes), code + stubs + common)
 
 
-def in_memory(executable: bytes) -> int:
+def in_memory(made: bytes) -> int:
     """A descriptor by which it can be run, of a file that is on no disk."""
     try:
         fd = os.memfd_create("mvm-launcher", os.MFD_CLOEXEC | _MFD_EXEC)
@@ -98,18 +98,19 @@ def in_memory(executable: bytes) -> int:
         if error.errno != errno.EINVAL:
             raise
         fd = os.memfd_create("mvm-launcher", os.MFD_CLOEXEC)
-    os.write(fd, executable)
+    os.write(fd, made)
     return fd
 
 
-class _Data:
-    """What the code points to; it comes before the code, so addresses are known at once."""
+class Data:
+    """What a program's code points to; it comes before the code, so addresses are known at once."""
 
     def __init__(self) -> None:
         self.bytes = bytearray()
         self._known: dict[bytes, int] = {}
 
     def put(self, data: bytes) -> int:
+        """The address at which a program has `data`."""
         if data not in self._known:
             self.bytes += bytes(-len(self.bytes) % 8)
             self._known[data] = _BASE + _HEADERS + len(self.bytes)
@@ -117,7 +118,8 @@ class _Data:
         return self._known[data]
 
 
-def _code(call: Call, data: _Data) -> bytes:
+def encoded(call: Call, data: Data) -> bytes:
+    """The code that makes `call`; what it returns is in rax."""
     code = b""
     for place, argument in enumerate(call.arguments):
         if isinstance(argument, Special):
@@ -143,7 +145,8 @@ def _report(digits: int) -> bytes:
     return code + b"\xbf" + _u32(FAILED) + _EAX + _u32(_EXIT) + _SYSCALL
 
 
-def _file(data: bytes, code: bytes) -> bytes:
+def executable(data: bytes, code: bytes) -> bytes:
+    """A static program of `code`, with the bytes of a `Data`."""
     size = _HEADERS + len(data) + len(code)
     header = _ELF.pack(
         b"\x7fELF\x02\x01\x01", 2, 62, 1,  # 64 bits, little-endian; an executable for x86-64
