@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _JMP = b"\xe9"
 _WRITE, _EXIT = 1, 60
 _MFD_EXEC = 0x10
 
+_FAILURE = re.compile(r"^cage: (.+): errno (\d{3})$", re.MULTILINE)
 FIRST = _BASE + _HEADERS
 FAILED = 126  # what a program ends with whose call failed
 
@@ -64,9 +66,15 @@ def text(word: str) -> bytes:
     return word.encode() + b"\0"
 
 
-def message(what: str) -> str:
+def _message(what: str) -> bytes:
     """What a program that fails says before the three digits of the error's number."""
-    return f"cage: {what}: errno "
+    return f"cage: {what}: errno ".encode()
+
+
+def failure(said: str) -> str | None:
+    """What a program said of a call that failed, for people; None when it said nothing of the kind."""
+    found = _FAILURE.search(said)
+    return f"{found[1]}: {os.strerror(int(found[2]))}" if found else None
 
 
 def program(calls: Sequence[Call], *, first: bytes = b"") -> bytes:
@@ -75,11 +83,11 @@ def program(calls: Sequence[Call], *, first: bytes = b"") -> bytes:
     data.put(first)
     body = [encoded(call, data) for call in calls]
     digits = data.put(b"000\n")
-    texts = [data.put(message(call.what).encode()) for call in calls]
+    texts = [data.put(_message(call.what)) for call in calls]
     stubs = b""
     common = _report(digits)
     for call, at in zip(calls, texts, strict=True):
-        stub = b"\xbe" + _u32(at) + b"\xba" + _u32(len(message(call.what).encode()))
+        stub = b"\xbe" + _u32(at) + b"\xba" + _u32(len(_message(call.what)))
         rest = (len(calls) - 1 - len(stubs) // (len(stub) + 5)) * (len(stub) + 5)
         stubs += stub + _JMP + _u32(rest)
     stub_size = len(stubs) // len(calls)

@@ -28,6 +28,7 @@ from mvm.drivers.qemu.handover import Handover, readable
 from mvm.drivers.qemu.qmp import MONITOR, CommandFailed, Qmp
 from mvm.drivers.qemu.seccomp import QEMUS_OWN
 from mvm.drivers.qemu.tsc import host_tsc_khz
+from mvm.drivers.syscalls import failure
 from mvm.errors import Failed, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.shell import Shell
@@ -120,6 +121,11 @@ class QemuVmms:
             self._cgroups.remove(ref)
             if exhausted:
                 raise out_of_memory(ref) from None
+            if failed := failure(said):
+                raise Failed(
+                    "cage.failed", f"the cage of {ref} could not be built: {failed}",
+                    hint="see: mvm doctor", subject=str(ref),
+                ) from None  # fmt: skip
             raise Failed(
                 "vmm.start_failed", f"QEMU ended at once: {said[-1000:]}", hint=f"see {log}", subject=str(ref)
             ) from None
