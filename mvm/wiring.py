@@ -170,7 +170,7 @@ def open_ports(settings: Settings) -> NodePorts:
         queue,
         FileLocks(layout.locks),
         SystemClock(),
-        QemuDriver(layout, shell, cgroups),
+        QemuDriver(layout, shell, cgroups, require_isolation=settings.require_isolation),
         UnixGuestChannel(),
         LinuxNetwork(shell),
         FileStorage(layout, shell),

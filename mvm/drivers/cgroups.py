@@ -89,6 +89,8 @@ class LinuxCgroups:
         """See ports/cgroup.py."""
         with ExitStack() as stack:
             with _translated(ref):
+                if not all(parent.is_dir() for parent in self._parents()):  # another process's `close`
+                    self._found = None
                 paths = self._paths(ref)
                 for path in paths:
                     _remove_empty(path)
@@ -138,6 +140,10 @@ class LinuxCgroups:
         for mount in {hierarchy.mount for hierarchy in self._choose().values()}:
             with suppress(OSError):
                 (mount / self._mark).rmdir()
+
+    def kinds(self) -> Mapping[str, str]:
+        """Which hierarchy each controller is taken from, for people."""
+        return {name: f"version {found.version} at {found.mount}" for name, found in self._usable.items()}
 
     @property
     def _usable(self) -> Mapping[str, Hierarchy]:

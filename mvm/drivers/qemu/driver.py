@@ -54,9 +54,10 @@ class QemuDriver(QemuVmms):
     """`VmmDriver` and `Snapshotting` on QEMU."""
 
     def __init__(
-        self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, caged: bool = True
-    ) -> None:
-        super().__init__(layout, shell, cgroups, caged=caged)
+        self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, require_isolation: bool = False,
+        caged: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(layout, shell, cgroups, require_isolation=require_isolation, caged=caged)
         self._verified = files.Verified()
 
     def boot_template(self, spec: TemplateSpec) -> ProcessIdentity:

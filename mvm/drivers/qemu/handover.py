@@ -20,10 +20,8 @@ class Handover:
 
     def file(self, path: Path, flags: int) -> Path:
         """Open `path`; QEMU gets no other access to it than by `flags`. Raises `Failed` (``vmm.start_failed``)."""
-        try:
+        with _translated(path):
             fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise Failed("vmm.start_failed", f"{path}: {error.strerror}", hint="see: mvm doctor") from None
         self._closing.callback(os.close, fd)
         self.fds.append(fd)
         return Path(f"/dev/fdset/{fd}")
@@ -33,16 +31,20 @@ class Handover:
         return [word for fd in self.fds for word in ("-add-fd", f"fd={fd},set={fd}")]
 
 
-@contextmanager
-def handover() -> Iterator[Handover]:
-    """An empty one; its files are closed here at the end of the block."""
-    with ExitStack() as closing:
-        yield Handover(closing)
-
-
 def readable(path: Path) -> Path:
     """`path`, whose content is no secret: who can reach it may read it. Its directories let nobody but the node in."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if not mode & stat.S_IROTH:
-        path.chmod(mode | stat.S_IRGRP | stat.S_IROTH)
+    with _translated(path):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if not mode & stat.S_IROTH:
+            path.chmod(mode | stat.S_IRGRP | stat.S_IROTH)
     return path
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Failed(
+            "vmm.start_failed", f"{path}: {error.strerror}", hint="is the image whole? see: mvm doctor"
+        ) from None

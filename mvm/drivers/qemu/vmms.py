@@ -18,7 +18,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.domain.refusals import out_of_memory
-from mvm.drivers import files, processes, tap
+from mvm.drivers import files, isolation, processes, tap
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import closing_fd
 from mvm.drivers.instance_sockets import listen
@@ -52,10 +52,12 @@ class QemuVmms:
     name: ClassVar[str] = "qemu"
 
     def __init__(
-        self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, caged: bool = True
-    ) -> None:
+        self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, require_isolation: bool = False,
+        caged: bool = True,
+    ) -> None:  # fmt: skip
         self._layout = layout
         self._shell = shell
+        self._require_isolation = require_isolation
         self._caged = caged  # not so only to measure what the cage costs
         self._mark = argv.marker(layout.root)
         self._cgroups = cgroups or LinuxCgroups(self._mark)
@@ -148,6 +150,8 @@ class QemuVmms:
             if not self._caged:
                 return self._shell.spawn(words, log=log, pass_fds=inherited)
             shown = {cage.KERNEL: spec.kernel, cage.INITRAMFS: spec.initramfs} if "-kernel" in words else {}
+            if self._require_isolation:
+                isolation.check(self._cgroups.missing())
             with self._cgroups.joining(spec.ref, cage.limits(spec.mem_mib, spec.vcpus)) as join:
                 made = cage.Cage(
                     uid=spec.uid, policy=spec.seccomp, vcpus=spec.vcpus,
