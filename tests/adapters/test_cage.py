@@ -30,6 +30,14 @@ FIGURES = Path(__file__).parents[2] / "build" / "limits.txt"
 LIMIT_MIB = 128
 
 
+@pytest.fixture(scope="module", autouse=True)
+def umask() -> Iterator[None]:
+    """A stack's."""
+    former = os.umask(0o077)
+    yield
+    os.umask(former)
+
+
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuHost]:
     with qemu_host(tmp_path_factory.mktemp("host")) as host:

@@ -106,6 +106,7 @@ def _apart() -> Iterator[Call]:
 
 def _sight(cage: Cage, binary: Path) -> Iterator[Call]:
     """A root of its own with what it needs, read-only."""
+    yield Call("make what is readable", _UMASK, (0,))  # whatever the node's umask is
     yield _mount("cage", _AT, "tmpfs", _NOSUID | _NOEXEC, "mode=755,size=64k,nr_inodes=64")
     shown = {binary: binary, **{each: each for each in (*_LIBRARIES, _LOADER_CACHE)}, **cage.files}
     made: set[Path] = {Path("/")}

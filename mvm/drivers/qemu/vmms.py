@@ -118,12 +118,13 @@ class QemuVmms:
                 then(qmp, process)
         except (CommandFailed, Unreachable, TimedOut) as error:
             self._kill(process)
-            said = log.read_text(errors="replace").replace(f"{argv.BINARY}: ", "").strip() or str(error)
+            raw = log.read_text(errors="replace")
+            said = raw.replace(f"{argv.BINARY}: ", "").strip() or str(error)
             exhausted = self._cgroups.out_of_memory(ref)
             self._cgroups.remove(ref)
             if exhausted:
                 raise out_of_memory(ref) from None
-            if failed := failure(said):
+            if failed := failure(raw):
                 raise Failed(
                     "cage.failed", f"the cage of {ref} could not be built: {failed}",
                     hint="see: mvm doctor", subject=str(ref),
