@@ -40,6 +40,16 @@ class SeccompPolicy(StrEnum):
     BASELINE = "baseline"
     STRICT = "strict"
 
+    @classmethod
+    def parse(cls, text: object) -> SeccompPolicy:
+        """Raises `InvalidInput` (``pool.invalid_seccomp``)."""
+        if text not in tuple(cls):
+            raise InvalidInput(
+                "pool.invalid_seccomp", f"there is no seccomp policy {str(text)[:80]!r}",
+                hint=f"allowed: {', '.join(cls)}", field="seccomp_policy", value=str(text)[:80],
+            )  # fmt: skip
+        return cls(str(text))
+
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:

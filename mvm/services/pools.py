@@ -32,7 +32,7 @@ def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
     if "compression" in params:
         values["compression"] = Compression(params["compression"])
     if "seccomp_policy" in params:
-        values["seccomp_policy"] = SeccompPolicy(params["seccomp_policy"])
+        values["seccomp_policy"] = SeccompPolicy.parse(params["seccomp_policy"])
     return replace(pool, sleep_policy=replace(pool.sleep_policy, **params.get("sleep_policy", {})), **values)
 
 
