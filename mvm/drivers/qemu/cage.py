@@ -10,7 +10,6 @@ import ctypes
 import os
 import shutil
 import struct
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ _LIBRARIES = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/share/qemu"), Path("
 _LOADER_CACHE = Path("/etc/ld.so.cache")
 _AT = "/proc"  # where the cage is put together: nothing that goes into it comes from there
 
-_OPEN, _CLOSE, _MOUNT, _UMOUNT, _PIVOT, _CHDIR, _MKDIR, _MKNOD, _SYMLINK = 2, 3, 165, 166, 155, 80, 83, 133, 88
+_CLOSE, _MOUNT, _UMOUNT, _PIVOT, _CHDIR, _MKDIR, _MKNOD, _SYMLINK = 3, 165, 166, 155, 80, 83, 133, 88
 _UNSHARE, _SETHOSTNAME, _PRCTL, _PRLIMIT, _UMASK, _WRITE = 272, 170, 157, 302, 95, 1
 _SETGROUPS, _SETRESUID, _SETRESGID, _CAPSET, _SECCOMP, _EXECVE, _CHOWN = 116, 117, 119, 126, 317, 59, 92
 
@@ -48,7 +47,6 @@ _SPARE_CPUS = 0.5  # for its main loop beside the guest's CPUs
 _THREADS = 96  # QEMU's pool for its disks has up to 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
