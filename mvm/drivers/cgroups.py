@@ -99,7 +99,7 @@ class LinuxCgroups:
                     for file, value in settings(hierarchy.version, name, limits).items():
                         with suppress(FileNotFoundError) if file.endswith("?") else ExitStack():
                             _write(hierarchy.mount / self._mark / _name(ref) / file.removesuffix("?"), value)
-                fds = [os.open(path / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in paths]
+                fds = [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in self._doors(ref)]
                 for fd in fds:
                     stack.callback(os.close, fd)
             yield fds
@@ -170,6 +170,14 @@ class LinuxCgroups:
 
     def _parents(self) -> Sequence[Path]:
         return [mount / self._mark for mount in dict.fromkeys(h.mount for h in self._usable.values())]
+
+    def _doors(self, ref: InstanceRef) -> Sequence[Path]:
+        """Of version 1 those for a thread, since who joins has only one: for a process the kernel waits some ms."""
+        versions = {h.mount: h.version for h in self._usable.values()}
+        return [
+            mount / self._mark / _name(ref) / ("tasks" if version == 1 else "cgroup.procs")
+            for mount, version in versions.items()
+        ]
 
     def _paths(self, ref: InstanceRef) -> Sequence[Path]:
         return [parent / _name(ref) for parent in self._parents()]

@@ -27,9 +27,10 @@ class Cgroups(Protocol):
         ...
 
     def joining(self, ref: InstanceRef, limits: GroupLimits) -> AbstractContextManager[Sequence[int]]:
-        """A fresh group with `limits` is there: open files to which a process writes ``0`` to become one of its own.
+        """A fresh group with `limits` is there: open files, to all of which a process writes ``0`` to become one of it.
 
-        They are closed at the end of the block. Raises `Failed` when a group of `ref` still has processes.
+        It has one thread then. They are closed at the end of the block. Raises `Failed` when a group of `ref` still
+        has processes.
         """
         ...
 
