@@ -34,6 +34,23 @@ class StartMode(StrEnum):
     COLD = "cold"
 
 
+class SeccompPolicy(StrEnum):
+    """Which system calls a VMM may make: all but the dangerous ones, or only what its devices need."""
+
+    BASELINE = "baseline"
+    STRICT = "strict"
+
+    @classmethod
+    def parse(cls, text: object) -> SeccompPolicy:
+        """Raises `InvalidInput` (``pool.invalid_seccomp``)."""
+        if text not in tuple(cls):
+            raise InvalidInput(
+                "pool.invalid_seccomp", f"there is no seccomp policy {str(text)[:80]!r}",
+                hint=f"allowed: {', '.join(cls)}", field="seccomp_policy", value=str(text)[:80],
+            )  # fmt: skip
+        return cls(str(text))
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSource:
     """What an image is built from."""
@@ -142,6 +159,7 @@ class WorkerPool:
     sleep_policy: SleepPolicy = SleepPolicy()
     pinned: bool = False
     critical: bool = False
+    seccomp_policy: SeccompPolicy = SeccompPolicy.BASELINE
 
     @property
     def protected(self) -> str | None:
@@ -164,6 +182,7 @@ class WorkerPool:
             "sleep_policy": asdict(self.sleep_policy),
             "pinned": self.pinned,
             "critical": self.critical,
+            "seccomp_policy": self.seccomp_policy.value,
         }
 
     @classmethod
@@ -182,4 +201,5 @@ class WorkerPool:
             sleep_policy=SleepPolicy(**data.get("sleep_policy", {})),
             pinned=data.get("pinned", False),
             critical=data.get("critical", False),
+            seccomp_policy=SeccompPolicy(data.get("seccomp_policy", SeccompPolicy.BASELINE)),
         )

@@ -48,8 +48,11 @@ class Snapshots:
         return pool.start is StartMode.CLONE and isinstance(self._vmm, Snapshotting)
 
     # --- templates
-    def template(self, context: JobContext, pool: WorkerPool, revision: Revision) -> None:
-        """The pool's template at `revision` exists: booted once, to an agent that knows no identity, and saved."""
+    def template(self, context: JobContext, pool: WorkerPool, revision: Revision, *, uid: int) -> None:
+        """The pool's template at `revision` exists: booted once, to an agent that knows no identity, and saved.
+
+        Its VMM runs as `uid`.
+        """
         driver, into = self._driver(), self._storage.template(pool.ref, revision)
         if self._known(into) is not None:
             return
@@ -74,6 +77,8 @@ class Snapshots:
                     data_disk_mib=pool.resources.data_disk_mib,
                     vcpus=pool.resources.vcpus,
                     mem_mib=pool.resources.mem_mib,
+                    uid=uid,
+                    seccomp=pool.seccomp_policy,
                 )
                 process = driver.boot_template(spec)
                 self._guest.hello(ref, spec.directory, deadline_s=self._boot_deadline_s)
