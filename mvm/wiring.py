@@ -16,6 +16,7 @@ from mvm.domain.layout import StateLayout
 if TYPE_CHECKING:
     from mvm.ports.agents import NodeAgents
     from mvm.ports.clock import Clock
+    from mvm.ports.firewall import PacketFilter
     from mvm.ports.guest import GuestChannel
     from mvm.ports.host import HostMemory
     from mvm.ports.images import ImageBuilder
@@ -101,6 +102,7 @@ class NodePorts:
     vmm: VmmDriver
     guest: GuestChannel
     network: HostNetwork
+    packets: PacketFilter
     storage: NodeStorage
     images: ImageBuilder
     memory: HostMemory
@@ -148,7 +150,7 @@ def open_ports(settings: Settings) -> NodePorts:
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
             store, registry, queue, FileLocks(layout.locks), host.clock, host.vmm, host.guest, host.network,
-            host.storage, host.images, host.memory,
+            host.packets, host.storage, host.images, host.memory,
         )  # fmt: skip
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import UnixGuestChannel
@@ -156,6 +158,7 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.netns import of_parent
+    from mvm.drivers.nftables import Nftables
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
 
@@ -169,6 +172,7 @@ def open_ports(settings: Settings) -> NodePorts:
         QemuDriver(layout, shell),
         UnixGuestChannel(),
         LinuxNetwork(shell),
+        Nftables(shell, layout.uplink_mark),
         FileStorage(layout, shell),
         BuiltinImages(layout, shell, LocalShell(of_parent())),
         ProcMemory(),
@@ -185,6 +189,7 @@ def build_node(
     from mvm.services.jobs import Jobs
     from mvm.services.lifecycle import Lifecycle
     from mvm.services.microvm import Limits, MicroVms
+    from mvm.services.networks import Networks
     from mvm.services.pools import Pools
     from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
@@ -204,19 +209,20 @@ def build_node(
         locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
     )  # fmt: skip
+    networks = Networks(p.store, p.locks, p.network, p.packets, settings.plan)
     microvms = MicroVms(
-        store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
+        store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, networks=networks, storage=p.storage,
         snapshots=snapshots,
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms)
     reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
-    tenants = Tenants(p.store, p.registry, p.network)
-    pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)
+    tenants = Tenants(p.store, p.registry, networks)
+    pools = Pools(p.store, p.registry, p.images, p.locks, reconcile, networks)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
-        storage=p.storage, lifecycle=lifecycle, node_id=node, grace_s=settings.orphan_grace_s,
+        networks=networks, storage=p.storage, lifecycle=lifecycle, node_id=node, grace_s=settings.orphan_grace_s,
         keep_jobs=settings.keep_jobs,
     )  # fmt: skip
     idleness = Idleness(

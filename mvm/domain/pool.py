@@ -8,6 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from mvm.domain.egress import EgressPolicy
 from mvm.domain.ids import NodeId, PoolRef, Revision
 from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput
@@ -142,6 +143,7 @@ class WorkerPool:
     sleep_policy: SleepPolicy = SleepPolicy()
     pinned: bool = False
     critical: bool = False
+    egress: EgressPolicy = EgressPolicy()
 
     @property
     def protected(self) -> str | None:
@@ -164,6 +166,7 @@ class WorkerPool:
             "sleep_policy": asdict(self.sleep_policy),
             "pinned": self.pinned,
             "critical": self.critical,
+            "egress": self.egress.to_dict(),
         }
 
     @classmethod
@@ -182,4 +185,5 @@ class WorkerPool:
             sleep_policy=SleepPolicy(**data.get("sleep_policy", {})),
             pinned=data.get("pinned", False),
             critical=data.get("critical", False),
+            egress=EgressPolicy.from_dict(data.get("egress", {})),
         )

@@ -20,6 +20,7 @@ _PROGRAMS = {
     "ip": "iproute2",
     "nsenter": "util-linux",
     "mkfs.ext4": "e2fsprogs",
+    "nft": "nftables",
     "lz4": "lz4",
     "ssh": "openssh-client",
 }

@@ -39,15 +39,15 @@ class LinuxNetwork:
         """See ports/network.py. A TAP that cannot become a port is removed again."""
         tap = network.tap(offset)
         try:
-            self._ensure(network, tap)
+            self._ensure(network, tap, network.uid(offset))
         except Failed:
             if self.taps().get(tap, network.bridge) is None:
                 self.remove_taps(frozenset({tap}))
             raise
 
-    def _ensure(self, network: TenantNetwork, tap: str | None) -> None:
+    def _ensure(self, network: TenantNetwork, tap: str | None, owner: int = 0) -> None:
         attach = [f"link set dev {tap} master {network.bridge} addrgenmode none up"] if tap else []
-        create = [f"tuntap add dev {tap} mode tap"] if tap else []
+        create = [f"tuntap add dev {tap} mode tap user {owner} group {owner}"] if tap else []
 
         def missing(links: Links) -> list[str]:
             bridge_there, tap_there = network.bridge in links, tap in links

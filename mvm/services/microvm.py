@@ -21,10 +21,10 @@ from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import Failed, MvmError, NotAllowed, TimedOut, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel, GuestIdentity
-from mvm.ports.network import HostNetwork
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import BootSpec, Nic, VmmDriver
+from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
 from mvm.services.snapshots import Snapshots, unusable
 
@@ -48,14 +48,14 @@ class MicroVms:
     """The steps, over the node's ports. The caller holds the instance's lock."""
 
     def __init__(
-        self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, network: HostNetwork,
+        self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, networks: Networks,
         storage: NodeStorage, snapshots: Snapshots, limits: Limits, authorized_key: str,
     ) -> None:  # fmt: skip
         self._store = store
         self._clock = clock
         self._vmm = vmm
         self._guest = guest
-        self._network = network
+        self._networks = networks
         self._storage = storage
         self._limits = limits
         self._authorized_key = authorized_key
@@ -83,7 +83,7 @@ class MicroVms:
         self.prepare(instance, pool)
         self._snapshots.forget(instance.ref)
         context.step(_STEPS[2], 2, len(_STEPS))
-        self._network.ensure_tap(network, instance.offset)
+        self._networks.connect(instance, network)
         with self._boot_slot(context):
             if self._snapshots.clones(pool):
                 self._snapshots.template(context, pool, pool.revision)
@@ -150,7 +150,7 @@ class MicroVms:
     ) -> SnapshotManifest:
         """Its memory is on disk; no process and no TAP are left."""
         manifest = self._snapshots.sleep(context, instance, pool, self.spec(instance, pool, network), force=force)
-        self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+        self._networks.disconnect(instance, network)
         return manifest
 
     def resume(self, instance: Instance) -> Instance:
@@ -161,12 +161,12 @@ class MicroVms:
     def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
         """A sleeping instance runs again; on failure it has no process and no TAP, and its snapshot stays."""
         context.step("connect network", 0, 3)
-        self._network.ensure_tap(network, instance.offset)
+        self._networks.connect(instance, network)
         try:
             process = self._snapshots.wake(context, instance, pool, self.spec(instance, pool, network))
         except Exception:
             self._vmm.kill(instance.ref, None)
-            self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+            self._networks.disconnect(instance, network)
             raise
         return replace(instance, process=process)
 
@@ -234,7 +234,7 @@ class MicroVms:
     def take_down(self, instance: Instance, network: TenantNetwork) -> None:
         """No process, no TAP, no files of the run."""
         self._vmm.kill(instance.ref, instance.process)
-        self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+        self._networks.disconnect(instance, network)
         self._snapshots.forget(instance.ref)
         self._storage.clean_runtime(instance.ref)
 

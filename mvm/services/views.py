@@ -64,6 +64,7 @@ def pool_view(store: NodeStore, pool: WorkerPool) -> dict[str, Any]:
         "sleep_policy": asdict(pool.sleep_policy),
         "pinned": pool.pinned,
         "critical": pool.critical,
+        "egress": pool.egress.to_dict(),
         "desired": asdict(pool.desired or DesiredCounts()),
         "counts": dict(sorted(counts.items())),
         "revision": pool.revision,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.fake.machines import FakeGuest, FakeVmm
-from mvm.drivers.fake.resources import FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakeStorage
+from mvm.drivers.fake.resources import FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakePackets, FakeStorage
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
@@ -28,6 +28,7 @@ class FakeHost(HostState):
         self.vmm = FakeVmm(self)
         self.guest = FakeGuest(self)
         self.network = FakeNetwork(self)
+        self.packets = FakePackets(self)
         self.storage = FakeStorage(self)
         self.images = FakeImages(self)
         self.memory = FakeMemory(self)

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mvm.domain.addressing import TenantNetwork
+from mvm.domain.firewall import Change, Ruleset
 from mvm.domain.ids import InstanceRef, PoolRef, Revision
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake.state import POINTS, Files, Part, point
@@ -74,6 +75,47 @@ class FakeNetwork(Part):
     def bridges(self) -> frozenset[str]:
         """See ports/network.py."""
         return frozenset(self._host.bridges)
+
+
+class FakePackets(Part):
+    """ports/firewall.py. Lines in the host's `tampered` were put there by somebody else."""
+
+    @point("packets.apply")
+    def apply(self, rules: Ruleset) -> None:
+        """See ports/firewall.py."""
+        self._host.rules = rules
+        self._host.tampered.clear()
+
+    @point("packets.change")
+    def change(self, change: Change) -> None:
+        """See ports/firewall.py."""
+        rules = self._host.rules
+        if rules is None:
+            raise Failed("firewall.refused", "nft refused the rules: No such file or directory", hint="apply all")
+        self._host.rules = rules.changed_by(change)
+
+    @point("packets.remove")
+    def remove(self) -> None:
+        """See ports/firewall.py."""
+        self._host.rules = None
+        self._host.tampered.clear()
+
+    @point("packets.differences")
+    def differences(self, rules: Ruleset) -> Sequence[str]:
+        """See ports/firewall.py."""
+        wanted, found = set(rules.commands()), set(self._host.rules.commands()) if self._host.rules else set()
+        missing = [f"missing: {line}" for line in sorted(wanted - found)]
+        return missing + [f"not ours: {line}" for line in [*sorted(found - wanted), *self._host.tampered]]
+
+    @point("packets.forward")
+    def forward(self, bridges: frozenset[str], uplink: str) -> None:
+        """See ports/firewall.py."""
+        self._host.forwards = bridges | ({uplink} if uplink else set())
+
+    @point("packets.forwarding")
+    def forwarding(self) -> frozenset[str]:
+        """See ports/firewall.py."""
+        return self._host.forwards
 
 
 class FakeStorage(Part):

@@ -1,0 +1,257 @@
+"""The node's packet filter as a pure function of what runs on it: nftables commands, one a line.
+
+Two tables, because a frame is judged where it enters: ``bridge mvm`` at the TAP (whose it is), ``inet mvm`` where it
+leaves its bridge (where it may go). What differs from guest to guest is in sets and maps alone, so that a change costs
+the same however many there are. Everything is by name, so that an interface that is not in a set passes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network
+
+from mvm.domain.addressing import CLUSTER, TenantNetwork
+from mvm.domain.egress import NEVER, Destination, Egress, EgressPolicy, Protocol
+from mvm.domain.ids import PoolId
+
+METADATA = "169.254.169.254"
+
+_BRIDGE = f"""
+add table bridge mvm
+delete table bridge mvm
+add table bridge mvm
+add set bridge mvm guests {{ type ifname . ether_addr . ipv4_addr; }}
+add chain bridge mvm prerouting {{ type filter hook prerouting priority dstnat; policy accept; }}
+add chain bridge mvm guest
+add rule bridge mvm prerouting iifname "tn*" goto guest
+add rule bridge mvm guest ether type {{ 8021q, 8021ad }} drop
+add rule bridge mvm guest udp sport 67 drop
+add rule bridge mvm guest iifname . ether saddr . ip saddr @guests accept
+add rule bridge mvm guest iifname . arp saddr ether . arp saddr ip != @guests drop
+add rule bridge mvm guest iifname . ether saddr . arp saddr ip @guests accept
+add rule bridge mvm guest drop
+add chain bridge mvm forward {{ type filter hook forward priority filter; policy accept; }}
+add rule bridge mvm forward iifname "tn*" oifname != "tn*" drop
+add rule bridge mvm forward iifname != "tn*" oifname "tn*" drop
+add table inet mvm
+delete table inet mvm
+add table inet mvm
+add set inet mvm bridges {{ type ifname . ifname; }}
+add set inet mvm gateways {{ type ifname . ipv4_addr; }}
+add chain inet mvm prerouting {{ type filter hook prerouting priority raw; policy accept; }}
+add rule inet mvm prerouting iifname "tn*" drop
+add rule inet mvm prerouting iifname "mvmtmpl*" drop
+add chain inet mvm input {{ type filter hook input priority filter - 10; policy accept; }}
+add chain inet mvm to_host
+add rule inet mvm input iifname "br-tenant-*" goto to_host
+add rule inet mvm to_host ct state established ct direction reply accept
+add rule inet mvm to_host ip daddr {METADATA} tcp dport 80 accept
+add rule inet mvm to_host icmp type echo-request iifname . ip daddr @gateways accept
+""".strip().splitlines()
+
+_FORWARD = """
+add rule inet mvm to_host drop
+add chain inet mvm forward { type filter hook forward priority filter - 10; policy accept; }
+add chain inet mvm from_guest
+add chain inet mvm to_guest
+add rule inet mvm forward iifname . oifname @bridges accept
+add rule inet mvm forward iifname "br-tenant-*" goto from_guest
+add rule inet mvm forward oifname "br-tenant-*" goto to_guest
+""".strip().splitlines()
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """A port of the host that guests may reach at their gateway's address."""
+
+    protocol: Protocol
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.port}/{self.protocol}"
+
+
+def parse_host_ports(text: str) -> tuple[HostPort, ...]:
+    """``PORT[/PROTO]``, as many as there are, between commas or spaces; raises `ValueError`."""
+    ports = []
+    for word in text.replace(",", " ").split():
+        port, slash, protocol = word.partition("/")
+        if not (port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535):
+            raise ValueError(f"{word[:40]!r} is not PORT[/PROTO] with a port of 1 to 65535")
+        if slash and protocol not in tuple(Protocol):
+            raise ValueError(f"{word[:40]!r} has a protocol other than tcp and udp")
+        ports.append(HostPort(Protocol(protocol) if slash else Protocol.TCP, int(port)))
+    return tuple(dict.fromkeys(ports))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the node's settings say: the interface to the outside, and what guests may (not) reach."""
+
+    uplink: str = ""
+    host_ports: tuple[HostPort, ...] = ()
+    never: tuple[IPv4Network, ...] = ()
+
+    def commands(self) -> list[str]:
+        """Everything that is the same for all tenants, in place of what is there."""
+        reachable = [
+            "add rule inet mvm to_host iifname . ip daddr @gateways meta l4proto . th dport "
+            f"{{ {', '.join(f'{p.protocol} . {p.port}' for p in self.host_ports)} }} accept"
+        ]  # fmt: skip
+        return [*_BRIDGE, *(reachable if self.host_ports else []), *_FORWARD, *self._outside()]
+
+    def _outside(self) -> list[str]:
+        drop = ["add rule inet mvm from_guest drop", "add rule inet mvm to_guest drop"]
+        if not self.uplink:
+            return drop
+        # nft wants networks that overlap named once.
+        never = [n for n in (*NEVER, *self.never) if not any(n != m and n.subnet_of(m) for m in (*NEVER, *self.never))]
+        return [
+            "add map inet mvm egress { type ifname . ipv4_addr : verdict; }",
+            f'add rule inet mvm from_guest oifname != "{self.uplink}" drop',
+            f"add rule inet mvm from_guest ip daddr {{ {', '.join(map(str, dict.fromkeys(never)))} }} drop",
+            "add rule inet mvm from_guest iifname . ip saddr vmap @egress",
+            f'add rule inet mvm to_guest iifname "{self.uplink}" ct state established,related accept',
+            *drop,
+            "add chain inet mvm srcnat { type nat hook postrouting priority srcnat; policy accept; }",
+            f'add rule inet mvm srcnat ip saddr {CLUSTER} oifname "{self.uplink}" masquerade',
+        ]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Element:
+    """One member of a set or, with a verdict, of a map."""
+
+    of: str
+    key: str
+    verdict: str = ""
+
+    def add(self) -> str:
+        """The command that puts it there; it may be there already."""
+        verdict = f" : {self.verdict}" if self.verdict else ""
+        return f"add element {self.of} {{ {self.key}{verdict} }}"
+
+    def delete(self) -> str:
+        """The command that takes it away; nftables refuses it when it is not there."""
+        return f"delete element {self.of} {{ {self.key} }}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ruleset:
+    """All of it: `plan`, a chain for each pool that has a list, and the members of the sets."""
+
+    plan: Plan = Plan()
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    elements: frozenset[Element] = frozenset()
+
+    def commands(self) -> list[str]:
+        """Applied as one, they leave exactly this, whatever was there before."""
+        chains = [command for name, rules in sorted(self.chains.items()) for command in _chain(name, rules)]
+        return [*self.plan.commands(), *chains, *(element.add() for element in sorted(self.elements))]
+
+    def changed_by(self, change: Change) -> Ruleset:
+        """What is there after `change`."""
+        chains = {**self.chains, **change.chains}
+        elements = self.elements - {e for e in self.elements if (e.of, e.key) in change.without}
+        return Ruleset(
+            self.plan, {name: rules for name, rules in chains.items() if rules}, elements | frozenset(change.elements)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A few lines of a ruleset: chains to have with these rules (none: to have not), members to add and remove.
+
+    What is there already, or is gone already, is fine: nftables takes away what was put there in the same breath.
+    """
+
+    elements: tuple[Element, ...] = ()
+    removed: tuple[Element, ...] = ()
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def without(self) -> frozenset[tuple[str, str]]:
+        """Of which sets and maps which keys go."""
+        return frozenset((element.of, element.key) for element in self.removed)
+
+    def commands(self) -> list[str]:
+        """Applied as one. A chain goes after the members that lead to it, and comes before them."""
+        commands = [command for element in self.removed for command in (element.add(), element.delete())]
+        for name, rules in sorted(self.chains.items()):
+            commands += [f"add chain inet mvm {name}", f"flush chain inet mvm {name}"]
+            commands += _chain(name, rules)[1:] if rules else [f"delete chain inet mvm {name}"]
+        return [*commands, *(element.add() for element in self.elements)]
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPort:
+    """A guest that is to have its way: its place in a tenant's network, and its pool's policy."""
+
+    network: TenantNetwork
+    offset: int
+    pool: PoolId | None = None
+    egress: EgressPolicy = EgressPolicy()
+
+
+def bridge_elements(network: TenantNetwork) -> tuple[Element, ...]:
+    """What a tenant's bridge needs."""
+    name = f'"{network.bridge}"'
+    return (
+        Element("inet mvm bridges", f"{name} . {name}"),
+        Element("inet mvm gateways", f"{name} . {network.gateway}"),
+    )
+
+
+def guest_elements(plan: Plan, guest: GuestPort) -> tuple[Element, ...]:
+    """What a guest's TAP needs: whose it is, and its pool's way out."""
+    network, ip = guest.network, guest.network.ip(guest.offset)
+    own = Element("bridge mvm guests", f'"{network.tap(guest.offset)}" . {network.mac(guest.offset)} . {ip}')
+    way = _way_out(guest) if plan.uplink else ""
+    if not way:
+        return (own,)
+    return (own, Element("inet mvm egress", f'"{network.bridge}" . {ip}', way))
+
+
+def pool_chains(plan: Plan, network: TenantNetwork, pool: PoolId, egress: EgressPolicy) -> dict[str, tuple[str, ...]]:
+    """The pool's chain, if its policy is a list."""
+    if not plan.uplink or egress.kind is not Egress.ALLOW:
+        return {}
+    return {chain_of(network, pool): tuple(_allow(destination) for destination in egress.allow)}
+
+
+def chain_of(network: TenantNetwork, pool: PoolId) -> str:
+    """Its name."""
+    return f"pool-{network.net_id}-{pool}"
+
+
+def ruleset(
+    plan: Plan,
+    networks: Iterable[TenantNetwork],
+    pools: Iterable[tuple[TenantNetwork, PoolId, EgressPolicy]],
+    guests: Iterable[GuestPort],
+) -> Ruleset:
+    """All rules of a node."""
+    chains: dict[str, tuple[str, ...]] = {}
+    for network, pool, egress in pools:
+        chains |= pool_chains(plan, network, pool, egress)
+    elements = [each for network in networks for each in bridge_elements(network)]
+    elements += [each for guest in guests for each in guest_elements(plan, guest)]
+    return Ruleset(plan, chains, frozenset(elements))
+
+
+def _way_out(guest: GuestPort) -> str:
+    if guest.egress.kind is Egress.NAT:
+        return "accept"
+    if guest.egress.kind is Egress.ALLOW and guest.pool is not None:
+        return f"jump {chain_of(guest.network, guest.pool)}"
+    return ""
+
+
+def _allow(destination: Destination) -> str:
+    port = f" {destination.protocol} dport {destination.port}" if destination.port else ""
+    return f"ip daddr {destination.network}{port} accept"
+
+
+def _chain(name: str, rules: Iterable[str]) -> list[str]:
+    return [f"add chain inet mvm {name}", *(f"add rule inet mvm {name} {rule}" for rule in rules)]

@@ -1,0 +1,182 @@
+"""Tenants' networks on this node: rules first, then the interfaces that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import structlog
+
+from mvm.domain.addressing import TenantNetwork
+from mvm.domain.egress import Egress, EgressPolicy
+from mvm.domain.firewall import (
+    Change,
+    GuestPort,
+    Plan,
+    Ruleset,
+    bridge_elements,
+    chain_of,
+    guest_elements,
+    pool_chains,
+    ruleset,
+)
+from mvm.domain.ids import InstanceRef
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status
+from mvm.domain.pool import WorkerPool
+from mvm.errors import Failed, NotAllowed
+from mvm.ports.firewall import PacketFilter
+from mvm.ports.locks import Locks
+from mvm.ports.network import HostNetwork
+from mvm.ports.store import NodeStore
+
+log = structlog.get_logger("mvm.networks")
+
+_LOCK_S = 60.0
+_UP = (Status.RUNNING, Status.WARM)
+
+
+class Networks:
+    """Bridges, TAPs and rules kept together. A change is small; when it meets something else, all rules are applied."""
+
+    def __init__(
+        self, store: NodeStore, locks: Locks, network: HostNetwork, packets: PacketFilter, plan: Plan
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._locks = locks
+        self._network = network
+        self._packets = packets
+        self.plan = plan
+
+    # --- tenants and instances
+    def open(self, network: TenantNetwork) -> None:
+        """The tenant's bridge is up, and ruled."""
+        with self.locked():
+            self._change(Change(bridge_elements(network)), adding=(network,))
+        self._network.ensure_bridge(network)
+
+    def close(self, network: TenantNetwork) -> None:
+        """Neither bridge nor rules of the tenant are left."""
+        self._network.remove_bridges(frozenset({network.bridge}))
+        with self.locked():
+            self._change(Change(removed=bridge_elements(network)), omitting=network)
+
+    def connect(self, instance: Instance, network: TenantNetwork) -> None:
+        """The instance's TAP is up. Its rules are there before."""
+        with self.locked():
+            guest = self._guest(instance, network)
+            self._change(Change(guest_elements(self.plan, guest)))
+        self._network.ensure_tap(network, instance.offset)
+        if self._goes_out(guest.egress):
+            with self.locked():
+                self._forward()
+
+    def disconnect(self, instance: Instance, network: TenantNetwork) -> None:
+        """No TAP and no rules of the instance are left."""
+        self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+        with self.locked():
+            removed = guest_elements(self.plan, self._guest(instance, network))
+            self._change(Change(removed=removed), without=instance.ref)
+
+    def _guest(self, instance: Instance, network: TenantNetwork) -> GuestPort:
+        pool = self._store.pool(instance.ref.pool_ref)
+        return GuestPort(network, instance.offset, pool.ref.pool, pool.egress)
+
+    # --- pools
+    def check(self, egress: EgressPolicy) -> None:
+        """Raises `NotAllowed` (``pool.no_uplink``) for a policy that needs an interface that this node has not."""
+        if egress.kind is not Egress.NONE and not self.plan.uplink:
+            raise NotAllowed(
+                "pool.no_uplink", f"--egress {egress.kind} needs an uplink, and this node has none",
+                hint="set MVM_UPLINK to an interface of the stack's network namespace, and start the stack again",
+                field="egress",
+            )  # fmt: skip
+
+    def redirect(self, before: WorkerPool | None, after: WorkerPool | None) -> None:
+        """A pool's policy was changed in the store; so are the rules of its guests."""
+        pool = after or before
+        assert pool is not None, "one of them"
+        network = self._store.tenant(pool.ref.tenant).network
+        old = before.egress if before else EgressPolicy()
+        new = after.egress if after else EgressPolicy()
+        if old == new:
+            return
+        with self.locked():
+            offsets = [i.offset for i in self._store.instances(pool=pool.ref) if i.status in _UP or i.in_flight]
+            ways = [
+                [e for o in offsets for e in guest_elements(self.plan, GuestPort(network, o, pool.ref.pool, egress))]
+                for egress in (old, new)
+            ]
+            chains = {
+                chain_of(network, pool.ref.pool): () for egress in (old,) if egress.kind is Egress.ALLOW
+            } | pool_chains(self.plan, network, pool.ref.pool, new)
+            self._change(Change(tuple(ways[1]), tuple(e for e in ways[0] if e not in ways[1]), chains))
+            self._forward()
+
+    # --- all of it
+    def expected(
+        self, *, adding: Sequence[TenantNetwork] = (), omitting: TenantNetwork | None = None,
+        without: InstanceRef | None = None,
+    ) -> Ruleset:  # fmt: skip
+        """The rules that the store's tenants, pools and instances ask for: those up, and those in flight."""
+        networks = {t.id: t.network for t in self._store.tenants() if t.network != omitting}
+        pools = {p.ref: p for p in self._store.pools() if p.ref.tenant in networks}
+        guests = [
+            GuestPort(networks[i.ref.tenant], i.offset, i.ref.pool, pools[i.ref.pool_ref].egress)
+            for i in self._store.instances()
+            if i.ref.pool_ref in pools and i.ref != without and (i.status in _UP or i.in_flight)
+        ]
+        return ruleset(
+            self.plan,
+            {*networks.values(), *adding},
+            [(networks[p.ref.tenant], p.ref.pool, p.egress) for p in pools.values()],
+            guests,
+        )
+
+    def differences(self) -> Sequence[str]:
+        """In which lines the rules that are there differ; what jobs are about to change is left out."""
+        rules = self.expected()
+        found = self._packets.differences(rules)
+        if not found:
+            return found
+        networks = {t.id: t.network for t in self._store.tenants()}
+        busy = [(networks[i.ref.tenant], i.offset) for i in self._store.instances() if i.in_flight]
+        passing = {f'"{n.tap(o)}" ' for n, o in busy} | {f'"{n.bridge}" . {n.ip(o)} ' for n, o in busy}
+        return [line for line in found if not any(word in f"{line} " for word in passing)]
+
+    def repair(self) -> Sequence[str]:
+        """The rules are as they should be; what was not."""
+        with self.locked():
+            found = self.differences()
+            if found:
+                self._packets.apply(self.expected())
+                log.warning("rules repaired", lines=len(found), first=found[0])
+            self._forward()
+        return found
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Nobody else changes rules; the store is read within, or a job that begins meanwhile would be forgotten."""
+        return self._locks.hold("firewall", deadline_s=_LOCK_S)
+
+    def _change(
+        self, change: Change, *, adding: Sequence[TenantNetwork] = (), omitting: TenantNetwork | None = None,
+        without: InstanceRef | None = None,
+    ) -> None:  # fmt: skip
+        try:
+            self._packets.change(change)
+        except Failed as error:
+            if error.code != "firewall.refused":
+                raise
+            self._packets.apply(self.expected(adding=adding, omitting=omitting, without=without))
+
+    def _goes_out(self, egress: EgressPolicy) -> bool:
+        return bool(self.plan.uplink) and egress.kind is not Egress.NONE
+
+    def _forward(self) -> None:
+        networks = {t.id: t.network for t in self._store.tenants()}
+        bridges = frozenset(
+            networks[p.ref.tenant].bridge
+            for p in self._store.pools()
+            if p.ref.tenant in networks and self._goes_out(p.egress)
+        )
+        self._packets.forward(bridges, self.plan.uplink if bridges else "")
