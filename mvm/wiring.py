@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mvm.ports.images import ImageBuilder
     from mvm.ports.locks import Locks
     from mvm.ports.network import HostNetwork
+    from mvm.ports.probing import Probing
     from mvm.ports.queue import JobQueue
     from mvm.ports.registry import Registry
     from mvm.ports.storage import NodeStorage
@@ -103,6 +104,7 @@ class NodePorts:
     guest: GuestChannel
     network: HostNetwork
     packets: PacketFilter
+    probing: Probing | None
     storage: NodeStorage
     images: ImageBuilder
     memory: HostMemory
@@ -150,7 +152,7 @@ def open_ports(settings: Settings) -> NodePorts:
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
             store, registry, queue, FileLocks(layout.locks), host.clock, host.vmm, host.guest, host.network,
-            host.packets, host.storage, host.images, host.memory,
+            host.packets, None, host.storage, host.images, host.memory,
         )  # fmt: skip
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import UnixGuestChannel
@@ -161,6 +163,7 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.nftables import Nftables
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
+    from mvm.drivers.veth_probes import VethProbes
 
     shell = LocalShell()
     return NodePorts(
@@ -173,6 +176,7 @@ def open_ports(settings: Settings) -> NodePorts:
         UnixGuestChannel(),
         LinuxNetwork(shell),
         Nftables(shell, layout.uplink_mark),
+        VethProbes(shell),
         FileStorage(layout, shell),
         BuiltinImages(layout, shell, LocalShell(of_parent())),
         ProcMemory(),
@@ -189,6 +193,7 @@ def build_node(
     from mvm.services.jobs import Jobs
     from mvm.services.lifecycle import Lifecycle
     from mvm.services.microvm import Limits, MicroVms
+    from mvm.services.network_check import NetworkCheck
     from mvm.services.networks import Networks
     from mvm.services.pools import Pools
     from mvm.services.precedence import Precedence
@@ -253,6 +258,10 @@ def build_node(
     }.items():
         runner.register(verb, handler)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
+    network_check = NetworkCheck(
+        store=p.store, registry=p.registry, clock=p.clock, network=p.network, packets=p.packets, networks=networks,
+        probing=p.probing, node_id=node,
+    )  # fmt: skip
     view = NodeView(
         store=p.store,
         storage=p.storage,
@@ -263,6 +272,7 @@ def build_node(
         address=address,
         urgent=urgent,
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
+        network_check=network_check,
     )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,

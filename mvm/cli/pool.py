@@ -29,7 +29,10 @@ def pool() -> None:
 
 
 def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How the pool's instances start and sleep and what they reach, passed as ``ways: dict``: what of it is given, ready for a job."""
+    """How the pool's instances start and sleep and what they reach, passed as ``ways: dict``.
+
+    Only what of it is given, ready for a job.
+    """
 
     @click.option("--cold/--no-cold", default=None, help="Boot each instance instead of cloning a template.")
     @click.option(

@@ -50,8 +50,8 @@ class Destination:
         except ValueError:
             raise _bad(text, "is not an IPv4 network (with no bits set behind its prefix)") from None
         for never in NEVER:
-            if network.overlaps(never):
-                raise _bad(text, f"overlaps {never}, which no guest reaches")
+            if network.subnet_of(never):
+                raise _bad(text, f"is within {never}, which no guest reaches")
         if not colon:
             return cls(network)
         port, slash, protocol = rest.partition("/")
@@ -98,6 +98,9 @@ class EgressPolicy:
                 hint=f"allowed: {', '.join(Egress)}", field="egress",
             )  # fmt: skip
         return cls(Egress(kind), tuple(dict.fromkeys(Destination.parse(text) for text in data.get("allow", ()))))
+
+
+NO_EGRESS = EgressPolicy()
 
 
 def _bad(text: str, why: str) -> InvalidInput:

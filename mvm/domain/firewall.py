@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 
 from mvm.domain.addressing import CLUSTER, TenantNetwork
-from mvm.domain.egress import NEVER, Destination, Egress, EgressPolicy, Protocol
+from mvm.domain.egress import NEVER, NO_EGRESS, Destination, Egress, EgressPolicy, Protocol
 from mvm.domain.ids import PoolId
 
 METADATA = "169.254.169.254"
@@ -95,10 +95,10 @@ class Plan:
 
     def commands(self) -> list[str]:
         """Everything that is the same for all tenants, in place of what is there."""
+        ports = ", ".join(f"{p.protocol} . {p.port}" for p in self.host_ports)
         reachable = [
-            "add rule inet mvm to_host iifname . ip daddr @gateways meta l4proto . th dport "
-            f"{{ {', '.join(f'{p.protocol} . {p.port}' for p in self.host_ports)} }} accept"
-        ]  # fmt: skip
+            f"add rule inet mvm to_host iifname . ip daddr @gateways meta l4proto . th dport {{ {ports} }} accept"
+        ]
         return [*_BRIDGE, *(reachable if self.host_ports else []), *_FORWARD, *self._outside()]
 
     def _outside(self) -> list[str]:
@@ -191,7 +191,7 @@ class GuestPort:
     network: TenantNetwork
     offset: int
     pool: PoolId | None = None
-    egress: EgressPolicy = EgressPolicy()
+    egress: EgressPolicy = NO_EGRESS
 
 
 def bridge_elements(network: TenantNetwork) -> tuple[Element, ...]:

@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from mvm.domain.egress import EgressPolicy
+from mvm.domain.egress import NO_EGRESS, EgressPolicy
 from mvm.domain.ids import NodeId, PoolRef, Revision
 from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput
@@ -143,7 +143,7 @@ class WorkerPool:
     sleep_policy: SleepPolicy = SleepPolicy()
     pinned: bool = False
     critical: bool = False
-    egress: EgressPolicy = EgressPolicy()
+    egress: EgressPolicy = NO_EGRESS
 
     @property
     def protected(self) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mvm.domain.addressing import TenantNetwork
 from mvm.errors import Failed, NotAllowed
+from mvm.ports.network import BridgeState
 from mvm.ports.shell import Shell
 
 _TAP = re.compile(r"tn[0-9]+i[0-9]+")
@@ -89,9 +90,31 @@ class LinuxNetwork:
         """See ports/network.py."""
         return frozenset(name for name in self._links("type", "bridge") if _BRIDGE.fullmatch(name))
 
-    def _links(self, *which: str) -> Links:
+    def states(self) -> Mapping[str, BridgeState]:
+        """See ports/network.py."""
+        links = self._links(kind="addr")
+        return {
+            name: BridgeState(
+                "UP" in link.get("flags", ()),
+                tuple(f"{a['local']}/{a['prefixlen']}" for a in link.get("addr_info", ()) if a["family"] == "inet"),
+                tuple(sorted(port for port, other in links.items() if other.get("master") == name)),
+            )
+            for name, link in links.items()
+            if _BRIDGE.fullmatch(name) and _is_bridge(link)
+        }
+
+    def addresses(self) -> frozenset[str]:
+        """See ports/network.py."""
+        links = self._links(kind="addr").values()
+        return frozenset(a["local"] for link in links for a in link.get("addr_info", ()) if a["family"] == "inet")
+
+    def has(self, interface: str) -> bool:
+        """See ports/network.py."""
+        return interface in self._links()
+
+    def _links(self, *which: str, kind: str = "link") -> Links:
         try:
-            text = self._shell.run(["ip", "-j", "-d", "link", "show", *which]).stdout
+            text = self._shell.run(["ip", "-j", "-d", kind, "show", *which]).stdout
         except Failed as error:
             raise _network_failed(error) from None
         return {link["ifname"]: link for link in json.loads(text or "[]") if link}  # ip prints {} for what it left out

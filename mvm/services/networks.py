@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import structlog
 
@@ -24,7 +24,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
-from mvm.errors import Failed, NotAllowed
+from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.firewall import PacketFilter
 from mvm.ports.locks import Locks
 from mvm.ports.network import HostNetwork
@@ -144,9 +144,30 @@ class Networks:
         passing = {f'"{n.tap(o)}" ' for n, o in busy} | {f'"{n.bridge}" . {n.ip(o)} ' for n, o in busy}
         return [line for line in found if not any(word in f"{line} " for word in passing)]
 
-    def repair(self) -> Sequence[str]:
-        """The rules are as they should be; what was not."""
+    @contextmanager
+    def probing(self, guests: Sequence[GuestPort]) -> Iterator[None]:
+        """Rules for probes in the places of `guests`; nothing is repaired meanwhile, it would shut them out."""
+        elements = tuple(element for guest in guests for element in guest_elements(self.plan, guest))
         with self.locked():
+            self._packets.change(Change(elements))
+        try:
+            yield
+        finally:
+            with self.locked():
+                self._packets.change(Change(removed=elements))
+
+    def proving(self) -> AbstractContextManager[None]:
+        """Nobody else probes, and nothing is repaired. Raises `TimedOut` (``lock.busy``)."""
+        return self._locks.hold("net probes", deadline_s=0)
+
+    def repair(self) -> Sequence[str]:
+        """The rules are as they should be; what was not. While somebody proves them, nothing is done."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(self.proving())
+            except TimedOut:
+                return []
+            held.enter_context(self.locked())
             found = self.differences()
             if found:
                 self._packets.apply(self.expected())
@@ -172,11 +193,16 @@ class Networks:
     def _goes_out(self, egress: EgressPolicy) -> bool:
         return bool(self.plan.uplink) and egress.kind is not Egress.NONE
 
-    def _forward(self) -> None:
+    def forwarded(self) -> frozenset[str]:
+        """The interfaces at which the kernel has to forward: bridges whose tenants go out, and then the uplink."""
         networks = {t.id: t.network for t in self._store.tenants()}
-        bridges = frozenset(
+        bridges = {
             networks[p.ref.tenant].bridge
             for p in self._store.pools()
             if p.ref.tenant in networks and self._goes_out(p.egress)
-        )
-        self._packets.forward(bridges, self.plan.uplink if bridges else "")
+        }
+        return frozenset(bridges | {self.plan.uplink} if bridges else ())
+
+    def _forward(self) -> None:
+        wanted = self.forwarded()
+        self._packets.forward(wanted - {self.plan.uplink}, self.plan.uplink if wanted else "")

@@ -52,8 +52,8 @@ class Sweeps:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver,
-        network: HostNetwork, networks: Networks, storage: NodeStorage, lifecycle: Lifecycle, node_id: NodeId, grace_s: float,
-        keep_jobs: int,
+        network: HostNetwork, networks: Networks, storage: NodeStorage, lifecycle: Lifecycle, node_id: NodeId,
+        grace_s: float, keep_jobs: int,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry

@@ -22,6 +22,7 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
 from mvm.services.insight import Insight
+from mvm.services.network_check import NetworkCheck
 from mvm.services.quotas import usage
 from mvm.services.urgent import UrgentWake
 
@@ -92,7 +93,7 @@ class NodeView:
 
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
-        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight,
+        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, network_check: NetworkCheck,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -103,6 +104,7 @@ class NodeView:
         self._vmm = vmm
         self._urgent = urgent
         self._insight = insight
+        self._network_check = network_check
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -135,6 +137,10 @@ class NodeView:
             "jobs_running": len(self._store.unfinished_jobs()),
             "load": list(os.getloadavg()),
         }
+
+    def verify_network(self, *, active: bool) -> Mapping[str, Any]:
+        """The tenants' networks as they are against as they should be; with `active` proven with traffic."""
+        return self._network_check.verify(active=active)
 
     def tenants(self) -> list[dict[str, Any]]:
         """All tenants."""

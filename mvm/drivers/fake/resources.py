@@ -16,6 +16,7 @@ from mvm.drivers.fake.state import POINTS, Files, Part, point
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.host import MemoryLeft
 from mvm.ports.images import ProgressReport
+from mvm.ports.network import BridgeState
 from mvm.ports.storage import InstanceKeys, RevisionFiles
 
 BRIDGE_PORTS = 1023
@@ -36,13 +37,14 @@ class FakeNetwork(Part):
     def ensure_bridge(self, network: TenantNetwork) -> None:
         """See ports/network.py."""
         self._check(network.bridge)
-        self._host.bridges.add(network.bridge)
+        self._host.bridges[network.bridge] = (f"{network.gateway}/{network.subnet.prefixlen}",)
 
     @point("network.remove_bridges")
     def remove_bridges(self, names: frozenset[str]) -> None:
         """See ports/network.py."""
         self._check(*names)
-        self._host.bridges -= names
+        for name in names:
+            self._host.bridges.pop(name, None)
         for tap, bridge in self._host.taps.items():
             self._host.taps[tap] = None if bridge in names else bridge
 
@@ -51,7 +53,7 @@ class FakeNetwork(Part):
         """See ports/network.py."""
         taps, tap, bridge = self._host.taps, network.tap(offset), network.bridge
         self._check(bridge, tap)
-        self._host.bridges.add(bridge)
+        self._host.bridges[bridge] = (f"{network.gateway}/{network.subnet.prefixlen}",)
         if taps.get(tap) != bridge and sum(master == bridge for master in taps.values()) >= BRIDGE_PORTS:
             raise Failed(
                 "network.failed", f"bridge {bridge} is full: Exchange full",
@@ -70,6 +72,22 @@ class FakeNetwork(Part):
     def taps(self) -> Mapping[str, str | None]:
         """See ports/network.py."""
         return dict(self._host.taps)
+
+    @point("network.states")
+    def states(self) -> Mapping[str, BridgeState]:
+        """See ports/network.py. Addresses are those that were given when it was made."""
+        return {
+            bridge: BridgeState(True, addresses, tuple(sorted(t for t, b in self._host.taps.items() if b == bridge)))
+            for bridge, addresses in self._host.bridges.items()
+        }
+
+    def addresses(self) -> frozenset[str]:
+        """See ports/network.py."""
+        return frozenset(a.split("/")[0] for each in self._host.bridges.values() for a in each)
+
+    def has(self, interface: str) -> bool:
+        """See ports/network.py."""
+        return interface in {*self._host.bridges, *self._host.taps, *self._host.foreign}
 
     @point("network.bridges")
     def bridges(self) -> frozenset[str]:

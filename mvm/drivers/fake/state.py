@@ -100,7 +100,7 @@ class HostState:
         self.machines: dict[InstanceRef, Machine] = {}
         self.consoles: dict[Path, deque[str]] = {}
         self.taps: dict[str, str | None] = {}
-        self.bridges: set[str] = set()
+        self.bridges: dict[str, tuple[str, ...]] = {}
         self.foreign: set[str] = set()
         self.rules: Ruleset | None = None
         self.tampered: list[str] = []

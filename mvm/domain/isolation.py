@@ -1,0 +1,297 @@
+"""What is tried to prove that tenants are apart: pure plans of probes, each a frame and where it must (not) arrive."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from ipaddress import IPv4Address, IPv4Network
+
+from mvm.domain import frames
+from mvm.domain.addressing import CLUSTER, TenantNetwork
+from mvm.domain.egress import NO_EGRESS, Destination, Egress, EgressPolicy, Protocol
+from mvm.domain.firewall import METADATA, Plan
+from mvm.domain.ids import PoolId
+
+OUTSIDE = IPv4Address("192.0.2.77")  # kept for documents, so nobody's
+LINK_LOCAL = IPv4Address("169.254.7.7")
+PORT = 9  # discard
+STRAY, STRAY_MAC = "mvmstray", "02:6e:00:00:00:01"
+TEMPLATE, TEMPLATE_MAC, TEMPLATE_NEAR = "mvmtmpl999", "02:6e:00:00:00:02", "02:6e:00:00:00:03"
+OTHER_MAC = "02:6e:00:00:00:04"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """`frame` goes out by wire `source`; a frame with `sign` (and not `without`) is heard on wire `at`, or is not."""
+
+    kind: str
+    source: str
+    target: str
+    wanted: bool
+    frame: bytes
+    at: str
+    sign: bytes
+    without: bytes = b""
+
+    def seen_in(self, frame: bytes) -> bool:
+        """Whether `frame` is what was waited for."""
+        return self.sign in frame and not (self.without and self.without in frame)
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """A probe's place in a tenant's network: as if a guest were at `offset`."""
+
+    network: TenantNetwork
+    offset: int
+
+    @property
+    def wire(self) -> str:
+        """The interface's name."""
+        return self.network.tap(self.offset)
+
+    @property
+    def mac(self) -> str:
+        """A guest's there."""
+        return self.network.mac(self.offset)
+
+    @property
+    def ip(self) -> IPv4Address:
+        """A guest's there."""
+        return self.network.ip(self.offset)
+
+    @property
+    def gateway_mac(self) -> str:
+        """The bridge's."""
+        return self.network.mac(1)
+
+    def by_gateway(self, packet: bytes) -> bytes:
+        """An IP packet on its way out of the bridge."""
+        return frames.ethernet(self.gateway_mac, self.mac, frames.IP, packet)
+
+
+@dataclass(frozen=True, slots=True)
+class Party:
+    """A tenant under test: two places of its own, the guests that run, and its pools' policies."""
+
+    name: str
+    one: Stand
+    two: Stand
+    guests: Mapping[str, IPv4Address]
+    policies: tuple[tuple[PoolId | None, EgressPolicy], ...] = ((None, NO_EGRESS),)
+    stray: str = ""
+
+
+class Tokens:
+    """Signs that no other frame has, the same in every run for the same `seed`."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._seed, self._count = seed, 0
+
+    def next(self) -> bytes:
+        """Eight bytes, never zero ones at the end."""
+        self._count += 1
+        return sha256(self._seed + self._count.to_bytes(4, "big")).digest()[:7] + b"!"
+
+    def number(self) -> int:
+        """A TCP sequence number that can be told from others."""
+        return int.from_bytes(self.next()[:4], "big") & 0x7FFFFFFF
+
+
+def greetings(parties: Sequence[Party], tokens: Tokens) -> Iterator[Probe]:
+    """Each place asks for its gateway: the way in is open, and the host knows where to send answers."""
+    for party in parties:
+        for stand in (party.one, party.two):
+            network = stand.network
+            yield Probe(
+                "arp", stand.wire, f"{party.name} gateway", True,
+                frames.arp(stand.mac, stand.mac, stand.ip, network.gateway), stand.wire,
+                frames.arp_answer(stand.gateway_mac, network.gateway, stand.mac, stand.ip),
+            )  # fmt: skip
+
+
+def probes(parties: Sequence[Party], plan: Plan, tokens: Tokens, *, metadata: bool) -> Iterator[Probe]:
+    """Everything but the ways out; `metadata` tells whether the metadata address is this host's."""
+    for party in parties:
+        yield from _within(party, tokens)
+        yield from _spoofed(party, tokens)
+        yield from _host(party, plan, tokens, metadata=metadata)
+        for other in parties:
+            if other is not party:
+                yield from _across(party, other, tokens)
+
+
+def _within(party: Party, tokens: Tokens) -> Iterator[Probe]:
+    a, b, token = party.one, party.two, tokens.next
+    target = f"{party.name} {b.ip}"
+
+    def direct(kind: str, packet: bytes, at: str, sign: bytes) -> Probe:
+        return Probe(kind, a.wire, target, True, frames.ethernet(b.mac, a.mac, frames.IP, packet), at, sign)
+
+    sign = token()
+    yield Probe("arp", a.wire, target, True, frames.arp(a.mac, a.mac, a.ip, b.ip, sign), b.wire, sign)
+    sign = token()
+    yield direct("icmp", frames.echo(a.ip, b.ip, sign), a.wire, sign)
+    sign = token()
+    yield direct("udp", frames.udp(a.ip, b.ip, sign, port=PORT), b.wire, sign)
+    number = tokens.number()
+    yield direct("tcp", frames.tcp(a.ip, b.ip, number, port=PORT, sport=40_001), b.wire, struct.pack("!I", number))
+    for name, ip in party.guests.items():
+        sign = token()
+        yield Probe(
+            "icmp", a.wire, name, True, a.by_gateway(frames.echo(a.ip, ip, sign)), a.wire, sign
+        )  # by way of the gateway, which knows its MAC
+    if party.stray:
+        sign = token()
+        frame = frames.ethernet(a.mac, STRAY_MAC, frames.IP, frames.udp(b.ip, a.ip, sign, port=PORT))
+        yield Probe("from a stray port", party.stray, f"{party.name} {a.ip}", False, frame, a.wire, sign)
+        sign = token()
+        frame = frames.ethernet(STRAY_MAC, a.mac, frames.IP, frames.udp(a.ip, b.ip, sign, port=PORT))
+        yield Probe("to a stray port", a.wire, party.stray, False, frame, party.stray, sign)
+
+
+def _spoofed(party: Party, tokens: Tokens) -> Iterator[Probe]:
+    """What a guest may not send even to its own tenant; none of it arrives."""
+    a, b, network = party.one, party.two, party.one.network
+
+    def sent(kind: str, frame: bytes, sign: bytes) -> Probe:
+        return Probe(kind, a.wire, f"{party.name} {b.ip}", False, frame, b.wire, sign)
+
+    def packet(sign: bytes, source: IPv4Address = a.ip, sport: int = 40_000) -> bytes:
+        return frames.udp(source, b.ip, sign, port=PORT, sport=sport)
+
+    def frame(mac: str, payload: bytes, kind: int = frames.IP) -> bytes:
+        return frames.ethernet(b.mac, mac, kind, payload)
+
+    sign = tokens.next()
+    yield sent("spoofed mac", frame(OTHER_MAC, packet(sign)), sign)
+    sign = tokens.next()
+    yield sent("spoofed ip", frame(a.mac, packet(sign, b.ip)), sign)
+    sign = tokens.next()
+    yield sent("spoofed gateway", frame(a.mac, packet(sign, network.gateway)), sign)
+    sign = tokens.next()
+    yield sent("arp: spoofed ip", frames.arp(a.mac, a.mac, network.gateway, b.ip, sign, reply=True), sign)
+    sign = tokens.next()
+    yield sent("arp: spoofed sender mac", frames.arp(a.mac, OTHER_MAC, a.ip, b.ip, sign, reply=True), sign)
+    sign = tokens.next()
+    yield sent("arp: spoofed frame mac", frames.arp(OTHER_MAC, a.mac, a.ip, b.ip, sign), sign)
+    sign = tokens.next()
+    yield sent("vlan tag", frames.tagged(frame(a.mac, packet(sign)), frames.VLAN, 5), sign)
+    sign = tokens.next()
+    yield sent("priority tag", frames.tagged(frame(a.mac, packet(sign)), frames.VLAN), sign)
+    sign = tokens.next()
+    yield sent("802.1ad tag", frames.tagged(frame(a.mac, packet(sign)), frames.QINQ, 5), sign)
+    sign = tokens.next()
+    yield sent("ipv6", frame(a.mac, b"\x60" + bytes(39) + sign, frames.IPV6), sign)
+    sign = tokens.next()
+    yield sent("other ethertype", frame(a.mac, sign, frames.EXPERIMENT), sign)
+    sign = tokens.next()
+    offer = frames.udp(a.ip, IPv4Address("255.255.255.255"), sign, port=68, sport=67)
+    yield sent("dhcp server", frames.ethernet(frames.BROADCAST, a.mac, frames.IP, offer), sign)
+
+
+def _host(party: Party, plan: Plan, tokens: Tokens, *, metadata: bool) -> Iterator[Probe]:
+    """What of the host is reached: whatever passes is answered, so it is at the sender that we listen."""
+    a, gateway, host = party.one, party.one.network.gateway, f"{party.name} gateway"
+
+    def asked(kind: str, target: str, wanted: bool, packet: bytes, sign: bytes) -> Probe:
+        return Probe(kind, a.wire, target, wanted, a.by_gateway(packet), a.wire, sign)
+
+    def tcp(target: str, ip: IPv4Address, port: int, wanted: bool) -> Probe:
+        number = tokens.number()
+        packet = frames.tcp(a.ip, ip, number, port=port, sport=40_000 + number % 20_000)
+        return asked(f"tcp {port}", target, wanted, packet, struct.pack("!I", number + 1))
+
+    sign = tokens.next()
+    yield asked("icmp", host, True, frames.echo(a.ip, gateway, sign), sign)
+    sign = tokens.next()
+    yield asked(f"udp {PORT}", host, False, frames.udp(a.ip, gateway, sign, port=PORT), sign)
+    yield tcp(host, gateway, PORT, False)
+    for each in plan.host_ports:
+        if each.protocol is Protocol.TCP:
+            yield tcp(host, gateway, each.port, True)
+    if metadata:
+        yield tcp("metadata", IPv4Address(METADATA), 80, True)
+        yield tcp("metadata", IPv4Address(METADATA), PORT, False)
+        sign = tokens.next()
+        yield asked("icmp", "metadata", False, frames.echo(a.ip, IPv4Address(METADATA), sign), sign)
+    sign = tokens.next()
+    frame = frames.ethernet(frames.LINK_LOCAL_GROUP, a.mac, frames.IP, frames.echo(a.ip, gateway, sign))
+    yield Probe("past the bridge", a.wire, host, False, frame, a.wire, sign)
+    sign = tokens.next()
+    frame = frames.ethernet(TEMPLATE_NEAR, TEMPLATE_MAC, frames.IP, frames.echo(a.ip, gateway, sign))
+    yield Probe("from a template", TEMPLATE, host, False, frame, a.wire, sign)
+
+
+def _across(party: Party, other: Party, tokens: Tokens) -> Iterator[Probe]:
+    """Between two tenants: nothing."""
+    a, b = party.one, other.one
+    target = f"{other.name} {b.ip}"
+
+    def tried(kind: str, frame: bytes, sign: bytes) -> Probe:
+        return Probe(kind, a.wire, target, False, frame, b.wire, sign)
+
+    sign = tokens.next()
+    frame = frames.ethernet(b.mac, a.mac, frames.IP, frames.udp(a.ip, b.ip, sign, port=PORT))
+    yield tried("frame", frame, sign)
+    sign = tokens.next()
+    yield tried("arp", frames.arp(a.mac, a.mac, a.ip, b.ip, sign), sign)
+    sign = tokens.next()
+    yield tried("icmp", a.by_gateway(frames.echo(a.ip, b.ip, sign)), sign)
+    sign = tokens.next()
+    yield tried("udp", a.by_gateway(frames.udp(a.ip, b.ip, sign, port=PORT)), sign)
+    for kind, flags in (("tcp", frames.SYN), ("tcp answer", frames.SYN | frames.ACK), ("tcp ack", frames.ACK)):
+        number = tokens.number()
+        packet = frames.tcp(a.ip, b.ip, number, port=PORT, sport=40_002, flags=flags)
+        yield tried(kind, a.by_gateway(packet), struct.pack("!I", number))
+    sign = tokens.next()
+    gateway = a.by_gateway(frames.echo(a.ip, other.one.network.gateway, sign))
+    yield Probe("icmp", a.wire, f"{other.name} gateway", False, gateway, a.wire, sign)
+    for name, ip in other.guests.items():
+        sign = tokens.next()
+        yield Probe("icmp", a.wire, name, False, a.by_gateway(frames.echo(a.ip, ip, sign)), a.wire, sign)
+
+
+def ways_out(
+    party: Party, policy: EgressPolicy, plan: Plan, tokens: Tokens, taken: Sequence[TenantNetwork]
+) -> Iterator[Probe]:
+    """What leaves by the uplink when the tenant's first place has `policy`."""
+    a = party.one
+
+    def tried(target: str, wanted: bool, where: Destination) -> Probe:
+        sign, number = tokens.next(), tokens.number()
+        port, ip = where.port or PORT, _inside(where.network)
+        if where.port and where.protocol is Protocol.TCP:
+            sign = struct.pack("!I", number)
+            packet = frames.tcp(a.ip, ip, number, port=port, sport=40_003)
+        else:
+            packet = frames.udp(a.ip, ip, sign, port=port, sport=40_003)
+        kind = f"egress {policy.kind}"
+        return Probe(
+            kind, a.wire, target, wanted, a.by_gateway(packet), plan.uplink, sign, a.ip.packed if wanted else b""
+        )
+
+    outside = Destination.parse(f"{OUTSIDE}:{PORT}/udp")
+    listed = any(OUTSIDE in each.network and each.port in (None, PORT) for each in policy.allow)
+    yield tried("outside", policy.kind is Egress.NAT or listed, outside)
+    for each in policy.allow:
+        yield tried(str(each), not any(_inside(each.network) in never for never in plan.never), each)
+        if each.port and not any(_inside(each.network) in o.network and o is not each for o in policy.allow):
+            beside = Destination(each.network, each.port % 65535 + 1, each.protocol)
+            yield tried(str(beside), False, beside)
+    nobodys = next(n for n in CLUSTER.subnets(new_prefix=24) if not any(n.overlaps(t.subnet) for t in taken))
+    for name, ip in (("another node's tenant", nobodys[5]), ("link-local", LINK_LOCAL)):
+        sign = tokens.next()
+        packet = frames.udp(a.ip, ip, sign, port=PORT)
+        yield Probe(f"egress {policy.kind}", a.wire, name, False, a.by_gateway(packet), plan.uplink, sign)
+    for never in plan.never:
+        sign = tokens.next()
+        packet = frames.udp(a.ip, _inside(never), sign, port=PORT)
+        yield Probe(f"egress {policy.kind}", a.wire, str(never), False, a.by_gateway(packet), plan.uplink, sign)
+
+
+def _inside(network: IPv4Network) -> IPv4Address:
+    """An address of it that can be sent to."""
+    return OUTSIDE if OUTSIDE in network else max(network[0], min(network[-1], IPv4Address("1.1.1.1")))

@@ -1,0 +1,174 @@
+"""A node whose networks are real and whose guests are not: tenants in a namespace of its own, and an outside."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from mvm.domain import frames
+from mvm.domain.firewall import Plan, parse_host_ports
+from mvm.domain.ids import NodeId
+from mvm.domain.isolation import PORT, Party, Probe, Tokens
+from mvm.domain.job import JobState, JobVerb
+from mvm.drivers import netns
+from mvm.drivers.clock import SystemClock
+from mvm.drivers.fake import FakeHost
+from mvm.drivers.linux_network import LinuxNetwork
+from mvm.drivers.memory_queue import MemoryQueue
+from mvm.drivers.memory_registry import MemoryRegistry
+from mvm.drivers.nftables import Nftables
+from mvm.drivers.sqlite_store import SqliteStore
+from mvm.drivers.veth_probes import PacketWire, VethProbes
+from mvm.ports.probing import Wire
+from mvm.services.network_check import NetworkCheck, run
+from mvm.services.networks import Networks
+from mvm.settings import Settings
+from mvm.wiring import NodePorts, NodeServices, build_node
+from tests.support.namespace import own_namespace, unique_name
+from tests.support.shell import RecordingShell
+
+UPLINK, UPLINK_MAC = "up0", "02:6f:00:00:00:01"
+OUTSIDE_MAC = "02:6f:00:00:00:02"
+NODE_IP, OUTSIDE_IP = "198.51.100.1", "198.51.100.2"
+NODE = NodeId("n1")
+
+
+@dataclass
+class Apart:
+    """The node. The test's thread is in its namespace."""
+
+    host: FakeHost
+    shell: RecordingShell
+    network: LinuxNetwork
+    packets: Nftables
+    probing: VethProbes
+    services: NodeServices
+    networks: Networks
+    check: NetworkCheck
+    queue: MemoryQueue
+    outside: str
+
+    def ok(self, verb: JobVerb, subject: str, **params: Any) -> Mapping[str, Any]:
+        job = self.services.jobs.submit(verb, subject, NODE, params=params, actor="test")
+        self.queue.drain(self.services.runner.run)
+        job = self.services.jobs.job(job.job_id)
+        assert job.state is JobState.SUCCEEDED, job.error
+        return job.result or {}
+
+    def tenants(self, count: int, egress: Sequence[Mapping[str, Any]] = ()) -> None:
+        """`count` of them, each with a pool for each of its policies; the policies go round."""
+        for number in range(count):
+            self.ok(JobVerb.TENANT_CREATE, f"t{number}")
+            for policy in egress[number % len(egress) : number % len(egress) + 1] if egress else ():
+                self.ok(JobVerb.POOL_CREATE, f"t{number}/web", flake_ref="builtin:", profile="minimal", egress=policy)
+
+    def nft(self, text: str) -> None:
+        self.shell.run(["nft", "-f", "-"], stdin=text)
+
+    def from_outside(self, parties: Sequence[Party]) -> list[dict[str, Any]]:
+        """What `net verify` cannot try, because it has no hand outside: answers that come back, and strangers."""
+        tokens = Tokens(b"outside")
+        with ExitStack() as stack:
+            stack.enter_context(self._echo())
+            places = [(p, *p.policies[0]) for p in parties]
+            stack.enter_context(self.networks.probing(
+                [_guest(p, pool, egress) for p, pool, egress in places]
+            ))  # fmt: skip
+            from mvm.services.network_check import _ports  # the same ports
+
+            wires: dict[str, Wire] = dict(stack.enter_context(self.probing.attached(_ports(parties), "")))
+            outside = PacketWire(netns.path_of(self.outside), "eth0")
+            stack.callback(outside.close)
+            wires["outside"] = outside
+            from mvm.domain.isolation import greetings
+
+            rows = run(SystemClock(), self.probing, wires, list(greetings(parties, tokens)))
+            probes = []
+            for party in parties:
+                a, sign = party.one, tokens.next()
+                out = a.by_gateway(frames.udp(a.ip, IPv4Address(OUTSIDE_IP), sign, port=7))
+                wanted = party.policies[0][1].kind.value == "nat"
+                probes.append(Probe("answer from outside", a.wire, "outside", wanted, out, a.wire, sign))
+                sign = tokens.next()
+                packet = frames.udp(IPv4Address(OUTSIDE_IP), a.ip, sign, port=PORT)
+                stranger = frames.ethernet(UPLINK_MAC, OUTSIDE_MAC, frames.IP, packet)
+                probes.append(Probe("new from outside", "outside", f"{party.name} {a.ip}", False, stranger, a.wire, sign))
+            return rows + run(SystemClock(), self.probing, wires, probes)
+
+    @contextmanager
+    def _echo(self) -> Iterator[None]:
+        """UDP port 7 outside answers."""
+        ended = threading.Event()
+        with netns.socket_in(netns.path_of(self.outside), socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((OUTSIDE_IP, 7))
+            sock.settimeout(0.1)
+
+            def serve() -> None:
+                while not ended.is_set():
+                    try:
+                        data, who = sock.recvfrom(2048)
+                    except TimeoutError:
+                        continue
+                    sock.sendto(data, who)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
+
+
+def _guest(party: Party, pool: Any, egress: Any) -> Any:
+    from mvm.domain.firewall import GuestPort
+
+    return GuestPort(party.one.network, party.one.offset, pool, egress)
+
+
+@contextmanager
+def apart(tmp_path: Path, *, host_ports: str = "", never: str = "") -> Iterator[Apart]:
+    """The node, and outside it a host at the other end of its uplink. Nothing leaves the two namespaces."""
+    shell, outside = RecordingShell(), unique_name()
+    with own_namespace():
+        netns.create(shell, outside)
+        try:
+            shell.run(["ip", "-batch", "-"], stdin=f"""
+link add {UPLINK} address {UPLINK_MAC} type veth peer name eth0 address {OUTSIDE_MAC} netns {outside}
+addr add {NODE_IP}/24 dev {UPLINK}
+link set {UPLINK} up
+addr add 169.254.169.254/32 dev lo
+""")  # fmt: skip
+            shell.run(["ip", "-n", outside, "-batch", "-"], stdin=f"addr add {OUTSIDE_IP}/24 dev eth0\nlink set eth0 up\n")
+            shell.run(["ip", "route", "add", "default", "via", OUTSIDE_IP])
+            settings = Settings(
+                state_dir=tmp_path / "state", node_id="n1", uplink=UPLINK, host_ports=host_ports, egress_never=never,
+                orphan_grace_s=0,
+            )  # fmt: skip
+            settings.layout.root.mkdir(exist_ok=True)
+            host, clock = FakeHost(SystemClock()), SystemClock()
+            registry, queue = MemoryRegistry(clock), MemoryQueue(clock)
+            store = SqliteStore(tmp_path / "node.db")
+            network, packets = LinuxNetwork(shell), Nftables(shell, settings.layout.uplink_mark)
+            probing = VethProbes(shell)
+            ports = NodePorts(
+                store, registry, queue, host.locks, clock, host.vmm, host.guest, network, packets, probing,
+                host.storage, host.images, host.memory,
+            )  # fmt: skip
+            services = build_node(ports, settings, authorized_key="ssh-ed25519 AAAA test")
+            plan = Plan(UPLINK, parse_host_ports(host_ports), settings.plan.never)
+            networks = Networks(store, host.locks, network, packets, plan)
+            check = NetworkCheck(
+                store=store, registry=registry, clock=clock, network=network, packets=packets, networks=networks,
+                probing=probing, node_id=NODE,
+            )  # fmt: skip
+            yield Apart(host, shell, network, packets, probing, services, networks, check, queue, outside)
+            store.close()
+        finally:
+            netns.delete(shell, outside)
