@@ -16,6 +16,7 @@ _TABLES = ("bridge mvm", "inet mvm")
 _BRIDGE = re.compile(r"br-tenant-[0-9]+")
 _CONF = Path("/proc/sys/net/ipv4/conf")
 _ALL = ("all", "default")
+_EMPTY = "(empty)"
 _LISTING = ["nft", "-s", "list", "ruleset"]
 _WOULD_BE = ["unshare", "--net", "sh", "-c", "nft -f - && exec nft -s list ruleset"]
 
@@ -109,7 +110,8 @@ def parse(listing: str) -> dict[str, list[str]]:
             parts[part] += sorted(member.strip() for member in inside.split(","))
         elif words[0] != "}" and part:
             parts[part].append(line)
-    return {part: lines for part, lines in parts.items() if part.startswith(tuple(f"{t} " for t in _TABLES))}
+    ours = tuple(f"{table} " for table in _TABLES)
+    return {part: lines or [_EMPTY] for part, lines in parts.items() if part.startswith(ours)}
 
 
 def _whole_lines(listing: str) -> list[str]:

@@ -84,6 +84,18 @@ class VethProbes:
                 raise Failed("network.failed", f"no probes: {error}", hint="see: mvm net verify") from None
             yield wires
 
+    def reaches(self, address: str, port: int, seconds: float) -> bool:
+        """See ports/probing.py."""
+        with socket.socket() as sock:
+            sock.settimeout(seconds)
+            try:
+                sock.connect((address, port))
+            except ConnectionRefusedError:
+                return True
+            except OSError:
+                return False
+            return True
+
     def wait(self, wires: Iterable[Wire], seconds: float) -> bool:
         """See ports/probing.py."""
         poll = select.poll()

@@ -48,6 +48,10 @@ class Probing(Protocol):
         """
         ...
 
+    def reaches(self, address: str, port: int, seconds: float) -> bool:
+        """Whether something answers when the node itself opens a TCP connection, be it by refusing it."""
+        ...
+
     def wait(self, wires: Iterable[Wire], seconds: float) -> bool:
         """Wait until one of `wires` has heard something, `seconds` at most; whether one has."""
         ...

@@ -13,6 +13,7 @@ from mvm.domain.firewall import METADATA, GuestPort
 from mvm.domain.ids import NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.isolation import (
+    PORT,
     STRAY,
     STRAY_MAC,
     TEMPLATE,
@@ -211,10 +212,11 @@ class NetworkCheck:
                 places = [GuestPort(p.one.network, p.one.offset, pool, policy) for p, pool, policy in turns]
                 with self._networks.probing(places):
                     if not wires:
-                        wires = stack.enter_context(probing.attached(_ports(parties), self._uplink_there()))
+                        wires = stack.enter_context(probing.attached(probe_ports(parties), self._uplink_there()))
                         rows += run(self._clock, probing, wires, list(greetings(parties, tokens)))
                         metadata = METADATA in self._network.addresses()
                         rows += run(self._clock, probing, wires, list(probes(parties, plan, tokens, metadata=metadata)))
+                        rows += [called(probing, party.name, party.one) for party in parties]
                     if plan.uplink in wires:
                         taken = [party.one.network for party in parties]
                         out = [x for party, _, policy in turns for x in ways_out(party, policy, plan, tokens, taken)]
@@ -253,7 +255,10 @@ class NetworkCheck:
         return uplink if uplink and self._network.has(uplink) else ""
 
 
-def run(clock: Clock, probing: Probing, wires: Mapping[str, Wire], wanted: Sequence[Probe]) -> list[dict[str, Any]]:
+def run(
+    clock: Clock, probing: Probing, wires: Mapping[str, Wire], wanted: Sequence[Probe], *, settle_s: float = _SETTLE_S,
+    patience_s: float = _PATIENCE_S,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Send everything, then listen: until all that is wanted was heard, and long enough for what is not."""
     seen: set[int] = set()
     waiting: dict[str, list[int]] = {}
@@ -263,18 +268,24 @@ def run(clock: Clock, probing: Probing, wires: Mapping[str, Wire], wanted: Seque
         wires[probe.source].send(probe.frame)
     began = clock.monotonic()
     missing = {number for number, probe in enumerate(wanted) if probe.wanted}
-    while (passed := clock.monotonic() - began) < _PATIENCE_S and (missing - seen or passed < _SETTLE_S):
-        probing.wait([wires[at] for at in waiting], min(_SETTLE_S, _PATIENCE_S) / 5)
+    while (passed := clock.monotonic() - began) < patience_s and (missing - seen or passed < settle_s):
+        probing.wait([wires[at] for at in waiting], settle_s / 5)
         for at, numbers in waiting.items():
             for frame in wires[at].heard():
                 seen |= {number for number in numbers if wanted[number].seen_in(frame)}
-    return [
-        {
-            "kind": probe.kind, "source": probe.source, "target": probe.target,
-            "expected": _word(probe.wanted), "seen": _word(number in seen), "ok": probe.wanted == (number in seen),
-        }
-        for number, probe in enumerate(wanted)
-    ]  # fmt: skip
+    return [_row(p.kind, p.source, p.target, p.wanted, number in seen) for number, p in enumerate(wanted)]
+
+
+def called(probing: Probing, name: str, stand: Stand) -> dict[str, Any]:
+    """The node reaches a guest, and hears its answer."""
+    return _row("tcp", "node", f"{name} {stand.ip}", True, probing.reaches(str(stand.ip), PORT, _PATIENCE_S / 5))
+
+
+def _row(kind: str, source: str, target: str, wanted: bool, seen: bool) -> dict[str, Any]:
+    return {
+        "kind": kind, "source": source, "target": target, "expected": _word(wanted), "seen": _word(seen),
+        "ok": wanted == seen,
+    }  # fmt: skip
 
 
 def _word(passes: bool) -> str:
@@ -285,7 +296,8 @@ def _may_be_up(instance: Instance) -> bool:
     return instance.status in _UP or instance.in_flight is not None
 
 
-def _ports(parties: Sequence[Party]) -> list[ProbePort]:
+def probe_ports(parties: Sequence[Party]) -> list[ProbePort]:
+    """What probes stand on: two places in each tenant, a port that is nobody's, and a template's TAP."""
     ports = [ProbePort(TEMPLATE, "", TEMPLATE_MAC, near_mac=TEMPLATE_NEAR)]
     for party in parties:
         for stand in (party.one, party.two):

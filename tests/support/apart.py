@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mvm.domain import frames
-from mvm.domain.firewall import Plan, parse_host_ports
+from mvm.domain.egress import Egress
+from mvm.domain.firewall import Change, GuestPort, Plan, Ruleset, guest_elements, parse_host_ports
 from mvm.domain.ids import NodeId
-from mvm.domain.isolation import PORT, Party, Probe, Tokens
+from mvm.domain.isolation import PORT, Party, Probe, Tokens, greetings, probes, ways_out
 from mvm.domain.job import JobState, JobVerb
 from mvm.drivers import netns
 from mvm.drivers.clock import SystemClock
@@ -26,7 +27,7 @@ from mvm.drivers.nftables import Nftables
 from mvm.drivers.sqlite_store import SqliteStore
 from mvm.drivers.veth_probes import PacketWire, VethProbes
 from mvm.ports.probing import Wire
-from mvm.services.network_check import NetworkCheck, run
+from mvm.services.network_check import NetworkCheck, called, probe_ports, run
 from mvm.services.networks import Networks
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
@@ -36,6 +37,7 @@ from tests.support.shell import RecordingShell
 UPLINK, UPLINK_MAC = "up0", "02:6f:00:00:00:01"
 OUTSIDE_MAC = "02:6f:00:00:00:02"
 NODE_IP, OUTSIDE_IP = "198.51.100.1", "198.51.100.2"
+LAN, LAN_OTHER = "lan0", "192.168.77.2"
 NODE = NodeId("n1")
 
 
@@ -71,35 +73,33 @@ class Apart:
     def nft(self, text: str) -> None:
         self.shell.run(["nft", "-f", "-"], stdin=text)
 
-    def from_outside(self, parties: Sequence[Party]) -> list[dict[str, Any]]:
-        """What `net verify` cannot try, because it has no hand outside: answers that come back, and strangers."""
-        tokens = Tokens(b"outside")
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Probes in place, with what `net verify` has not: a hand outside, and one on another interface."""
+        parties, plan, tokens = self.check.parties(), self.networks.plan, Tokens(b"trial")
+        places = [
+            *(GuestPort(p.one.network, p.one.offset, *p.policies[0]) for p in parties),
+            *(GuestPort(p.two.network, p.two.offset) for p in parties),
+        ]  # fmt: skip
         with ExitStack() as stack:
             stack.enter_context(self._echo())
-            places = [(p, *p.policies[0]) for p in parties]
-            stack.enter_context(self.networks.probing(
-                [_guest(p, pool, egress) for p, pool, egress in places]
-            ))  # fmt: skip
-            from mvm.services.network_check import _ports  # the same ports
-
-            wires: dict[str, Wire] = dict(stack.enter_context(self.probing.attached(_ports(parties), "")))
-            outside = PacketWire(netns.path_of(self.outside), "eth0")
-            stack.callback(outside.close)
-            wires["outside"] = outside
-            from mvm.domain.isolation import greetings
-
-            rows = run(SystemClock(), self.probing, wires, list(greetings(parties, tokens)))
-            probes = []
-            for party in parties:
-                a, sign = party.one, tokens.next()
-                out = a.by_gateway(frames.udp(a.ip, IPv4Address(OUTSIDE_IP), sign, port=7))
-                wanted = party.policies[0][1].kind.value == "nat"
-                probes.append(Probe("answer from outside", a.wire, "outside", wanted, out, a.wire, sign))
-                sign = tokens.next()
-                packet = frames.udp(IPv4Address(OUTSIDE_IP), a.ip, sign, port=PORT)
-                stranger = frames.ethernet(UPLINK_MAC, OUTSIDE_MAC, frames.IP, packet)
-                probes.append(Probe("new from outside", "outside", f"{party.name} {a.ip}", False, stranger, a.wire, sign))
-            return rows + run(SystemClock(), self.probing, wires, probes)
+            stack.enter_context(self.networks.probing(places))
+            wires = dict(stack.enter_context(self.probing.attached(probe_ports(parties), plan.uplink)))
+            for name, wire in (
+                ("outside", PacketWire(netns.path_of(self.outside), "eth0")),
+                (LAN, PacketWire(None, LAN, leaving=True)),
+            ):
+                stack.callback(wire.close)
+                wires[name] = wire
+            taken = [p.one.network for p in parties]
+            all_probes = [
+                *greetings(parties, tokens),
+                *probes(parties, plan, tokens, metadata=True),
+                *(x for p in parties for x in ways_out(p, p.policies[0][1], plan, tokens, taken)),
+                *(x for p in parties for x in _from_outside(p, tokens)),
+            ]  # fmt: skip
+            change = Change(tuple(e for place in places for e in guest_elements(plan, place)))
+            yield Trial(self, parties, wires, all_probes, self.networks.expected().changed_by(change))
 
     @contextmanager
     def _echo(self) -> Iterator[None]:
@@ -126,10 +126,34 @@ class Apart:
                 thread.join()
 
 
-def _guest(party: Party, pool: Any, egress: Any) -> Any:
-    from mvm.domain.firewall import GuestPort
+@dataclass
+class Trial:
+    """All probes, ready to be run against whatever rules are there; `rules` are the right ones."""
 
-    return GuestPort(party.one.network, party.one.offset, pool, egress)
+    node: Apart
+    parties: Sequence[Party]
+    wires: Mapping[str, Wire]
+    probes: Sequence[Probe]
+    rules: Ruleset
+
+    def rows(self, *, patience_s: float = 2.0) -> list[dict[str, Any]]:
+        rows = run(
+            SystemClock(), self.node.probing, self.wires, self.probes, settle_s=0.3, patience_s=patience_s
+        )  # fmt: skip
+        return rows + [called(self.node.probing, p.name, p.one) for p in self.parties]
+
+
+def _from_outside(party: Party, tokens: Tokens) -> Iterator[Probe]:
+    a, sign, kind = party.one, tokens.next(), party.policies[0][1].kind
+    out = a.by_gateway(frames.udp(a.ip, IPv4Address(OUTSIDE_IP), sign, port=7))
+    yield Probe("answer from outside", a.wire, "outside", kind is Egress.NAT, out, a.wire, sign)
+    sign = tokens.next()
+    packet = frames.udp(IPv4Address(OUTSIDE_IP), a.ip, sign, port=PORT)
+    stranger = frames.ethernet(UPLINK_MAC, OUTSIDE_MAC, frames.IP, packet)
+    yield Probe("new from outside", "outside", f"{party.name} {a.ip}", False, stranger, a.wire, sign)
+    sign = tokens.next()
+    out = a.by_gateway(frames.udp(a.ip, IPv4Address(LAN_OTHER), sign, port=PORT))
+    yield Probe("out by another interface", a.wire, LAN_OTHER, False, out, LAN, sign)
 
 
 @contextmanager
@@ -144,8 +168,15 @@ link add {UPLINK} address {UPLINK_MAC} type veth peer name eth0 address {OUTSIDE
 addr add {NODE_IP}/24 dev {UPLINK}
 link set {UPLINK} up
 addr add 169.254.169.254/32 dev lo
+link add {LAN} type veth peer name eth1 netns {outside}
+addr add 192.168.77.1/24 dev {LAN}
+link set {LAN} up
+neigh add {LAN_OTHER} lladdr 02:6f:00:00:00:09 dev {LAN}
 """)  # fmt: skip
-            shell.run(["ip", "-n", outside, "-batch", "-"], stdin=f"addr add {OUTSIDE_IP}/24 dev eth0\nlink set eth0 up\n")
+            shell.run(
+                ["ip", "-n", outside, "-batch", "-"],
+                stdin=f"addr add {OUTSIDE_IP}/24 dev eth0\nlink set eth0 up\nlink set eth1 up\n",
+            )
             shell.run(["ip", "route", "add", "default", "via", OUTSIDE_IP])
             settings = Settings(
                 state_dir=tmp_path / "state", node_id="n1", uplink=UPLINK, host_ports=host_ports, egress_never=never,
