@@ -43,7 +43,9 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--warm-after", type=int, metavar="S", help="Seconds of idleness until it is paused; 0: never.")
     @click.option("--sleep-after", type=int, metavar="S", help="Seconds of idleness until it sleeps; 0: never.")
     @click.option("--min-running", type=int, metavar="S", help="Seconds that it runs at least before.")
-    @click.option("--egress", type=click.Choice(tuple(Egress)), help="What they reach outside; default: none.")
+    @click.option(
+        "--egress", type=click.Choice([e.value for e in Egress]), help="What they reach outside; default: none."
+    )
     @click.option("--allow", multiple=True, metavar="CIDR[:PORT[/PROTO]]", help="For --egress allow; repeatable.")
     @functools.wraps(command)
     def wrapper(

@@ -50,7 +50,7 @@ def echo(source: IPv4Address, to: IPv4Address, token: bytes) -> bytes:
     return _packet(_ICMP, source, to, body)
 
 
-def udp(source: IPv4Address, to: IPv4Address, token: bytes, *, port: int, sport: int = 40_000) -> bytes:
+def udp(source: IPv4Address, to: IPv4Address, token: bytes, *, port: int, sport: int) -> bytes:
     """A datagram in an IP packet; without a checksum, which IPv4 allows."""
     return _packet(_UDP, source, to, struct.pack("!HHHH", sport, port, 8 + len(token), 0) + token)
 

@@ -95,6 +95,10 @@ class Tokens:
         self._count += 1
         return sha256(self._seed + self._count.to_bytes(4, "big")).digest()[:7] + b"!"
 
+    def sport(self) -> int:
+        """A source port that the last run did not have, so that the kernel knows no such connection."""
+        return 20_000 + int.from_bytes(self.next()[:2], "big") % 40_000
+
     def number(self) -> int:
         """A TCP sequence number that can be told from others."""
         return int.from_bytes(self.next()[:4], "big") & 0x7FFFFFFF
@@ -135,9 +139,11 @@ def _within(party: Party, tokens: Tokens) -> Iterator[Probe]:
     sign = token()
     yield direct("icmp", frames.echo(a.ip, b.ip, sign), a.wire, sign)
     sign = token()
-    yield direct("udp", frames.udp(a.ip, b.ip, sign, port=PORT), b.wire, sign)
+    yield direct("udp", frames.udp(a.ip, b.ip, sign, port=PORT, sport=tokens.sport()), b.wire, sign)
     number = tokens.number()
-    yield direct("tcp", frames.tcp(a.ip, b.ip, number, port=PORT, sport=40_001), b.wire, struct.pack("!I", number))
+    yield direct(
+        "tcp", frames.tcp(a.ip, b.ip, number, port=PORT, sport=tokens.sport()), b.wire, struct.pack("!I", number)
+    )
     for name, ip in party.guests.items():
         sign = token()
         yield Probe(
@@ -145,10 +151,14 @@ def _within(party: Party, tokens: Tokens) -> Iterator[Probe]:
         )  # by way of the gateway, which knows its MAC
     if party.stray:
         sign = token()
-        frame = frames.ethernet(a.mac, STRAY_MAC, frames.IP, frames.udp(b.ip, a.ip, sign, port=PORT))
+        frame = frames.ethernet(
+            a.mac, STRAY_MAC, frames.IP, frames.udp(b.ip, a.ip, sign, port=PORT, sport=tokens.sport())
+        )
         yield Probe("from a stray port", party.stray, f"{party.name} {a.ip}", False, frame, a.wire, sign)
         sign = token()
-        frame = frames.ethernet(STRAY_MAC, a.mac, frames.IP, frames.udp(a.ip, b.ip, sign, port=PORT))
+        frame = frames.ethernet(
+            STRAY_MAC, a.mac, frames.IP, frames.udp(a.ip, b.ip, sign, port=PORT, sport=tokens.sport())
+        )
         yield Probe("to a stray port", a.wire, party.stray, False, frame, party.stray, sign)
 
 
@@ -159,8 +169,8 @@ def _spoofed(party: Party, tokens: Tokens) -> Iterator[Probe]:
     def sent(kind: str, frame: bytes, sign: bytes) -> Probe:
         return Probe(kind, a.wire, f"{party.name} {b.ip}", False, frame, b.wire, sign)
 
-    def packet(sign: bytes, source: IPv4Address = a.ip, sport: int = 40_000) -> bytes:
-        return frames.udp(source, b.ip, sign, port=PORT, sport=sport)
+    def packet(sign: bytes, source: IPv4Address = a.ip) -> bytes:
+        return frames.udp(source, b.ip, sign, port=PORT, sport=tokens.sport())
 
     def frame(mac: str, payload: bytes, kind: int = frames.IP) -> bytes:
         return frames.ethernet(b.mac, mac, kind, payload)
@@ -201,13 +211,13 @@ def _host(party: Party, plan: Plan, tokens: Tokens, *, metadata: bool) -> Iterat
 
     def tcp(target: str, ip: IPv4Address, port: int, wanted: bool) -> Probe:
         number = tokens.number()
-        packet = frames.tcp(a.ip, ip, number, port=port, sport=40_000 + number % 20_000)
+        packet = frames.tcp(a.ip, ip, number, port=port, sport=tokens.sport())
         return asked(f"tcp {port}", target, wanted, packet, struct.pack("!I", number + 1))
 
     sign = tokens.next()
     yield asked("icmp", host, True, frames.echo(a.ip, gateway, sign), sign)
     sign = tokens.next()
-    yield asked(f"udp {PORT}", host, False, frames.udp(a.ip, gateway, sign, port=PORT), sign)
+    yield asked(f"udp {PORT}", host, False, frames.udp(a.ip, gateway, sign, port=PORT, sport=tokens.sport()), sign)
     yield tcp(host, gateway, PORT, False)
     for each in plan.host_ports:
         if each.protocol is Protocol.TCP:
@@ -234,17 +244,17 @@ def _across(party: Party, other: Party, tokens: Tokens) -> Iterator[Probe]:
         return Probe(kind, a.wire, target, False, frame, b.wire, sign)
 
     sign = tokens.next()
-    frame = frames.ethernet(b.mac, a.mac, frames.IP, frames.udp(a.ip, b.ip, sign, port=PORT))
+    frame = frames.ethernet(b.mac, a.mac, frames.IP, frames.udp(a.ip, b.ip, sign, port=PORT, sport=tokens.sport()))
     yield tried("frame", frame, sign)
     sign = tokens.next()
     yield tried("arp", frames.arp(a.mac, a.mac, a.ip, b.ip, sign), sign)
     sign = tokens.next()
     yield tried("icmp", a.by_gateway(frames.echo(a.ip, b.ip, sign)), sign)
     sign = tokens.next()
-    yield tried("udp", a.by_gateway(frames.udp(a.ip, b.ip, sign, port=PORT)), sign)
+    yield tried("udp", a.by_gateway(frames.udp(a.ip, b.ip, sign, port=PORT, sport=tokens.sport())), sign)
     for kind, flags in (("tcp", frames.SYN), ("tcp answer", frames.SYN | frames.ACK), ("tcp ack", frames.ACK)):
         number = tokens.number()
-        packet = frames.tcp(a.ip, b.ip, number, port=PORT, sport=40_002, flags=flags)
+        packet = frames.tcp(a.ip, b.ip, number, port=PORT, sport=tokens.sport(), flags=flags)
         yield tried(kind, a.by_gateway(packet), struct.pack("!I", number))
     sign = tokens.next()
     gateway = a.by_gateway(frames.echo(a.ip, other.one.network.gateway, sign))
@@ -265,9 +275,9 @@ def ways_out(
         port, ip = where.port or PORT, _inside(where.network)
         if where.port and where.protocol is Protocol.TCP:
             sign = struct.pack("!I", number)
-            packet = frames.tcp(a.ip, ip, number, port=port, sport=40_003)
+            packet = frames.tcp(a.ip, ip, number, port=port, sport=tokens.sport())
         else:
-            packet = frames.udp(a.ip, ip, sign, port=port, sport=40_003)
+            packet = frames.udp(a.ip, ip, sign, port=port, sport=tokens.sport())
         kind = f"egress {policy.kind}"
         return Probe(
             kind, a.wire, target, wanted, a.by_gateway(packet), plan.uplink, sign, a.ip.packed if wanted else b""
@@ -284,11 +294,11 @@ def ways_out(
     nobodys = next(n for n in CLUSTER.subnets(new_prefix=24) if not any(n.overlaps(t.subnet) for t in taken))
     for name, ip in (("another node's tenant", nobodys[5]), ("link-local", LINK_LOCAL)):
         sign = tokens.next()
-        packet = frames.udp(a.ip, ip, sign, port=PORT)
+        packet = frames.udp(a.ip, ip, sign, port=PORT, sport=tokens.sport())
         yield Probe(f"egress {policy.kind}", a.wire, name, False, a.by_gateway(packet), plan.uplink, sign)
     for never in plan.never:
         sign = tokens.next()
-        packet = frames.udp(a.ip, _inside(never), sign, port=PORT)
+        packet = frames.udp(a.ip, _inside(never), sign, port=PORT, sport=tokens.sport())
         yield Probe(f"egress {policy.kind}", a.wire, str(never), False, a.by_gateway(packet), plan.uplink, sign)
 
 

@@ -20,7 +20,6 @@ from mvm.domain.firewall import (
     pool_chains,
     ruleset,
 )
-from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
@@ -52,14 +51,14 @@ class Networks:
     def open(self, network: TenantNetwork) -> None:
         """The tenant's bridge is up, and ruled."""
         with self.locked():
-            self._change(Change(bridge_elements(network)), adding=(network,))
+            self._change(Change(bridge_elements(network)))
         self._network.ensure_bridge(network)
 
     def close(self, network: TenantNetwork) -> None:
         """Neither bridge nor rules of the tenant are left."""
         self._network.remove_bridges(frozenset({network.bridge}))
         with self.locked():
-            self._change(Change(removed=bridge_elements(network)), omitting=network)
+            self._change(Change(removed=bridge_elements(network)))
 
     def connect(self, instance: Instance, network: TenantNetwork) -> None:
         """The instance's TAP is up. Its rules are there before."""
@@ -75,8 +74,7 @@ class Networks:
         """No TAP and no rules of the instance are left."""
         self._network.remove_taps(frozenset({network.tap(instance.offset)}))
         with self.locked():
-            removed = guest_elements(self.plan, self._guest(instance, network))
-            self._change(Change(removed=removed), without=instance.ref)
+            self._change(Change(removed=guest_elements(self.plan, self._guest(instance, network))))
 
     def _guest(self, instance: Instance, network: TenantNetwork) -> GuestPort:
         pool = self._store.pool(instance.ref.pool_ref)
@@ -114,21 +112,18 @@ class Networks:
             self._forward()
 
     # --- all of it
-    def expected(
-        self, *, adding: Sequence[TenantNetwork] = (), omitting: TenantNetwork | None = None,
-        without: InstanceRef | None = None,
-    ) -> Ruleset:  # fmt: skip
+    def expected(self) -> Ruleset:
         """The rules that the store's tenants, pools and instances ask for: those up, and those in flight."""
-        networks = {t.id: t.network for t in self._store.tenants() if t.network != omitting}
+        networks = {t.id: t.network for t in self._store.tenants()}
         pools = {p.ref: p for p in self._store.pools() if p.ref.tenant in networks}
         guests = [
             GuestPort(networks[i.ref.tenant], i.offset, i.ref.pool, pools[i.ref.pool_ref].egress)
             for i in self._store.instances()
-            if i.ref.pool_ref in pools and i.ref != without and (i.status in _UP or i.in_flight)
+            if i.ref.pool_ref in pools and (i.status in _UP or i.in_flight)
         ]
         return ruleset(
             self.plan,
-            {*networks.values(), *adding},
+            networks.values(),
             [(networks[p.ref.tenant], p.ref.pool, p.egress) for p in pools.values()],
             guests,
         )
@@ -149,12 +144,12 @@ class Networks:
         """Rules for probes in the places of `guests`; nothing is repaired meanwhile, it would shut them out."""
         elements = tuple(element for guest in guests for element in guest_elements(self.plan, guest))
         with self.locked():
-            self._packets.change(Change(elements))
+            self._change(Change(elements))
         try:
             yield
         finally:
             with self.locked():
-                self._packets.change(Change(removed=elements))
+                self._change(Change(removed=elements))
 
     def proving(self) -> AbstractContextManager[None]:
         """Nobody else probes, and nothing is repaired. Raises `TimedOut` (``lock.busy``)."""
@@ -179,16 +174,14 @@ class Networks:
         """Nobody else changes rules; the store is read within, or a job that begins meanwhile would be forgotten."""
         return self._locks.hold("firewall", deadline_s=_LOCK_S)
 
-    def _change(
-        self, change: Change, *, adding: Sequence[TenantNetwork] = (), omitting: TenantNetwork | None = None,
-        without: InstanceRef | None = None,
-    ) -> None:  # fmt: skip
+    def _change(self, change: Change) -> None:
+        """What is there was changed; when that is not what the change builds on, everything is applied anew."""
         try:
             self._packets.change(change)
         except Failed as error:
             if error.code != "firewall.refused":
                 raise
-            self._packets.apply(self.expected(adding=adding, omitting=omitting, without=without))
+            self._packets.apply(self.expected().changed_by(change))
 
     def _goes_out(self, egress: EgressPolicy) -> bool:
         return bool(self.plan.uplink) and egress.kind is not Egress.NONE

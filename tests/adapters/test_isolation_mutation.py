@@ -44,9 +44,9 @@ def test_without_any_line_a_probe_fails(tmp_path: Path) -> None:
         with node.trial() as trial:
             lines = trial.rules.commands()
             assert reason(trial, lines) == "", "all lines: nothing is wrong"
-            found = {line: reason(trial, lines[:n] + lines[n + 1 :]) for n, line in enumerate(lines)}
+            found = [(line, reason(trial, lines[:n] + lines[n + 1 :])) for n, line in enumerate(lines)]
             assert reason(trial, lines) == ""
             node.packets.apply(trial.rules)
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text("".join(f"{line}\n    {why or 'NOTHING'}\n" for line, why in found.items()))
-    assert [line for line, why in found.items() if not why] == [], "a line that nothing needs is to go"
+    TABLE.write_text("".join(f"{line}\n    {why or 'NOTHING'}\n" for line, why in found))
+    assert [line for line, why in found if not why] == [], "a line that nothing needs is to go"

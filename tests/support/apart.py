@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -76,7 +76,7 @@ class Apart:
     @contextmanager
     def trial(self) -> Iterator[Trial]:
         """Probes in place, with what `net verify` has not: a hand outside, and one on another interface."""
-        parties, plan, tokens = self.check.parties(), self.networks.plan, Tokens(b"trial")
+        parties, plan = self.check.parties(), self.networks.plan
         places = [
             *(GuestPort(p.one.network, p.one.offset, *p.policies[0]) for p in parties),
             *(GuestPort(p.two.network, p.two.offset) for p in parties),
@@ -91,15 +91,8 @@ class Apart:
             ):
                 stack.callback(wire.close)
                 wires[name] = wire
-            taken = [p.one.network for p in parties]
-            all_probes = [
-                *greetings(parties, tokens),
-                *probes(parties, plan, tokens, metadata=True),
-                *(x for p in parties for x in ways_out(p, p.policies[0][1], plan, tokens, taken)),
-                *(x for p in parties for x in _from_outside(p, tokens)),
-            ]  # fmt: skip
             change = Change(tuple(e for place in places for e in guest_elements(plan, place)))
-            yield Trial(self, parties, wires, all_probes, self.networks.expected().changed_by(change))
+            yield Trial(self, parties, wires, self.networks.expected().changed_by(change))
 
     @contextmanager
     def _echo(self) -> Iterator[None]:
@@ -115,7 +108,8 @@ class Apart:
                         data, who = sock.recvfrom(2048)
                     except TimeoutError:
                         continue
-                    sock.sendto(data, who)
+                    with suppress(OSError):  # a guest that was not masqueraded is nowhere to be found
+                        sock.sendto(data, who)
 
             thread = threading.Thread(target=serve)
             thread.start()
@@ -133,26 +127,38 @@ class Trial:
     node: Apart
     parties: Sequence[Party]
     wires: Mapping[str, Wire]
-    probes: Sequence[Probe]
     rules: Ruleset
+    runs: int = 0
+
+    def probes(self) -> list[Probe]:
+        """All there are; new ones each time, so that no connection is known from the last."""
+        self.runs += 1
+        parties, plan, tokens = self.parties, self.node.networks.plan, Tokens(f"trial {self.runs}".encode())
+        taken = [p.one.network for p in parties]
+        return [
+            *greetings(parties, tokens),
+            *probes(parties, plan, tokens, metadata=True),
+            *(x for p in parties for x in ways_out(p, p.policies[0][1], plan, tokens, taken)),
+            *(x for p in parties for x in _from_outside(p, tokens)),
+        ]  # fmt: skip
 
     def rows(self, *, patience_s: float = 2.0) -> list[dict[str, Any]]:
         rows = run(
-            SystemClock(), self.node.probing, self.wires, self.probes, settle_s=0.3, patience_s=patience_s
+            SystemClock(), self.node.probing, self.wires, self.probes(), settle_s=0.3, patience_s=patience_s
         )  # fmt: skip
         return rows + [called(self.node.probing, p.name, p.one) for p in self.parties]
 
 
 def _from_outside(party: Party, tokens: Tokens) -> Iterator[Probe]:
     a, sign, kind = party.one, tokens.next(), party.policies[0][1].kind
-    out = a.by_gateway(frames.udp(a.ip, IPv4Address(OUTSIDE_IP), sign, port=7))
+    out = a.by_gateway(frames.udp(a.ip, IPv4Address(OUTSIDE_IP), sign, port=7, sport=tokens.sport()))
     yield Probe("answer from outside", a.wire, "outside", kind is Egress.NAT, out, a.wire, sign)
     sign = tokens.next()
-    packet = frames.udp(IPv4Address(OUTSIDE_IP), a.ip, sign, port=PORT)
+    packet = frames.udp(IPv4Address(OUTSIDE_IP), a.ip, sign, port=PORT, sport=tokens.sport())
     stranger = frames.ethernet(UPLINK_MAC, OUTSIDE_MAC, frames.IP, packet)
     yield Probe("new from outside", "outside", f"{party.name} {a.ip}", False, stranger, a.wire, sign)
     sign = tokens.next()
-    out = a.by_gateway(frames.udp(a.ip, IPv4Address(LAN_OTHER), sign, port=PORT))
+    out = a.by_gateway(frames.udp(a.ip, IPv4Address(LAN_OTHER), sign, port=PORT, sport=tokens.sport()))
     yield Probe("out by another interface", a.wire, LAN_OTHER, False, out, LAN, sign)
 
 
