@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import select
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mvm.drivers import netns
@@ -60,10 +61,12 @@ class VethProbes:
 
     @contextmanager
     def attached(self, ports: Sequence[ProbePort], uplink: str) -> Iterator[Mapping[str, Wire]]:
-        """See ports/probing.py. The ports go with the namespaces that hold their far ends."""
+        """See ports/probing.py."""
         prefix = f"mvm-probe-{Path('/proc/thread-self/ns/net').stat().st_ino}-"
+        names = {port.name for port in ports}
         for left in netns.names(prefix):
             netns.delete(self._shell, left)
+        self._remove(names)
         with ExitStack() as stack:
             wires: dict[str, Wire] = {}
             near: list[str] = []
@@ -73,6 +76,7 @@ class VethProbes:
                     stack.callback(netns.delete, self._shell, name)
                     netns.create(self._shell, name)
                     near += _near(port, name)
+                stack.callback(self._remove, names)
                 self._batch(near)
                 for number, port in enumerate(ports):
                     name = f"{prefix}{number}"
@@ -103,6 +107,14 @@ class VethProbes:
             if isinstance(wire, PacketWire):
                 poll.register(wire, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
+
+    def _remove(self, names: set[str]) -> None:
+        """Ends of pairs; the kernel takes its time with those in namespaces that were deleted."""
+        listed = self._shell.run(["ip", "-j", "-d", "link", "show", "type", "veth"]).stdout
+        there = {link["ifname"] for link in json.loads(listed or "[]") if link}
+        lines = "".join(f"link del dev {name}\n" for name in sorted(names & there))
+        with suppress(Failed):  # some have gone meanwhile, with their namespaces
+            self._shell.run(["ip", "-force", "-batch", "-"], stdin=lines)
 
     def _wire(self, stack: ExitStack, wire: PacketWire) -> PacketWire:
         stack.callback(wire.close)
