@@ -260,7 +260,7 @@ def build_node(
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
     network_check = NetworkCheck(
         store=p.store, registry=p.registry, clock=p.clock, network=p.network, packets=p.packets, networks=networks,
-        probing=p.probing, node_id=node,
+        probing=p.probing, guest=p.guest, storage=p.storage, node_id=node,
     )  # fmt: skip
     view = NodeView(
         store=p.store,

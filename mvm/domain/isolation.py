@@ -79,7 +79,7 @@ class Party:
     name: str
     one: Stand
     two: Stand
-    guests: Mapping[str, IPv4Address]
+    guests: Mapping[str, Stand]
     policies: tuple[tuple[PoolId | None, EgressPolicy], ...] = ((None, NO_EGRESS),)
     stray: str = ""
 
@@ -144,11 +144,10 @@ def _within(party: Party, tokens: Tokens) -> Iterator[Probe]:
     yield direct(
         "tcp", frames.tcp(a.ip, b.ip, number, port=PORT, sport=tokens.sport()), b.wire, struct.pack("!I", number)
     )
-    for name, ip in party.guests.items():
+    for name, guest in party.guests.items():
         sign = token()
-        yield Probe(
-            "icmp", a.wire, name, True, a.by_gateway(frames.echo(a.ip, ip, sign)), a.wire, sign
-        )  # by way of the gateway, which knows its MAC
+        frame = frames.ethernet(guest.mac, a.mac, frames.IP, frames.echo(a.ip, guest.ip, sign))
+        yield Probe("icmp", a.wire, name, True, frame, a.wire, sign)
     if party.stray:
         sign = token()
         frame = frames.ethernet(
@@ -259,9 +258,9 @@ def _across(party: Party, other: Party, tokens: Tokens) -> Iterator[Probe]:
     sign = tokens.next()
     gateway = a.by_gateway(frames.echo(a.ip, other.one.network.gateway, sign))
     yield Probe("icmp", a.wire, f"{other.name} gateway", False, gateway, a.wire, sign)
-    for name, ip in other.guests.items():
+    for name, guest in other.guests.items():
         sign = tokens.next()
-        yield Probe("icmp", a.wire, name, False, a.by_gateway(frames.echo(a.ip, ip, sign)), a.wire, sign)
+        yield Probe("icmp", a.wire, name, False, a.by_gateway(frames.echo(a.ip, guest.ip, sign)), a.wire, sign)
 
 
 def ways_out(
@@ -300,6 +299,32 @@ def ways_out(
         sign = tokens.next()
         packet = frames.udp(a.ip, _inside(never), sign, port=PORT, sport=tokens.sport())
         yield Probe(f"egress {policy.kind}", a.wire, str(never), False, a.by_gateway(packet), plan.uplink, sign)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a guest tries itself: a command that succeeds when `target`, of `tenant`, answers, and a word for that."""
+
+    kind: str
+    tenant: str
+    target: str
+    command: str
+    word: str
+
+
+def calls(parties: Sequence[Party]) -> list[Call]:
+    """The same for every guest: all gateways and all guests, by ping and by a connection to the SSH server."""
+    found = []
+    for party in parties:
+        places = {f"{party.name} gateway": party.one.network.gateway, f"{party.name} {party.two.ip}": party.two.ip}
+        guests = {name: guest.ip for name, guest in party.guests.items()}
+        for name, ip in {**places, **guests}.items():
+            ping = f"ping -c 1 -W 3 {ip} >/dev/null"
+            found.append(Call("icmp", party.name, name, ping, f"icmp-{ip}"))
+        for name, ip in guests.items():
+            ssh = f"nc -w 3 {ip} 22 </dev/null | grep -q SSH"
+            found.append(Call("tcp", party.name, name, ssh, f"tcp-{ip}"))
+    return found
 
 
 def _inside(network: IPv4Network) -> IPv4Address:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
+
 from mvm.domain.addressing import BUILDER_OFFSET
 from mvm.domain.egress import Egress, EgressPolicy
 from mvm.domain.firewall import METADATA, GuestPort
-from mvm.domain.ids import NodeId
+from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.isolation import (
     PORT,
@@ -19,28 +22,36 @@ from mvm.domain.isolation import (
     TEMPLATE,
     TEMPLATE_MAC,
     TEMPLATE_NEAR,
+    Call,
     Party,
     Probe,
     Stand,
     Tokens,
+    calls,
     greetings,
     probes,
     ways_out,
 )
 from mvm.domain.lifecycle import Status
 from mvm.domain.tenant import Tenant
-from mvm.errors import NotAllowed, QuotaExceeded, Unreachable
+from mvm.errors import MvmError, NotAllowed, QuotaExceeded, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.firewall import PacketFilter
+from mvm.ports.guest import GuestChannel
 from mvm.ports.network import BridgeState, HostNetwork
 from mvm.ports.probing import ProbePort, Probing, Wire
 from mvm.ports.registry import Registry
+from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.services.networks import Networks
+
+log = structlog.get_logger("mvm.network_check")
 
 _UP = (Status.RUNNING, Status.WARM)
 _SETTLE_S = 0.5  # what was not heard by then did not pass
 _PATIENCE_S = 5.0
+_GUESTS_AT_ONCE = 8
+_INSIDE_S = 30.0
 _SHOWN = 20  # lines of rules
 _WIDEST = (Egress.NAT, Egress.ALLOW, Egress.NONE)
 
@@ -83,7 +94,7 @@ class NetworkCheck:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, clock: Clock, network: HostNetwork, packets: PacketFilter,
-        networks: Networks, probing: Probing | None, node_id: NodeId,
+        networks: Networks, probing: Probing | None, guest: GuestChannel, storage: NodeStorage, node_id: NodeId,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -92,6 +103,8 @@ class NetworkCheck:
         self._packets = packets
         self._networks = networks
         self._probing = probing
+        self._guest = guest
+        self._storage = storage
         self._node_id = node_id
 
     def verify(self, *, active: bool) -> dict[str, Any]:
@@ -217,6 +230,7 @@ class NetworkCheck:
                         metadata = METADATA in self._network.addresses()
                         rows += run(self._clock, probing, wires, list(probes(parties, plan, tokens, metadata=metadata)))
                         rows += [called(probing, party.name, party.one) for party in parties]
+                        rows += self._from_inside(parties)
                     if plan.uplink in wires:
                         taken = [party.one.network for party in parties]
                         out = [x for party, _, policy in turns for x in ways_out(party, policy, plan, tokens, taken)]
@@ -239,7 +253,7 @@ class NetworkCheck:
                     "tenant.subnet_full", f"subnet {tenant.network.subnet} has no free address for a probe",
                     hint="destroy instances that are not needed", subnet=str(tenant.network.subnet),
                 )  # fmt: skip
-            guests = {str(i.ref): tenant.network.ip(i.offset) for i in own if i.status is Status.RUNNING}
+            guests = {str(i.ref): Stand(tenant.network, i.offset) for i in own if i.status is Status.RUNNING}
             different = {p.egress: p.ref.pool for p in pools if p.ref.tenant == tenant.id}
             # The widest first: with it everything else is tried.
             order = sorted(different.items(), key=lambda item: _WIDEST.index(item[0].kind))
@@ -249,6 +263,28 @@ class NetworkCheck:
                 f"{STRAY}{tenant.network.net_id}",
             ))  # fmt: skip
         return parties
+
+    def _from_inside(self, parties: Sequence[Party]) -> list[dict[str, Any]]:
+        """What the guests that run reach themselves."""
+        asked = [(ref, party) for party in parties for ref in party.guests]
+        with ThreadPoolExecutor(_GUESTS_AT_ONCE) as pool:
+            answers = pool.map(lambda each: self._ask(each[0], calls(parties)), asked)
+            return [
+                _row(f"{call.kind} from inside", ref, call.target, call.tenant == party.name, call.word in answer)
+                for (ref, party), answer in zip(asked, answers, strict=True)
+                for call in calls(parties)
+            ]  # fmt: skip
+
+    def _ask(self, ref: str, all_calls: Sequence[Call]) -> set[str]:
+        """The words of those calls that were answered; a guest that cannot be asked reaches nothing."""
+        instance, tried = InstanceRef.parse(ref), [f"({c.command} && echo {c.word}) &" for c in all_calls]
+        command = f"{{ {' '.join(tried)} wait; }} 2>/dev/null"
+        try:
+            done = self._guest.execute(instance, self._storage.directory(instance), command, deadline_s=_INSIDE_S)
+        except MvmError as error:
+            log.warning("guest not asked", instance=ref, why=error.message)
+            return set()
+        return set(done.stdout.decode(errors="replace").split())
 
     def _uplink_there(self) -> str:
         uplink = self._networks.plan.uplink

@@ -203,7 +203,7 @@ neigh add {LAN_OTHER} lladdr 02:6f:00:00:00:09 dev {LAN}
             networks = Networks(store, host.locks, network, packets, plan)
             check = NetworkCheck(
                 store=store, registry=registry, clock=clock, network=network, packets=packets, networks=networks,
-                probing=probing, node_id=NODE,
+                probing=probing, guest=host.guest, storage=host.storage, node_id=NODE,
             )  # fmt: skip
             yield Apart(host, shell, network, packets, probing, services, networks, check, queue, outside)
             store.close()
