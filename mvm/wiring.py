@@ -194,6 +194,7 @@ def build_node(
     from mvm.services.lifecycle import Lifecycle
     from mvm.services.microvm import Limits, MicroVms
     from mvm.services.network_check import NetworkCheck
+    from mvm.services.network_proof import NetworkProof
     from mvm.services.networks import Networks
     from mvm.services.pools import Pools
     from mvm.services.precedence import Precedence
@@ -258,9 +259,13 @@ def build_node(
     }.items():
         runner.register(verb, handler)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
+    proof = NetworkProof(
+        store=p.store, clock=p.clock, network=p.network, networks=networks, probing=p.probing, guest=p.guest,
+        storage=p.storage,
+    )  # fmt: skip
     network_check = NetworkCheck(
         store=p.store, registry=p.registry, clock=p.clock, network=p.network, packets=p.packets, networks=networks,
-        probing=p.probing, guest=p.guest, storage=p.storage, node_id=node,
+        proof=proof, node_id=node,
     )  # fmt: skip
     view = NodeView(
         store=p.store,

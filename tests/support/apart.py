@@ -15,8 +15,9 @@ from mvm.domain import frames
 from mvm.domain.egress import Egress
 from mvm.domain.firewall import Change, GuestPort, Plan, Ruleset, guest_elements, parse_host_ports
 from mvm.domain.ids import NodeId
-from mvm.domain.isolation import PORT, Party, Probe, Tokens, greetings, probes, ways_out
+from mvm.domain.isolation import greetings, probes, ways_out
 from mvm.domain.job import JobState, JobVerb
+from mvm.domain.probes import PORT, Party, Probe, Tokens
 from mvm.drivers import netns
 from mvm.drivers.clock import SystemClock
 from mvm.drivers.fake import FakeHost
@@ -27,7 +28,8 @@ from mvm.drivers.nftables import Nftables
 from mvm.drivers.sqlite_store import SqliteStore
 from mvm.drivers.veth_probes import PacketWire, VethProbes
 from mvm.ports.probing import Wire
-from mvm.services.network_check import NetworkCheck, called, probe_ports, run
+from mvm.services.network_check import NetworkCheck
+from mvm.services.network_proof import NetworkProof, called, probe_ports, run
 from mvm.services.networks import Networks
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
@@ -53,6 +55,7 @@ class Apart:
     services: NodeServices
     networks: Networks
     check: NetworkCheck
+    proof: NetworkProof
     queue: MemoryQueue
     outside: str
 
@@ -76,7 +79,7 @@ class Apart:
     @contextmanager
     def trial(self) -> Iterator[Trial]:
         """Probes in place, with what `net verify` has not: a hand outside, and one on another interface."""
-        parties, plan = self.check.parties(), self.networks.plan
+        parties, plan = self.proof.parties(), self.networks.plan
         places = [
             *(GuestPort(p.one.network, p.one.offset, *p.policies[0]) for p in parties),
             *(GuestPort(p.two.network, p.two.offset) for p in parties),
@@ -201,11 +204,15 @@ neigh add {LAN_OTHER} lladdr 02:6f:00:00:00:09 dev {LAN}
             services = build_node(ports, settings, authorized_key="ssh-ed25519 AAAA test")
             plan = Plan(UPLINK, parse_host_ports(host_ports), settings.plan.never)
             networks = Networks(store, host.locks, network, packets, plan)
+            proof = NetworkProof(
+                store=store, clock=clock, network=network, networks=networks, probing=probing, guest=host.guest,
+                storage=host.storage,
+            )  # fmt: skip
             check = NetworkCheck(
                 store=store, registry=registry, clock=clock, network=network, packets=packets, networks=networks,
-                probing=probing, guest=host.guest, storage=host.storage, node_id=NODE,
+                proof=proof, node_id=NODE,
             )  # fmt: skip
-            yield Apart(host, shell, network, packets, probing, services, networks, check, queue, outside)
+            yield Apart(host, shell, network, packets, probing, services, networks, check, proof, queue, outside)
             store.close()
         finally:
             netns.delete(shell, outside)
