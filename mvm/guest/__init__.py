@@ -36,8 +36,9 @@ host_key and authorized_key. It may be repeated. The first step that fails ends 
 shell's ``printf``: what is not a letter as a backslash and octal digits.
 
 MOMENT is what a guest needs that stood still or is one of many clones: a `struct timeval` to add to its clock, which
-the host knows by ``time``, and a `struct rand_pool_info` with 64 bytes, ESCAPED. However long it takes the guest to
-come to it, the program ``moment`` sets the clock right, and makes the kernel's random numbers new at once.
+the host knows by ``time``, and `ENTROPY_BYTES` characters with `ENTROPY_BITS` of entropy, ESCAPED. However long it
+takes the guest to come to it, the program ``moment`` sets the clock right, and makes the kernel's random numbers new at
+once.
 
 ``status``: WORKER is which of ``/run/mvm/worker-idle``, ``-ready`` and ``-busy`` is the newest (of the same second, the
 last of these), or ``unknown``; CPU is in hundredths of a second, RECEIVED and SENT in bytes of the card.
@@ -51,13 +52,13 @@ from __future__ import annotations
 
 from importlib import resources
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 CONTROL = "mvm.agent.0"
 EXEC = ("mvm.exec.0", "mvm.exec.1", "mvm.exec.2")
 PORTS = (CONTROL, *EXEC)
 CONFIGURE_STEPS = ("moment", "hostname", "machine_id", "mac", "address", "gateway", "data", "keys", "ssh")
 WAKE_STEPS = ("moment",)
-ENTROPY_BYTES = 64
+ENTROPY_BYTES, ENTROPY_BITS = 43, 256  # 6 bits in each
 STREAM_LIMIT = 1 << 20
 DEADLINE_EXIT = 124
 SCRIPTS = ("init", "inittab", "rc", "agent", "halt", "ssh")
