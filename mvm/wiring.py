@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mvm.ports.vmm import VmmDriver
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.jobs import Jobs
+    from mvm.services.networks import Networks
     from mvm.services.runner import Observer, Runner
     from mvm.services.urgent import UrgentWake
     from mvm.services.views import NodeView
@@ -123,6 +124,7 @@ class NodeServices:
     heartbeat: Heartbeat
     urgent: UrgentWake
     view: NodeView
+    networks: Networks
 
 
 def open_node(settings: Settings) -> NodeServices:
@@ -293,4 +295,4 @@ def build_node(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,
         facts={"driver": p.vmm.name},
     )  # fmt: skip
-    return NodeServices(runner, jobs, p.registry, p.store, heartbeat, urgent, view)
+    return NodeServices(runner, jobs, p.registry, p.store, heartbeat, urgent, view, networks)

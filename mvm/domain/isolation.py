@@ -178,8 +178,12 @@ def _across(party: Party, other: Party, tokens: Tokens) -> Iterator[Probe]:
         number = tokens.number()
         packet = frames.tcp(a.ip, b.ip, number, port=PORT, sport=tokens.sport(), flags=flags)
         yield tried(kind, a.by_gateway(packet), struct.pack("!I", number))
+    network = other.one.network
+    asked = frames.arp(a.mac, a.mac, a.ip, network.gateway)
+    answer = frames.arp_answer(a.gateway_mac, network.gateway, a.mac, a.ip)
+    yield Probe("arp", a.wire, f"{other.name} gateway", False, asked, a.wire, answer)
     sign = tokens.next()
-    gateway = a.by_gateway(frames.echo(a.ip, other.one.network.gateway, sign))
+    gateway = a.by_gateway(frames.echo(a.ip, network.gateway, sign))
     yield Probe("icmp", a.wire, f"{other.name} gateway", False, gateway, a.wire, sign)
     for name, guest in other.guests.items():
         sign = tokens.next()

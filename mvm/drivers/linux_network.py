@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from mvm.domain.addressing import TenantNetwork
@@ -15,6 +16,8 @@ from mvm.ports.shell import Shell
 
 _TAP = re.compile(r"tn[0-9]+i[0-9]+")
 _BRIDGE = re.compile(r"br-tenant-[0-9]+")
+_CONF = Path("/proc/sys/net/ipv4/conf")
+_OWN_ADDRESSES = "1"  # else a bridge answers ARP for every other tenant's gateway, too
 _TRIES = 4
 _BRIDGE_PORTS = 1023  # the kernel numbers them in 10 bits, and 0 is none
 _GATEWAY_OFFSET = 1
@@ -58,10 +61,12 @@ class LinuxNetwork:
             bridge = [] if bridge_there else [f"link add {network.bridge} type bridge"]
             return [*bridge, *_bridge_up(network), *([] if tap_there else create), *attach]
 
-        with suppress(_KernelSaid):
+        try:
             self._batch([*_bridge_up(network), *create, *attach])  # fails before it touches what is not ours
-            return
-        self._apply(missing)
+        except _KernelSaid:
+            self._apply(missing)
+        with suppress(FileNotFoundError):  # removed meanwhile
+            (_CONF / network.bridge / "arp_ignore").write_text(_OWN_ADDRESSES)
 
     def remove_bridges(self, names: frozenset[str]) -> None:
         """See ports/network.py."""

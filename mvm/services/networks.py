@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-import structlog
-
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.egress import Egress, EgressPolicy
 from mvm.domain.firewall import (
@@ -28,8 +26,6 @@ from mvm.ports.firewall import PacketFilter
 from mvm.ports.locks import Locks
 from mvm.ports.network import HostNetwork
 from mvm.ports.store import NodeStore
-
-log = structlog.get_logger("mvm.networks")
 
 _LOCK_S = 60.0
 _UP = (Status.RUNNING, Status.WARM)
@@ -98,7 +94,7 @@ class Networks:
         old = before.egress if before else EgressPolicy()
         new = after.egress if after else EgressPolicy()
         if old == new:
-            return
+            return  # what a crash left half done is put right by `repair`
         with self.locked():
             offsets = [i.offset for i in self._store.instances(pool=pool.ref) if i.status in _UP or i.in_flight]
             ways = [
@@ -166,7 +162,6 @@ class Networks:
             found = self.differences()
             if found:
                 self._packets.apply(self.expected())
-                log.warning("rules repaired", lines=len(found), first=found[0])
             self._forward()
         return found
 

@@ -94,6 +94,8 @@ class Pools:
             if pool.egress != before.egress:
                 self._networks.check(pool.egress)
             self._store.put_pool(pool)
+        if pool.egress == before.egress and "egress" in context.job.params:
+            self._networks.repair()  # perhaps this job's own, delivered again
         self._networks.redirect(before, pool)
         return pool_view(self._store, pool)
 

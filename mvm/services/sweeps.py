@@ -123,6 +123,8 @@ class Sweeps:
                 removed.append(name)
                 log.warning("orphan removed", orphan=name)
         repaired = list(self._networks.repair())
+        if repaired:
+            log.warning("rules repaired", lines=len(repaired), first=repaired[0])
         return {
             "changed": bool(removed or sent or repaired), "found": sorted(found), "removed": removed,
             "sent_again": sent, "repaired": repaired[:_REPAIRED],
