@@ -85,9 +85,23 @@ def _probes(rows: list[dict[str, Any]]) -> Iterator[str]:
          "ok": tried[kind, expected, "blocked" if expected == "passes" else "passes"] == 0}
         for kind, expected in dict.fromkeys((row["kind"], row["expected"]) for row in rows)
     ]  # fmt: skip
+    yield from _matrix(rows)
+    yield ""
     yield from table(kinds, {name: name for name in ("probe", "expected", "passed", "blocked", "ok")})
     wrong = [row for row in rows if not row["ok"]]
     if wrong:
         yield ""
         yield from table(wrong, {name: name for name in ("kind", "source", "target", "expected", "seen")})
     yield f"{len(rows)} probes, {len(wrong)} not as expected"
+
+
+def _matrix(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """From which tenant to which how many of the ways that were tried are open."""
+    tried = Counter((row["from"], row["to"]) for row in rows if row["from"])
+    passed = Counter((row["from"], row["to"]) for row in rows if row["from"] and row["seen"] == "passes")
+    names = list(dict.fromkeys(name for name, _ in tried))
+    lines = [
+        {"from": one, **{f"to {other}": f"{passed[one, other]}/{tried[one, other]}" for other in names}}
+        for one in names
+    ]  # fmt: skip
+    yield from table(lines, {column: column for column in ("from", *(f"to {name}" for name in names))})

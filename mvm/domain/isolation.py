@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 from mvm.domain import frames
@@ -42,12 +43,17 @@ def greetings(parties: Sequence[Party], tokens: Tokens) -> Iterator[Probe]:
 def probes(parties: Sequence[Party], plan: Plan, tokens: Tokens, *, metadata: bool) -> Iterator[Probe]:
     """Everything but the ways out; `metadata` tells whether the metadata address is this host's."""
     for party in parties:
-        yield from _within(party, tokens)
+        yield from _between(party, party, _within(party, tokens))
+        yield from _stray(party, tokens)
         yield from _spoofed(party, tokens)
         yield from _host(party, plan, tokens, metadata=metadata)
         for other in parties:
             if other is not party:
-                yield from _across(party, other, tokens)
+                yield from _between(party, other, _across(party, other, tokens))
+
+
+def _between(one: Party, other: Party, tried: Iterator[Probe]) -> Iterator[Probe]:
+    return (replace(probe, pair=(one.name, other.name)) for probe in tried)
 
 
 def _within(party: Party, tokens: Tokens) -> Iterator[Probe]:
@@ -71,17 +77,17 @@ def _within(party: Party, tokens: Tokens) -> Iterator[Probe]:
         sign = token()
         frame = frames.ethernet(guest.mac, a.mac, frames.IP, frames.echo(a.ip, guest.ip, sign))
         yield Probe("icmp", a.wire, name, True, frame, a.wire, sign)
-    if party.stray:
-        sign = token()
-        frame = frames.ethernet(
-            a.mac, STRAY_MAC, frames.IP, frames.udp(b.ip, a.ip, sign, port=PORT, sport=tokens.sport())
-        )
-        yield Probe("from a stray port", party.stray, f"{party.name} {a.ip}", False, frame, a.wire, sign)
-        sign = token()
-        frame = frames.ethernet(
-            STRAY_MAC, a.mac, frames.IP, frames.udp(a.ip, b.ip, sign, port=PORT, sport=tokens.sport())
-        )
-        yield Probe("to a stray port", a.wire, party.stray, False, frame, party.stray, sign)
+
+
+def _stray(party: Party, tokens: Tokens) -> Iterator[Probe]:
+    """A port that is nobody's, and guests: nothing."""
+    a, b, token = party.one, party.two, tokens.next
+    sign = token()
+    frame = frames.ethernet(a.mac, STRAY_MAC, frames.IP, frames.udp(b.ip, a.ip, sign, port=PORT, sport=tokens.sport()))
+    yield Probe("from a stray port", party.stray, f"{party.name} {a.ip}", False, frame, a.wire, sign)
+    sign = token()
+    frame = frames.ethernet(STRAY_MAC, a.mac, frames.IP, frames.udp(a.ip, b.ip, sign, port=PORT, sport=tokens.sport()))
+    yield Probe("to a stray port", a.wire, party.stray, False, frame, party.stray, sign)
 
 
 def _spoofed(party: Party, tokens: Tokens) -> Iterator[Probe]:

@@ -20,7 +20,10 @@ OTHER_MAC = "02:6e:00:00:00:04"
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """`frame` goes out by wire `source`; a frame with `sign` (and not `without`) is heard on wire `at`, or is not."""
+    """`frame` goes out by wire `source`; a frame with `sign` (and not `without`) is heard on wire `at`, or is not.
+
+    `pair` are the tenants from which and to which, where it is about that.
+    """
 
     kind: str
     source: str
@@ -30,6 +33,7 @@ class Probe:
     at: str
     sign: bytes
     without: bytes = b""
+    pair: tuple[str, str] = ("", "")
 
     def seen_in(self, frame: bytes) -> bool:
         """Whether `frame` is what was waited for."""

@@ -128,7 +128,8 @@ class NetworkProof:
         with ThreadPoolExecutor(_GUESTS_AT_ONCE) as pool:
             answers = pool.map(lambda each: self._ask(each[0], calls(parties)), asked)
             return [
-                _row(f"{call.kind} from inside", ref, call.target, call.tenant == party.name, call.word in answer)
+                _row(f"{call.kind} from inside", ref, call.target, call.tenant == party.name, call.word in answer,
+                     (party.name, call.tenant))
                 for (ref, party), answer in zip(asked, answers, strict=True)
                 for call in calls(parties)
             ]  # fmt: skip
@@ -167,7 +168,7 @@ def run(
         for at, numbers in waiting.items():
             for frame in wires[at].heard():
                 seen |= {number for number in numbers if wanted[number].seen_in(frame)}
-    return [_row(p.kind, p.source, p.target, p.wanted, number in seen) for number, p in enumerate(wanted)]
+    return [_row(p.kind, p.source, p.target, p.wanted, number in seen, p.pair) for number, p in enumerate(wanted)]
 
 
 def called(probing: Probing, name: str, stand: Stand) -> dict[str, Any]:
@@ -175,10 +176,12 @@ def called(probing: Probing, name: str, stand: Stand) -> dict[str, Any]:
     return _row("tcp", "node", f"{name} {stand.ip}", True, probing.reaches(str(stand.ip), PORT, _PATIENCE_S / 5))
 
 
-def _row(kind: str, source: str, target: str, wanted: bool, seen: bool) -> dict[str, Any]:
+def _row(
+    kind: str, source: str, target: str, wanted: bool, seen: bool, pair: tuple[str, str] = ("", "")
+) -> dict[str, Any]:
     return {
         "kind": kind, "source": source, "target": target, "expected": _word(wanted), "seen": _word(seen),
-        "ok": wanted == seen,
+        "ok": wanted == seen, "from": pair[0], "to": pair[1],
     }  # fmt: skip
 
 

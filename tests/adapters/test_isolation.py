@@ -11,14 +11,13 @@ import pytest
 from mvm.cli.net import _lines
 from mvm.domain.job import JobVerb
 from mvm.drivers import netns
-from mvm.errors import Failed
+from mvm.errors import Failed, QuotaExceeded
 from tests.adapters.test_isolation_mutation import POLICIES
 from tests.support.apart import apart
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 TENANTS = 6
-BETWEEN = {"frame", "arp", "icmp", "udp", "tcp", "tcp answer", "tcp ack"}
 
 
 def test_of_six_tenants_with_two_guests_each_none_reaches_another(tmp_path: Path) -> None:
@@ -29,11 +28,12 @@ def test_of_six_tenants_with_two_guests_each_none_reaches_another(tmp_path: Path
         rows = report["probes"]
         assert [row for row in rows if not row["ok"]] == []
         assert report["clean"]
-        pairs = Counter((row["source"], row["target"].split()[0]) for row in rows if row["kind"] in BETWEEN)
-        for source in range(TENANTS):
-            for target in range(TENANTS):
-                if source != target:
-                    assert pairs[f"tn{source}i2", f"t{target}"] == 9, "seven ways to its guest, two to its gateway"
+        names = [f"t{number}" for number in range(TENANTS)]
+        seen = {(one, other): Counter(r["seen"] for r in rows if (r["from"], r["to"]) == (one, other))
+                for one in names for other in names}  # fmt: skip
+        for (one, other), results in seen.items():
+            wanted = {"passes": 4} if one == other else {"blocked": 9}
+            assert results == wanted, f"{one} to {other}: seven ways to its guest, two to its gateway"
         assert sum(row["expected"] == "blocked" for row in rows) > 300
         assert sum(row["expected"] == "passes" for row in rows) > 60
         with node.trial() as trial:
@@ -126,3 +126,29 @@ def test_an_interface_that_is_not_ours_is_in_nobodys_way(tmp_path: Path) -> None
         assert "bridge" in node.shell.run(["ip", "-d", "link", "show", "tn0i2"]).stdout
         assert not netns.names("mvm-probe-")
         assert list(node.networks.differences()) == []
+
+
+def test_a_tenant_without_a_free_place_is_named(tmp_path: Path) -> None:
+    with apart(tmp_path) as node:
+        node.ok(JobVerb.TENANT_CREATE, "small", subnet="10.240.8.0/29")
+        node.ok(JobVerb.POOL_CREATE, "small/web", flake_ref="builtin:", profile="minimal")
+        node.ok(JobVerb.INSTANCE_CREATE, "small/web", count=4)
+        with pytest.raises(QuotaExceeded) as full:
+            node.check.verify(active=True)
+        assert full.value.code == "tenant.subnet_full"
+        assert "10.240.8.0/29" in full.value.message
+        assert node.check.verify(active=False)["clean"]
+
+
+def test_each_policy_of_a_tenant_is_tried(tmp_path: Path) -> None:
+    with apart(tmp_path) as node:
+        node.tenants(1, [{"policy": "none"}])
+        for name, policy in (("list", POLICIES[1]), ("nat", POLICIES[0])):
+            node.ok(JobVerb.POOL_CREATE, f"t0/{name}", flake_ref="builtin:", profile="minimal", egress=policy)
+        report = node.check.verify(active=True)
+        assert report["clean"]
+        tried = Counter((row["kind"], row["expected"]) for row in report["probes"] if row["kind"].startswith("egress"))
+        assert set(tried) == {
+            ("egress nat", "passes"), ("egress nat", "blocked"), ("egress allow", "passes"),
+            ("egress allow", "blocked"), ("egress none", "blocked"),
+        }  # fmt: skip
