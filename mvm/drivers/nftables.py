@@ -1,4 +1,4 @@
-"""The packet filter by ``nft``, in the network namespace of the calling thread."""
+"""The packet filter by ``nft`` and netlink, in the network namespace of the calling thread."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from difflib import ndiff
 from pathlib import Path
 
 from mvm.domain.firewall import Change, Ruleset
+from mvm.drivers import nft_elements
 from mvm.errors import Failed
 from mvm.ports.shell import Shell
 
@@ -35,7 +36,13 @@ class Nftables:
 
     def change(self, change: Change) -> None:
         """See ports/firewall.py."""
-        self._nft(["nft", "-f", "-"], change.commands())
+        if change.chains:
+            self._nft(["nft", "-f", "-"], change.commands())
+            return
+        try:
+            nft_elements.change(change.elements, change.removed)
+        except OSError as error:
+            raise _refused(f"the kernel says: {error.strerror}") from None
 
     def remove(self) -> None:
         """See ports/firewall.py."""
@@ -88,10 +95,14 @@ class Nftables:
             if missing:
                 raise Failed("firewall.missing", "there is no program nft", hint="apt-get install nftables") from None
             said = str(error.fields.get("stderr") or error.message).strip().splitlines()
-            raise Failed(
-                "firewall.refused", f"nft refused the rules: {said[0] if said else 'without a word'}",
-                hint="are you root, and does the kernel have nf_tables, for bridges too? see: mvm net verify",
-            ) from None  # fmt: skip
+            raise _refused(f"nft says: {said[0] if said else 'nothing'}") from None
+
+
+def _refused(why: str) -> Failed:
+    return Failed(
+        "firewall.refused", f"the rules were refused; {why}",
+        hint="are you root, and does the kernel have nf_tables, for bridges too? see: mvm doctor",
+    )  # fmt: skip
 
 
 def parse(listing: str) -> dict[str, list[str]]:

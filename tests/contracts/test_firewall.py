@@ -11,7 +11,16 @@ import pytest
 
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.egress import EgressPolicy
-from mvm.domain.firewall import Change, GuestPort, Plan, bridge_elements, guest_elements, parse_host_ports, ruleset
+from mvm.domain.firewall import (
+    Change,
+    Element,
+    GuestPort,
+    Plan,
+    bridge_elements,
+    guest_elements,
+    parse_host_ports,
+    ruleset,
+)
 from mvm.domain.ids import PoolId
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.nftables import Nftables
@@ -139,6 +148,35 @@ def test_every_change_by_hand_is_found(real: Side, command: str, found: str) -> 
 
 
 @pytest.mark.root
+def test_what_netlink_puts_there_is_what_nft_would(real: Side) -> None:
+    assert real.shell is not None
+    far = TenantNetwork(4095, IPv4Network("10.241.0.0/16"))
+    policies = ((LIST, "pool-4095-web"), (NAT, ""))
+    for policy, chain in policies:
+        guest = GuestPort(far, 65534, WEB, policy)
+        change = Change((*bridge_elements(far), *guest_elements(PLAN, guest)))
+        chains = {"pool-4095-web": ("ip daddr 192.0.2.0/24 tcp dport 443 accept",)} if chain else {}
+        start = ruleset(PLAN, [], [], []).changed_by(Change(chains=chains))
+        real.packets.apply(start)
+        nft(real.shell, "\n".join(change.commands()))
+        by_nft = real.shell.run(["nft", "-s", "list", "ruleset"]).stdout
+        real.packets.apply(start)
+        real.packets.change(change)
+        assert real.shell.run(["nft", "-s", "list", "ruleset"]).stdout == by_nft
+
+
+@pytest.mark.root
+def test_a_change_is_all_or_nothing(real: Side) -> None:
+    real.packets.apply(RULES)
+    nowhere = Element("inet mvm egress", '"br-tenant-7" . 10.240.7.9', "jump pool-7-none")
+    for change in (Change((*bridge_elements(BETA), nowhere)), Change(removed=(*bridge_elements(ACME), nowhere))):
+        with pytest.raises(Failed) as refused:
+            real.packets.change(change)
+        assert refused.value.code == "firewall.refused"
+        assert list(real.packets.differences(RULES)) == []
+
+
+@pytest.mark.root
 def test_rules_that_are_not_ours_are_left_alone(real: Side) -> None:
     assert real.shell is not None
     nft(real.shell, FOREIGN)
@@ -154,11 +192,13 @@ def test_rules_that_are_not_ours_are_left_alone(real: Side) -> None:
 
 
 @pytest.mark.root
-def test_a_change_runs_one_program(real: Side) -> None:
+def test_a_change_of_members_runs_no_program_and_of_a_chain_one(real: Side) -> None:
     assert real.shell is not None
     real.packets.apply(RULES)
     real.shell.ran.clear()
     real.packets.change(Change(guest_elements(PLAN, GuestPort(ACME, 4, WEB, LIST))))
+    assert real.shell.ran == []
+    real.packets.change(Change(chains={"pool-7-api": ("ip daddr 192.0.2.1 accept",)}))
     assert len(real.shell.ran) == 1
 
 
@@ -193,7 +233,7 @@ def test_without_nft_it_says_what_to_install(
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     for attempt in (
         lambda: real.packets.apply(RULES),
-        lambda: real.packets.change(Change(bridge_elements(BETA))),
+        lambda: real.packets.change(Change(chains={"pool-7-web": ()})),
         lambda: real.packets.differences(ruleset(PLAN, [], [], [])),
     ):
         with pytest.raises(Failed) as missing:
