@@ -9,8 +9,11 @@ import errno
 import os
 import socket
 import struct
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
+from pathlib import Path
 
 from mvm.domain.firewall import Element
 from mvm.domain.frames import mac_bytes
@@ -49,43 +52,65 @@ _KINDS: dict[str, Sequence[Callable[[str], bytes]]] = {
 }
 
 
-def change(elements: Sequence[Element], removed: Sequence[Element]) -> None:
-    """`removed` are gone and `elements` there, in the network namespace of the calling thread: all of it or nothing.
+class Members:
+    """A line to the kernel, in the network namespace of whichever thread uses it.
 
-    Raises `OSError`, such as ENOENT when there is no such set, or no chain that a member leads to.
+    It is kept open: to close one is to wait until the kernel has forgotten what was removed, 10 ms and more.
     """
-    wanted = [(each, kind) for each in removed for kind in (_NEW, _DELETE)]
-    wanted += [(each, _NEW) for each in elements]
-    if not wanted:
-        return
-    messages = [_message(kind, number, each) for number, (each, kind) in enumerate(wanted, 1)]
-    batch = [
-        _frame(_BEGIN, 0, _REQUEST, _head(0, _NFTABLES)),
-        *messages,
-        _frame(_END, 0, _REQUEST, _head(0, _NFTABLES)),
-    ]
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER) as sock:
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._line: tuple[os.stat_result, int, weakref.finalize[[int], Members]] | None = None
+
+    def change(self, elements: Sequence[Element], removed: Sequence[Element]) -> None:
+        """`removed` are gone and `elements` there: all of it or nothing.
+
+        Raises `OSError`, such as ENOENT when there is no such set, or no chain that a member leads to.
+        """
+        wanted = [(each, kind) for each in removed for kind in (_NEW, _DELETE)]
+        wanted += [(each, _NEW) for each in elements]
+        if not wanted:
+            return
+        messages = [_message(kind, number, each) for number, (each, kind) in enumerate(wanted, 1)]
+        begin, end = (_frame(kind, 0, _REQUEST, _head(0, _NFTABLES)) for kind in (_BEGIN, _END))
+        with self._lock:
+            sock = socket.socket(fileno=self._descriptor())
+            try:
+                sock.sendto(b"".join([begin, *messages, end]), (0, 0))
+                _check(sock, len(messages))
+            finally:
+                sock.detach()
+
+    def _descriptor(self) -> int:
+        here = Path("/proc/thread-self/ns/net").stat()
+        if self._line is not None:
+            there, known, closing = self._line
+            if os.path.samestat(here, there):
+                return known
+            closing()
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER)
         sock.bind((0, 0))
-        sock.sendto(b"".join(batch), (0, 0))
-        _check(sock, len(messages))
+        descriptor = sock.detach()
+        self._line = here, descriptor, weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
 
 def _check(sock: socket.socket, expected: int) -> None:
     """The kernel has done all of it, or says what it would not; it has answered when `sendto` returns."""
-    answered = 0
-    while answered < expected:
+    codes: list[int] = []
+    while True:
         try:
             data = sock.recv(_ENOUGH, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            raise OSError(errno.EPROTO, "the kernel did not acknowledge a change of its rules") from None
+            break
         while data:
             length, kind = struct.unpack_from("=IH", data)
             if kind == _ERROR:
-                (code,) = struct.unpack_from("=i", data, 16)
-                if code:
-                    raise OSError(-code, os.strerror(-code))
-                answered += 1
+                codes += struct.unpack_from("=i", data, 16)
             data = data[(length + 3) & ~3 :]
+    refused = next((-code for code in codes if code), 0 if len(codes) == expected else errno.EPROTO)
+    if refused:
+        raise OSError(refused, os.strerror(refused))
 
 
 def _message(kind: int, number: int, element: Element) -> bytes:

@@ -9,7 +9,7 @@ from difflib import ndiff
 from pathlib import Path
 
 from mvm.domain.firewall import Change, Ruleset
-from mvm.drivers import nft_elements
+from mvm.drivers.nft_elements import Members
 from mvm.errors import Failed
 from mvm.ports.shell import Shell
 
@@ -28,6 +28,7 @@ class Nftables:
     def __init__(self, shell: Shell, mark: Path) -> None:
         self._shell = shell
         self._mark = mark
+        self._members = Members()
         self._seen: tuple[Ruleset, Mapping[str, list[str]]] | None = None
 
     def apply(self, rules: Ruleset) -> None:
@@ -40,7 +41,7 @@ class Nftables:
             self._nft(["nft", "-f", "-"], change.commands())
             return
         try:
-            nft_elements.change(change.elements, change.removed)
+            self._members.change(change.elements, change.removed)
         except OSError as error:
             raise _refused(f"the kernel says: {error.strerror}") from None
 
