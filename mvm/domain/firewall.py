@@ -7,6 +7,7 @@ the same however many there are. Everything is by name, so that an interface tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
@@ -108,10 +109,10 @@ class Plan:
         # nft wants networks that overlap named once.
         never = [n for n in (*NEVER, *self.never) if not any(n != m and n.subnet_of(m) for m in (*NEVER, *self.never))]
         return [
-            "add map inet mvm egress { type ifname . ipv4_addr : verdict; }",
+            "add map inet mvm egress { type ifname : verdict; }",
             f'add rule inet mvm from_guest oifname != "{self.uplink}" drop',
             f"add rule inet mvm from_guest ip daddr {{ {', '.join(map(str, dict.fromkeys(never)))} }} drop",
-            "add rule inet mvm from_guest iifname . ip saddr vmap @egress",
+            "add rule inet mvm from_guest iifname vmap @egress",
             f'add rule inet mvm to_guest iifname "{self.uplink}" ct state established,related accept',
             *drop,
             "add chain inet mvm srcnat { type nat hook postrouting priority srcnat; policy accept; }",
@@ -139,7 +140,10 @@ class Element:
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """All of it: `plan`, a chain for each pool that has a list, and the members of the sets."""
+    """All of it: `plan`, a chain for each tenant that has a way out, and the members of the sets.
+
+    A chain's rules name the sets of its tenant's pools, and each of those exists as long as a rule names it.
+    """
 
     plan: Plan = Plan()
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -152,16 +156,23 @@ class Ruleset:
 
     def changed_by(self, change: Change) -> Ruleset:
         """What is there after `change`."""
-        chains = {**self.chains, **change.chains}
-        elements = self.elements - {e for e in self.elements if (e.of, e.key) in change.without}
-        return Ruleset(
-            self.plan, {name: rules for name, rules in chains.items() if rules}, elements | frozenset(change.elements)
-        )
+        chains = {name: rules for name, rules in {**self.chains, **change.chains}.items() if rules}
+        gone = {(element.of, element.key) for element in change.removed}
+        kept = {e for e in self.elements if (e.of, e.key) not in gone and e.of not in change.dropped}
+        return Ruleset(self.plan, chains, frozenset(kept | set(change.elements)))
+
+    def until(self, later: Ruleset) -> Change:
+        """What makes `later` of this; they have the same plan."""
+        names = {*self.chains, *later.chains}
+        chains = {n: later.chains.get(n, ()) for n in names if self.chains.get(n) != later.chains.get(n)}
+        dropped = frozenset(_sets(self.chains.values()) - _sets(later.chains.values()))
+        removed = {e for e in self.elements - later.elements if e.of not in dropped}
+        return Change(tuple(sorted(later.elements - self.elements)), tuple(sorted(removed)), chains, dropped)
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A few lines of a ruleset: chains to have with these rules (none: to have not), members to add and remove.
+    """A few lines of a ruleset: members to add and remove, chains to have with these rules (none: not), sets to drop.
 
     What is there already, or is gone already, is fine: nftables takes away what was put there in the same breath.
     """
@@ -169,19 +180,20 @@ class Change:
     elements: tuple[Element, ...] = ()
     removed: tuple[Element, ...] = ()
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def without(self) -> frozenset[tuple[str, str]]:
-        """Of which sets and maps which keys go."""
-        return frozenset((element.of, element.key) for element in self.removed)
+    dropped: frozenset[str] = frozenset()
 
     def commands(self) -> list[str]:
-        """Applied as one. A chain goes after the members that lead to it, and comes before them."""
-        commands = [command for element in self.removed for command in (element.add(), element.delete())]
-        for name, rules in sorted(self.chains.items()):
-            commands += [f"add chain inet mvm {name}", f"flush chain inet mvm {name}"]
-            commands += _chain(name, rules)[1:] if rules else [f"delete chain inet mvm {name}"]
-        return [*commands, *(element.add() for element in self.elements)]
+        """Applied as one. What leads somewhere goes before that, and comes after it."""
+        chains = sorted(self.chains.items())
+        return [
+            *(f"add chain inet mvm {name}" for name, _ in chains),
+            *(command for element in self.removed for command in (element.add(), element.delete())),
+            *(f"flush chain inet mvm {name}" for name, _ in chains),
+            *(c for name, rules in chains if rules for c in _chain(name, rules)),
+            *(f"delete chain inet mvm {name}" for name, rules in chains if not rules),
+            *(c for of in sorted(self.dropped) for c in (f"add set {of} {_MEMBERS}", f"delete set {of}")),
+            *(element.add() for element in self.elements),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,25 +216,23 @@ def bridge_elements(network: TenantNetwork) -> tuple[Element, ...]:
 
 
 def guest_elements(plan: Plan, guest: GuestPort) -> tuple[Element, ...]:
-    """What a guest's TAP needs: whose it is, and its pool's way out."""
+    """What a guest's TAP needs: whose it is, and membership in its pool if that has a way out."""
     network, ip = guest.network, guest.network.ip(guest.offset)
     own = Element("bridge mvm guests", f'"{network.tap(guest.offset)}" . {network.mac(guest.offset)} . {ip}')
-    way = _way_out(guest) if plan.uplink else ""
-    if not way:
+    if not plan.uplink or guest.egress.kind is Egress.NONE or guest.pool is None:
         return (own,)
-    return (own, Element("inet mvm egress", f'"{network.bridge}" . {ip}', way))
+    return (own, Element(_set_of(network, guest.pool), str(ip)))
 
 
-def pool_chains(plan: Plan, network: TenantNetwork, pool: PoolId, egress: EgressPolicy) -> dict[str, tuple[str, ...]]:
-    """The pool's chain, if its policy is a list."""
-    if not plan.uplink or egress.kind is not Egress.ALLOW:
-        return {}
-    return {chain_of(network, pool): tuple(_allow(destination) for destination in egress.allow)}
-
-
-def chain_of(network: TenantNetwork, pool: PoolId) -> str:
-    """Its name."""
-    return f"pool-{network.net_id}-{pool}"
+def ways_out(plan: Plan, network: TenantNetwork, pools: Iterable[tuple[PoolId, EgressPolicy]]) -> Ruleset:
+    """A tenant's chain, and what leads its bridge there; nothing when none of its pools has a way out."""
+    rules = tuple(rule for pool, egress in sorted(pools) for rule in _rules(network, pool, egress) if plan.uplink)
+    if not rules:
+        return Ruleset(plan)
+    chain = f"tenant-{network.net_id}"
+    # A member that leads to a chain has the kernel walk all of them, so it is one for a tenant, not one for a guest.
+    lead = Element("inet mvm egress", f'"{network.bridge}"', f"jump {chain}")
+    return Ruleset(plan, {chain: rules}, frozenset({lead}))
 
 
 def ruleset(
@@ -232,26 +242,47 @@ def ruleset(
     guests: Iterable[GuestPort],
 ) -> Ruleset:
     """All rules of a node."""
-    chains: dict[str, tuple[str, ...]] = {}
+    policies: dict[TenantNetwork, list[tuple[PoolId, EgressPolicy]]] = {}
     for network, pool, egress in pools:
-        chains |= pool_chains(plan, network, pool, egress)
-    elements = [each for network in networks for each in bridge_elements(network)]
-    elements += [each for guest in guests for each in guest_elements(plan, guest)]
+        policies.setdefault(network, []).append((pool, egress))
+    chains: dict[str, tuple[str, ...]] = {}
+    elements = {each for network in networks for each in bridge_elements(network)}
+    elements |= {each for guest in guests for each in guest_elements(plan, guest)}
+    for network, own in policies.items():
+        out = ways_out(plan, network, own)
+        chains |= out.chains
+        elements |= out.elements
     return Ruleset(plan, chains, frozenset(elements))
 
 
-def _way_out(guest: GuestPort) -> str:
-    if guest.egress.kind is Egress.NAT:
-        return "accept"
-    if guest.egress.kind is Egress.ALLOW and guest.pool is not None:
-        return f"jump {chain_of(guest.network, guest.pool)}"
-    return ""
+_MEMBERS = "{ type ipv4_addr; }"
+_SET = re.compile(r"@(pool-[a-z0-9-]+)")
 
 
-def _allow(destination: Destination) -> str:
+def _set_of(network: TenantNetwork, pool: PoolId) -> str:
+    return f"inet mvm pool-{network.net_id}-{pool}"
+
+
+def _rules(network: TenantNetwork, pool: PoolId, egress: EgressPolicy) -> list[str]:
+    members = f"ip saddr @{_set_of(network, pool).split()[-1]}"
+    if egress.kind is Egress.NAT:
+        return [f"{members} accept"]
+    return [f"{members} {_destination(each)} accept" for each in egress.allow]
+
+
+def _destination(destination: Destination) -> str:
     port = f" {destination.protocol} dport {destination.port}" if destination.port else ""
-    return f"ip daddr {destination.network}{port} accept"
+    return f"ip daddr {destination.network}{port}"
 
 
-def _chain(name: str, rules: Iterable[str]) -> list[str]:
-    return [f"add chain inet mvm {name}", *(f"add rule inet mvm {name} {rule}" for rule in rules)]
+def _sets(chains: Iterable[Iterable[str]]) -> set[str]:
+    """The pools' sets that rules name."""
+    return {f"inet mvm {name}" for rules in chains for rule in rules for name in _SET.findall(rule)}
+
+
+def _chain(name: str, rules: tuple[str, ...]) -> list[str]:
+    return [
+        *(f"add set {of} {_MEMBERS}" for of in sorted(_sets([rules]))),
+        f"add chain inet mvm {name}",
+        *(f"add rule inet mvm {name} {rule}" for rule in rules),
+    ]

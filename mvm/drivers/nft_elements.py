@@ -48,8 +48,9 @@ _KINDS: dict[str, Sequence[Callable[[str], bytes]]] = {
     "bridge mvm guests": (_name, _mac, _ip),
     "inet mvm bridges": (_name, _name),
     "inet mvm gateways": (_name, _ip),
-    "inet mvm egress": (_name, _ip),
+    "inet mvm egress": (_name,),
 }
+_POOL: Sequence[Callable[[str], bytes]] = (_ip,)  # every other set's
 
 
 class Members:
@@ -116,7 +117,7 @@ def _check(sock: socket.socket, expected: int) -> None:
 def _message(kind: int, number: int, element: Element) -> bytes:
     family, table, name = element.of.split()
     parts = element.key.split(" . ")
-    key = b"".join(encode(part) for encode, part in zip(_KINDS[element.of], parts, strict=True))
+    key = b"".join(encode(part) for encode, part in zip(_KINDS.get(element.of, _POOL), parts, strict=True))
     inside = _attribute(_KEY | _NESTED, _attribute(_VALUE, key))
     if element.verdict and kind == _NEW:
         inside += _attribute(_DATA | _NESTED, _attribute(_VERDICT | _NESTED, _verdict(element.verdict)))

@@ -37,7 +37,7 @@ class Nftables:
 
     def change(self, change: Change) -> None:
         """See ports/firewall.py."""
-        if change.chains:
+        if change.chains or change.dropped:
             self._nft(["nft", "-f", "-"], change.commands())
             return
         try:

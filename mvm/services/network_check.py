@@ -161,7 +161,11 @@ class NetworkCheck:
         rest: list[Finding] = []
         for line in self._networks.differences():
             for report, tenant in zip(reports, tenants, strict=True):
-                if f'"{tenant.network.bridge}"' in line or f'"tn{tenant.network.net_id}i' in line:
+                number = tenant.network.net_id
+                if any(
+                    word in line
+                    for word in (f'"br-tenant-{number}"', f'"tn{number}i', f" tenant-{number}:", f" pool-{number}-")
+                ):
                     report.findings.append(Finding(f"rules: {line}", hint))
                     break
             else:

@@ -13,11 +13,11 @@ from mvm.domain.firewall import (
     Plan,
     Ruleset,
     bridge_elements,
-    chain_of,
     guest_elements,
-    pool_chains,
     ruleset,
+    ways_out,
 )
+from mvm.domain.ids import PoolId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
@@ -96,16 +96,23 @@ class Networks:
         if old == new:
             return  # what a crash left half done is put right by `repair`
         with self.locked():
+            others = [(p.ref.pool, p.egress) for p in self._store.pools(pool.ref.tenant) if p.ref != pool.ref]
             offsets = [i.offset for i in self._store.instances(pool=pool.ref) if i.status in _UP or i.in_flight]
-            ways = [
-                [e for o in offsets for e in guest_elements(self.plan, GuestPort(network, o, pool.ref.pool, egress))]
+            former, later = (
+                self._part(network, [*others, (pool.ref.pool, egress)], offsets, pool.ref.pool, egress)
                 for egress in (old, new)
-            ]
-            chains = {
-                chain_of(network, pool.ref.pool): () for egress in (old,) if egress.kind is Egress.ALLOW
-            } | pool_chains(self.plan, network, pool.ref.pool, new)
-            self._change(Change(tuple(ways[1]), tuple(e for e in ways[0] if e not in ways[1]), chains))
+            )
+            self._change(former.until(later))
             self._forward()
+
+    def _part(
+        self, network: TenantNetwork, pools: Sequence[tuple[PoolId, EgressPolicy]], offsets: Sequence[int],
+        pool: PoolId, egress: EgressPolicy,
+    ) -> Ruleset:  # fmt: skip
+        """A tenant's ways out, with the members of one of its pools."""
+        guests = [GuestPort(network, offset, pool, egress) for offset in offsets]
+        members = tuple(element for guest in guests for element in guest_elements(self.plan, guest))
+        return ways_out(self.plan, network, pools).changed_by(Change(members))
 
     # --- all of it
     def expected(self) -> Ruleset:
@@ -132,7 +139,7 @@ class Networks:
             return found
         networks = {t.id: t.network for t in self._store.tenants()}
         busy = [(networks[i.ref.tenant], i.offset) for i in self._store.instances() if i.in_flight]
-        passing = {f'"{n.tap(o)}" ' for n, o in busy} | {f'"{n.bridge}" . {n.ip(o)} ' for n, o in busy}
+        passing = {f'"{n.tap(o)}" ' for n, o in busy} | {f": {n.ip(o)} " for n, o in busy}
         return [line for line in found if not any(word in f"{line} " for word in passing)]
 
     @contextmanager

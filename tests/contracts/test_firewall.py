@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mvm.domain.addressing import TenantNetwork
-from mvm.domain.egress import EgressPolicy
+from mvm.domain.egress import NO_EGRESS, EgressPolicy
 from mvm.domain.firewall import (
     Change,
     Element,
@@ -94,12 +94,13 @@ def test_a_change_may_be_repeated_and_undone(side: Side) -> None:
 
 def test_another_policy_takes_the_place_of_one(side: Side) -> None:
     side.packets.apply(RULES)
-    old, new = (guest_elements(PLAN, GuestPort(ACME, 3, WEB, policy))[1:] for policy in (LIST, NAT))
-    side.packets.change(Change(new, old, {"pool-7-web": ()}))
-    wanted = ruleset(PLAN, [ACME], [(ACME, WEB, NAT)], [GuestPort(ACME, 3, WEB, NAT)])
-    assert list(side.packets.differences(wanted)) == []
-    side.packets.change(Change(old, new, RULES.chains))
-    assert list(side.packets.differences(RULES)) == []
+    there, policies = RULES, [NAT, NO_EGRESS, LIST, NO_EGRESS, NAT, LIST]
+    for policy in policies:
+        wanted = ruleset(PLAN, [ACME], [(ACME, WEB, policy)], [GuestPort(ACME, 3, WEB, policy)])
+        for _ in range(2):
+            side.packets.change(there.until(wanted))
+            assert list(side.packets.differences(wanted)) == []
+        there = wanted
 
 
 def test_a_change_to_nothing_is_refused(side: Side) -> None:
@@ -135,7 +136,7 @@ def test_what_somebody_else_changed_is_named_and_goes(side: Side) -> None:
         ('add element inet mvm bridges { "br-tenant-7" . "br-tenant-8" }',
          'not ours: inet mvm bridges: "br-tenant-7" . "br-tenant-8"'),
         ("add chain inet mvm theirs", "not ours: inet mvm theirs: (empty)"),
-        ("add rule inet mvm pool-7-web accept", "not ours: inet mvm pool-7-web: accept"),
+        ("add rule inet mvm tenant-7 accept", "not ours: inet mvm tenant-7: accept"),
     ],
 )  # fmt: skip
 def test_every_change_by_hand_is_found(real: Side, command: str, found: str) -> None:
@@ -151,24 +152,25 @@ def test_every_change_by_hand_is_found(real: Side, command: str, found: str) -> 
 def test_what_netlink_puts_there_is_what_nft_would(real: Side) -> None:
     assert real.shell is not None
     far = TenantNetwork(4095, IPv4Network("10.241.0.0/16"))
-    policies = ((LIST, "pool-4095-web"), (NAT, ""))
-    for policy, chain in policies:
-        guest = GuestPort(far, 65534, WEB, policy)
-        change = Change((*bridge_elements(far), *guest_elements(PLAN, guest)))
-        chains = {"pool-4095-web": ("ip daddr 192.0.2.0/24 tcp dport 443 accept",)} if chain else {}
-        start = ruleset(PLAN, [], [], []).changed_by(Change(chains=chains))
-        real.packets.apply(start)
-        nft(real.shell, "\n".join(change.commands()))
-        by_nft = real.shell.run(["nft", "-s", "list", "ruleset"]).stdout
-        real.packets.apply(start)
-        real.packets.change(change)
-        assert real.shell.run(["nft", "-s", "list", "ruleset"]).stdout == by_nft
+    start = ruleset(PLAN, [], [(far, WEB, LIST)], [])
+    start = start.changed_by(Change(removed=tuple(start.elements)))
+    whole = ruleset(PLAN, [far], [(far, WEB, LIST)], [GuestPort(far, 65534, WEB, LIST)])
+    change = start.until(whole)
+    assert len(change.elements) == 5
+    real.packets.apply(start)
+    nft(real.shell, "\n".join(change.commands()))
+    by_nft = real.shell.run(["nft", "-s", "list", "ruleset"]).stdout
+    real.packets.apply(start)
+    real.shell.ran.clear()
+    real.packets.change(change)
+    assert real.shell.ran == []
+    assert real.shell.run(["nft", "-s", "list", "ruleset"]).stdout == by_nft
 
 
 @pytest.mark.root
 def test_a_change_is_all_or_nothing(real: Side) -> None:
     real.packets.apply(RULES)
-    nowhere = Element("inet mvm egress", '"br-tenant-7" . 10.240.7.9', "jump pool-7-none")
+    nowhere = Element("inet mvm egress", '"br-tenant-9"', "jump tenant-9")
     for change in (Change((*bridge_elements(BETA), nowhere)), Change(removed=(*bridge_elements(ACME), nowhere))):
         with pytest.raises(Failed) as refused:
             real.packets.change(change)
@@ -198,7 +200,7 @@ def test_a_change_of_members_runs_no_program_and_of_a_chain_one(real: Side) -> N
     real.shell.ran.clear()
     real.packets.change(Change(guest_elements(PLAN, GuestPort(ACME, 4, WEB, LIST))))
     assert real.shell.ran == []
-    real.packets.change(Change(chains={"pool-7-api": ("ip daddr 192.0.2.1 accept",)}))
+    real.packets.change(Change(chains={"tenant-8": ("ip saddr @pool-8-api accept",)}))
     assert len(real.shell.ran) == 1
 
 
@@ -233,7 +235,7 @@ def test_without_nft_it_says_what_to_install(
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     for attempt in (
         lambda: real.packets.apply(RULES),
-        lambda: real.packets.change(Change(chains={"pool-7-web": ()})),
+        lambda: real.packets.change(Change(chains={"tenant-7": ()})),
         lambda: real.packets.differences(ruleset(PLAN, [], [], [])),
     ):
         with pytest.raises(Failed) as missing:

@@ -5,17 +5,15 @@ from ipaddress import IPv4Network
 import pytest
 
 from mvm.domain.addressing import TenantNetwork
-from mvm.domain.egress import EgressPolicy
+from mvm.domain.egress import NO_EGRESS, EgressPolicy
 from mvm.domain.firewall import (
     Change,
     Element,
     GuestPort,
     Plan,
     Ruleset,
-    bridge_elements,
     guest_elements,
     parse_host_ports,
-    pool_chains,
     ruleset,
 )
 from mvm.domain.ids import PoolId
@@ -46,20 +44,32 @@ def test_a_guest_is_its_tap_its_mac_and_its_address() -> None:
     )
     assert guest_elements(OUT, GuestPort(BETA, 65534, WEB, NAT)) == (
         Element("bridge mvm guests", '"tn4095i65534" . 02:6d:0f:ff:ff:fe . 10.241.255.254'),
-        Element("inet mvm egress", '"br-tenant-4095" . 10.241.255.254', "accept"),
+        Element("inet mvm pool-4095-web", "10.241.255.254"),
     )
 
 
-def test_a_list_is_a_chain_of_its_pool_and_leads_nowhere_else() -> None:
-    rules = ruleset(OUT, [ACME], [(ACME, WEB, LIST)], [GuestPort(ACME, 3, WEB, LIST)])
+def test_a_tenant_with_a_way_out_has_a_chain_and_its_pools_have_sets() -> None:
+    api, off = PoolId("api"), PoolId("off")
+    pools = [(ACME, WEB, LIST), (ACME, api, NAT), (ACME, off, NO_EGRESS)]
+    rules = ruleset(OUT, [ACME, BETA], pools, [GuestPort(ACME, 3, WEB, LIST), GuestPort(ACME, 4, off, NO_EGRESS)])
     assert rules.chains == {
-        "pool-7-web": ("ip daddr 192.0.2.0/24 tcp dport 443 accept", "ip daddr 198.51.100.7/32 accept")
+        "tenant-7": (
+            "ip saddr @pool-7-api accept",
+            "ip saddr @pool-7-web ip daddr 192.0.2.0/24 tcp dport 443 accept",
+            "ip saddr @pool-7-web ip daddr 198.51.100.7/32 accept",
+        )
     }
-    assert 'add element inet mvm egress { "br-tenant-7" . 10.240.7.3 : jump pool-7-web }' in rules.commands()
     commands = rules.commands()
-    assert commands.index("add chain inet mvm pool-7-web") < commands.index(
-        'add element inet mvm egress { "br-tenant-7" . 10.240.7.3 : jump pool-7-web }'
-    )
+    order = [
+        "add set inet mvm pool-7-web { type ipv4_addr; }",
+        "add chain inet mvm tenant-7",
+        'add element inet mvm egress { "br-tenant-7" : jump tenant-7 }',
+        "add element inet mvm pool-7-web { 10.240.7.3 }",
+    ]
+    assert [command for command in commands if command in order] == order
+    assert not [
+        command for command in commands if "off" in command or ("10.240.7.4 }" in command and "pool" in command)
+    ]
 
 
 def test_without_an_uplink_nothing_leads_out() -> None:
@@ -76,19 +86,17 @@ def test_networks_that_are_never_reached_are_named_once() -> None:
     )
 
 
-def test_a_change_leaves_what_the_whole_would_be() -> None:
-    before = ruleset(OUT, [ACME], [(ACME, WEB, LIST)], [GuestPort(ACME, 3, WEB, LIST)])
-    after = ruleset(OUT, [ACME, BETA], [(ACME, WEB, NAT)], [GuestPort(ACME, 3, WEB, NAT), GuestPort(ACME, 4, WEB, NAT)])
-    old, new = (guest_elements(OUT, GuestPort(ACME, 3, WEB, policy)) for policy in (LIST, NAT))
-    change = Change(
-        (*bridge_elements(BETA), *new, *guest_elements(OUT, GuestPort(ACME, 4, WEB, NAT))),
-        old[1:],
-        {"pool-7-web": (), **pool_chains(OUT, ACME, WEB, NAT)},
-    )
+@pytest.mark.parametrize(("one", "other"), [(LIST, NAT), (NAT, LIST), (NAT, NO_EGRESS), (NO_EGRESS, LIST), (NAT, NAT)])
+def test_a_change_leaves_what_the_whole_would_be(one: EgressPolicy, other: EgressPolicy) -> None:
+    def rules(policy: EgressPolicy, *networks: TenantNetwork) -> Ruleset:
+        return ruleset(OUT, networks, [(ACME, WEB, policy)], [GuestPort(ACME, 3, WEB, policy)])
+
+    before, after = rules(one, ACME), rules(other, ACME, BETA)
+    change = before.until(after)
     assert before.changed_by(change) == after
-    assert after.changed_by(Change()) == after
-    back = Change(removed=(*bridge_elements(BETA), *guest_elements(OUT, GuestPort(ACME, 4, WEB, NAT))))
-    assert after.changed_by(back).changed_by(back) == ruleset(OUT, [ACME], [], [GuestPort(ACME, 3, WEB, NAT)])
+    assert after.changed_by(change) == after
+    assert after.changed_by(after.until(before)) == before
+    assert after.until(after) == Change()
 
 
 def test_a_change_is_as_long_among_few_as_among_many() -> None:
