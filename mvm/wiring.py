@@ -235,7 +235,7 @@ def build_node(
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit)
     reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
     tenants = Tenants(p.store, p.registry, networks)
-    pools = Pools(p.store, p.registry, p.images, p.locks, reconcile, networks)
+    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
         networks=networks, storage=p.storage, lifecycle=lifecycle, audit=audit, node_id=node,

@@ -14,6 +14,7 @@ from mvm.errors import InvalidInput, NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
+from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.services.networks import Networks
 from mvm.services.quotas import admit_counts, admit_pool
@@ -42,12 +43,13 @@ class Pools:
     """Pools live on one node, which the registry knows."""
 
     def __init__(
-        self, store: NodeStore, registry: Registry, images: ImageBuilder, locks: Locks, reconcile: Reconcile,
-        networks: Networks,
+        self, store: NodeStore, registry: Registry, images: ImageBuilder, storage: NodeStorage, locks: Locks,
+        reconcile: Reconcile, networks: Networks,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
         self._images = images
+        self._storage = storage
         self._locks = locks
         self._reconcile = reconcile
         self._networks = networks
@@ -130,11 +132,12 @@ class Pools:
         return {**pool_view(self._store, pool), **submitted.to_dict()}
 
     def destroy(self, context: JobContext) -> Mapping[str, Any]:
-        """Remove a pool that has no instances. Its image stays, others may use it."""
+        """Remove a pool that has no instances, and its templates. Its image stays, others may use it."""
         ref = PoolRef.parse(context.job.subject)
         self._check_empty(ref)
         self._registry.unplace_pool(ref)
         self._networks.redirect(self._store.pool(ref), None)
+        self._storage.drop_templates(ref)
         with context.ending(ref=str(ref)):
             self._check_empty(ref)
             self._store.delete_pool(ref)
