@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mvm.ports.network import HostNetwork
     from mvm.ports.queue import JobQueue
     from mvm.ports.registry import Registry
+    from mvm.ports.secrets import SecretStore
     from mvm.ports.storage import NodeStorage
     from mvm.ports.store import NodeStore
     from mvm.ports.vmm import VmmDriver
@@ -104,6 +105,7 @@ class NodePorts:
     storage: NodeStorage
     images: ImageBuilder
     memory: HostMemory
+    secrets: SecretStore
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.locks import FileLocks
     from mvm.drivers.redis_link import RedisLink
     from mvm.drivers.redis_registry import RedisRegistry
+    from mvm.drivers.secret_files import SecretFiles
     from mvm.drivers.sqlite_store import SqliteStore
 
     layout = settings.layout
@@ -148,7 +151,7 @@ def open_ports(settings: Settings) -> NodePorts:
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
             store, registry, queue, FileLocks(layout.locks), host.clock, host.vmm, host.guest, host.network,
-            host.storage, host.images, host.memory,
+            host.storage, host.images, host.memory, SecretFiles(layout),
         )  # fmt: skip
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import UnixGuestChannel
@@ -172,6 +175,7 @@ def open_ports(settings: Settings) -> NodePorts:
         FileStorage(layout, shell),
         BuiltinImages(layout, shell, LocalShell(of_parent())),
         ProcMemory(),
+        SecretFiles(layout),
     )
 
 
@@ -189,6 +193,7 @@ def build_node(
     from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
     from mvm.services.runner import Runner
+    from mvm.services.secrets import TenantSecrets
     from mvm.services.snapshots import Snapshots
     from mvm.services.sweeps import Sweeps
     from mvm.services.tenants import Tenants
@@ -204,19 +209,22 @@ def build_node(
         locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
     )  # fmt: skip
+    secrets = TenantSecrets(
+        store=p.store, secrets=p.secrets, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage
+    )
     microvms = MicroVms(
         store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
-        snapshots=snapshots,
+        snapshots=snapshots, secrets=secrets,
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms)
     reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
-    tenants = Tenants(p.store, p.registry, p.network)
+    tenants = Tenants(p.store, p.registry, p.network, secrets)
     pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
-        storage=p.storage, lifecycle=lifecycle, node_id=node, grace_s=settings.orphan_grace_s,
+        storage=p.storage, lifecycle=lifecycle, secrets=secrets, node_id=node, grace_s=settings.orphan_grace_s,
         keep_jobs=settings.keep_jobs,
     )  # fmt: skip
     idleness = Idleness(
@@ -228,6 +236,7 @@ def build_node(
         JobVerb.TENANT_CREATE: tenants.create,
         JobVerb.TENANT_UPDATE: tenants.update,
         JobVerb.TENANT_DESTROY: tenants.destroy,
+        JobVerb.TENANT_SECRETS: secrets.deliver,
         JobVerb.POOL_CREATE: pools.create,
         JobVerb.POOL_UPDATE: pools.update,
         JobVerb.POOL_BUILD: pools.build,
@@ -256,6 +265,7 @@ def build_node(
         node_id=node,
         address=address,
         urgent=urgent,
+        secrets=secrets,
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
     )
     heartbeat = Heartbeat(

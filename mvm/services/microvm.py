@@ -16,6 +16,7 @@ import structlog
 
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import Failed, MvmError, NotAllowed, TimedOut, Unreachable
@@ -26,6 +27,7 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import BootSpec, Nic, VmmDriver
 from mvm.services.runner import JobContext
+from mvm.services.secrets import TenantSecrets
 from mvm.services.snapshots import Snapshots, unusable
 
 log = structlog.get_logger("mvm.lifecycle")
@@ -49,7 +51,7 @@ class MicroVms:
 
     def __init__(
         self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, network: HostNetwork,
-        storage: NodeStorage, snapshots: Snapshots, limits: Limits, authorized_key: str,
+        storage: NodeStorage, snapshots: Snapshots, secrets: TenantSecrets, limits: Limits, authorized_key: str,
     ) -> None:  # fmt: skip
         self._store = store
         self._clock = clock
@@ -60,6 +62,7 @@ class MicroVms:
         self._limits = limits
         self._authorized_key = authorized_key
         self._snapshots = snapshots
+        self._secrets = secrets
         self._boots = threading.BoundedSemaphore(limits.parallel_boots)
 
     def prepare(self, instance: Instance, pool: WorkerPool) -> None:
@@ -99,6 +102,7 @@ class MicroVms:
                 self._await_guest(instance)
         context.step(_STEPS[4], 4, len(_STEPS))
         self._identify(instance, network)
+        self._secrets.try_refresh(instance)  # of one that was found running
         return instance
 
     def _launch(self, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, cold: bool) -> Instance:
@@ -111,6 +115,7 @@ class MicroVms:
         # What it runs comes first, so that a process found later is known for what it is.
         instance = self._store.save_instance(replace(instance, revision=pool.revision, cloned=cloned))
         spec = self.spec(instance, pool, network, fresh=True)
+        self._secrets.given(ref, spec.secrets)
         if cloned:
             try:
                 return self._store.save_instance(replace(instance, process=self._snapshots.clone(pool, spec)))
@@ -138,6 +143,7 @@ class MicroVms:
             vcpus=pool.resources.vcpus,
             mem_mib=pool.resources.mem_mib,
             nic=Nic(network.tap(instance.offset), network.mac(instance.offset)),
+            secrets=self._secrets.of(ref.tenant),
         )
 
     # --- warm and sleeping
@@ -149,26 +155,40 @@ class MicroVms:
         self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, force: bool
     ) -> SnapshotManifest:
         """Its memory is on disk; no process and no TAP are left."""
-        manifest = self._snapshots.sleep(context, instance, pool, self.spec(instance, pool, network), force=force)
+        spec = self.spec(instance, pool, network)
+        self._secrets.withdrawn(instance.ref)
+        try:
+            manifest = self._snapshots.sleep(context, instance, pool, spec, force=force)
+        except Exception:
+            if instance.status is Status.RUNNING:
+                self._secrets.try_refresh(instance)
+            raise
         self._network.remove_taps(frozenset({network.tap(instance.offset)}))
         return manifest
 
     def resume(self, instance: Instance) -> Instance:
         """A warm instance runs again."""
         self._snapshots.resume(instance)
+        self._secrets.try_refresh(instance)
         return instance
 
     def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
         """A sleeping instance runs again; on failure it has no process and no TAP, and its snapshot stays."""
+        again = context.job.step is not None  # by another worker, which was killed
         context.step("connect network", 0, 3)
         self._network.ensure_tap(network, instance.offset)
         try:
-            process = self._snapshots.wake(context, instance, pool, self.spec(instance, pool, network))
+            spec = self.spec(instance, pool, network)
+            self._secrets.given(instance.ref, spec.secrets, unsure=again)
+            process = self._snapshots.wake(context, instance, pool, spec)
         except Exception:
             self._vmm.kill(instance.ref, None)
             self._network.remove_taps(frozenset({network.tap(instance.offset)}))
             raise
-        return replace(instance, process=process)
+        instance = replace(instance, process=process)
+        if again:
+            self._secrets.try_refresh(instance)
+        return instance
 
     def forget_snapshot(self, instance: Instance) -> None:
         """What it slept in is of the past."""
@@ -214,6 +234,7 @@ class MicroVms:
             authorized_key=self._authorized_key,
             entropy=self._clock.random(64),
             data_disk=self._storage.data_disk(instance.ref) is not None,
+            secrets=self._secrets.has(instance.ref),
         )
         try:
             self._guest.configure(instance.ref, self._storage.directory(instance.ref), identity, deadline_s=_GUEST_S)

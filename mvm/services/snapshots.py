@@ -104,7 +104,7 @@ class Snapshots:
     def resume(self, instance: Instance) -> None:
         """A warm instance runs again, and knows what time it is."""
         self._driver().resume(instance.ref, _process(instance))
-        self._tell_time(instance)
+        self._tell_time(instance, secrets=False)  # those that it has it keeps
 
     def sleep(
         self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec, *, force: bool
@@ -161,7 +161,7 @@ class Snapshots:
         )
         driver.resume(instance.ref, process)
         context.step("tell the time", 2, 3)
-        self._tell_time(replace(instance, process=process))
+        self._tell_time(replace(instance, process=process), secrets=spec.secrets is not None)
         return process
 
     def forget(self, ref: InstanceRef) -> None:
@@ -172,10 +172,10 @@ class Snapshots:
     def _base(self, instance: Instance, pool: WorkerPool) -> Path | None:
         return self._storage.template(pool.ref, _revision(instance)) if instance.cloned else None
 
-    def _tell_time(self, instance: Instance) -> None:
+    def _tell_time(self, instance: Instance, *, secrets: bool) -> None:
         self._guest.wake(
             instance.ref, self._storage.directory(instance.ref), now=self._clock.now(), entropy=self._clock.random(64),
-            deadline_s=_GUEST_S,
+            secrets=secrets, deadline_s=_GUEST_S,
         )  # fmt: skip
         log.debug("guest replied")
 

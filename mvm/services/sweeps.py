@@ -24,6 +24,7 @@ from mvm.ports.vmm import Presence, Snapshotting, VmmDriver
 from mvm.services.jobs import Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.runner import JobContext
+from mvm.services.secrets import TenantSecrets
 
 log = structlog.get_logger("mvm.sweeps")
 
@@ -49,8 +50,8 @@ class Sweeps:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver,
-        network: HostNetwork, storage: NodeStorage, lifecycle: Lifecycle, node_id: NodeId, grace_s: float,
-        keep_jobs: int,
+        network: HostNetwork, storage: NodeStorage, lifecycle: Lifecycle, secrets: TenantSecrets, node_id: NodeId,
+        grace_s: float, keep_jobs: int,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -61,6 +62,7 @@ class Sweeps:
         self._network = network
         self._storage = storage
         self._lifecycle = lifecycle
+        self._secrets = secrets
         self._node_id = node_id
         self._grace_s = grace_s
         self._keep_jobs = keep_jobs
@@ -83,6 +85,7 @@ class Sweeps:
                     log.warning("instance gone", instance=str(instance.ref), why=reason)
             except TimedOut:
                 continue  # a job holds it and will see for itself
+        self._secrets.catch_up()
         self._publish_ends()
         self._store.forget_jobs(keep=self._keep_jobs)
         return {"changed": bool(gone), "stopped": gone}

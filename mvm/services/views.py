@@ -23,6 +23,7 @@ from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
 from mvm.services.insight import Insight
 from mvm.services.quotas import usage
+from mvm.services.secrets import TenantSecrets
 from mvm.services.urgent import UrgentWake
 
 _FOLLOW_S = 0.2
@@ -82,6 +83,7 @@ def tenant_view(store: NodeStore, tenant: Tenant) -> dict[str, Any]:
         "bridge": tenant.network.bridge,
         "quota": asdict(tenant.quota),
         "usage": asdict(usage(store, tenant.id)),
+        "secrets_epoch": tenant.secrets_epoch,
         "created_at": tenant.created_at.isoformat(),
     }
 
@@ -91,7 +93,7 @@ class NodeView:
 
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
-        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight,
+        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, secrets: TenantSecrets,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -102,6 +104,7 @@ class NodeView:
         self._vmm = vmm
         self._urgent = urgent
         self._insight = insight
+        self._secrets = secrets
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -166,6 +169,10 @@ class NodeView:
     def stats(self, ref: InstanceRef) -> dict[str, Any]:
         """What an instance takes: memory, snapshot, and how long its sleeping and waking took."""
         return self._insight.stats(ref)
+
+    def set_secrets(self, tenant: TenantId, content: bytes) -> Mapping[str, Any]:
+        """Keep the secrets in a secrets file; which epoch they are."""
+        return self._secrets.set(tenant, content)
 
     def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
         """Wake an instance now, past every queue."""

@@ -30,11 +30,12 @@ _ACCEL: Mapping[AccelName, Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What QEMU inherits open: the TAP, and listening sockets for its monitor and per guest port."""
+    """What QEMU inherits open: the TAP, listening sockets for its monitor and per guest port, its disk of secrets."""
 
     tap: int
     monitor: int
     ports: Mapping[str, int]
+    secrets: int = 0
 
 
 def marker(state_dir: Path) -> str:
@@ -82,7 +83,7 @@ def command(spec: BootSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, ma
 
 
 def template(spec: TemplateSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, mark: str) -> list[str]:
-    """The command line that boots a template; its data disk is a hole of the right size."""
+    """The command line that boots a template; its disks of data and secrets are holes of the right size."""
     hole = {"driver": "null-co", "node-name": "data", "size": spec.data_disk_mib << 20, "read-zeroes": True}
     data = hole if spec.data_disk_mib else None
     hardware = _hardware(spec, fds, accel, [spec.rootfs, spec.overlay], data, TEMPLATE_MAC)
@@ -135,7 +136,7 @@ def _hardware(
         "-serial", "chardev:console",
         "-chardev", f"socket,id=monitor,fd={fds.monitor},server=on,wait=off", "-mon", "chardev=monitor,mode=control",
         "-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng",
-        *_root_disk(layers), *_data_disk(data),
+        *_root_disk(layers), *_data_disk(data), *_secrets_disk(fds.secrets),
         "-netdev", f"tap,id=net,fd={fds.tap},vhost=off", "-device", f"virtio-net-device,netdev=net,mac={mac}",
         "-device", f"virtio-serial-device,max_ports={len(guest.PORTS) + 1}",
     ]  # fmt: skip
@@ -180,6 +181,12 @@ def _data_disk(node: dict[str, Any] | None) -> list[str]:
 
 def _data_file(path: Path) -> dict[str, Any]:
     return {"driver": "raw", "node-name": "data", "discard": "unmap", "file": _file(path)}
+
+
+def _secrets_disk(fd: int) -> list[str]:
+    """It is written to by a guest that wipes what it has read of it."""
+    node = {"driver": "raw", "node-name": "secrets", "file": _file(Path(f"/proc/self/fd/{fd}"))}
+    return ["-blockdev", json.dumps(node), "-device", "virtio-blk-device,drive=secrets,serial=secrets"]
 
 
 def _file(path: Path) -> dict[str, Any]:

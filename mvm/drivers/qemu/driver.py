@@ -206,7 +206,7 @@ class QemuDriver(QemuVmms):
             return self._launch(
                 spec.ref, spec.directory, card,
                 lambda fds: argv.restored(spec, disk, fds, shared, accel, self._mark),
-                pass_fds=inherited, new_run=not delta, small_pages=accel == "tcg", then=load,
+                secrets=spec.secrets, pass_fds=inherited, new_run=not delta, small_pages=accel == "tcg", then=load,
             )  # fmt: skip
 
     @contextmanager

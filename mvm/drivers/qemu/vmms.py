@@ -16,7 +16,8 @@ from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
-from mvm.drivers import files, processes, tap
+from mvm.domain.secrets import Secrets
+from mvm.drivers import files, processes, secrets_disk, tap
 from mvm.drivers.instance_sockets import listen
 from mvm.drivers.qemu import argv, pages
 from mvm.drivers.qemu.accel import Accelerator, AcceleratorProbe
@@ -72,12 +73,13 @@ class QemuVmms:
         with closing_fd(tap.attach(spec.nic.tap)) as card:
             return self._launch(
                 spec.ref, spec.directory, card,
-                lambda fds: argv.command(spec, fds, accel, host_tsc_khz(), self._mark),
+                lambda fds: argv.command(spec, fds, accel, host_tsc_khz(), self._mark), secrets=spec.secrets,
             )  # fmt: skip
 
     def _launch(
         self, ref: InstanceRef, directory: Path, card: int, command: Callable[[argv.Descriptors], list[str]],
-        *, pass_fds: Sequence[int] = (), new_run: bool = True, small_pages: bool = False,
+        *, secrets: Secrets | None = None, pass_fds: Sequence[int] = (), new_run: bool = True,
+        small_pages: bool = False,
         then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
     ) -> ProcessIdentity:  # fmt: skip
         """Start QEMU and let `then` speak to it; it returns, or QEMU is ended."""
@@ -87,8 +89,9 @@ class QemuVmms:
         with ExitStack() as stack:
             monitor = stack.enter_context(listen(directory, MONITOR)).fileno()
             ports = {name: stack.enter_context(listen(directory, name)).fileno() for name in guest.PORTS}
-            fds = argv.Descriptors(card, monitor, ports)
-            arguments, inherited = command(fds), (fds.tap, fds.monitor, *fds.ports.values(), *pass_fds)
+            disk = stack.enter_context(closing_fd(secrets_disk.create(secrets)))
+            fds = argv.Descriptors(card, monitor, ports, disk)
+            arguments, inherited = command(fds), (fds.tap, fds.monitor, *fds.ports.values(), fds.secrets, *pass_fds)
             with pages.small() if small_pages else nullcontext():
                 process = self._shell.spawn(arguments, log=log, pass_fds=inherited)
         with self._lock:
@@ -118,6 +121,14 @@ class QemuVmms:
             found.add(process)
         for one in found:
             self._kill(one)
+
+    def put_secrets(self, ref: InstanceRef, process: ProcessIdentity, secrets: Secrets | None) -> None:
+        """See the port."""
+        if self.observe(ref, process) is not Presence.ABSENT:
+            with suppress(FileNotFoundError):
+                secrets_disk.replace(process, secrets)
+                return
+        raise Unreachable("vmm.gone", f"the VMM of {ref} does not run", hint="mvm instance info tells its status")
 
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
         """See the port."""
