@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mvm.ports.vmm import VmmDriver
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.jobs import Jobs
+    from mvm.services.metadata import Metadata
     from mvm.services.runner import Observer, Runner
     from mvm.services.urgent import UrgentWake
     from mvm.services.views import NodeView
@@ -125,10 +126,21 @@ def open_node(settings: Settings) -> NodeServices:
     """The services of this node, over the drivers that `settings` names."""
     from mvm.telemetry.metrics import observe_job
 
-    layout = settings.layout
-    key = Path(f"{layout.ssh_key}.pub")
-    authorized_key = key.read_text().strip() if key.exists() else ""
-    return build_node(open_ports(settings), settings, authorized_key=authorized_key, observers=(observe_job,))
+    ports = open_ports(settings)
+    return build_node(ports, settings, authorized_key=_authorized_key(settings), observers=(observe_job,))
+
+
+def open_metadata(settings: Settings) -> Metadata:
+    """Who asks at the metadata address. It knows the node's store and nothing else."""
+    from mvm.drivers.sqlite_store import SqliteStore
+    from mvm.services.metadata import Metadata
+
+    return Metadata(SqliteStore(settings.layout.database), _authorized_key(settings))
+
+
+def _authorized_key(settings: Settings) -> str:
+    key = Path(f"{settings.layout.ssh_key}.pub")
+    return key.read_text().strip() if key.exists() else ""
 
 
 def open_ports(settings: Settings) -> NodePorts:

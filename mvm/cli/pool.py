@@ -13,11 +13,30 @@ from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet
 from mvm.cli.following import finish, show_job, show_result
-from mvm.cli.params import NODE, POOL, TENANT, JobWait, actor, confirm, job_options, pass_fleet, yes_option
+from mvm.cli.params import (
+    NODE,
+    POOL,
+    TENANT,
+    JobWait,
+    actor,
+    confirm,
+    job_options,
+    pass_fleet,
+    read_file,
+    yes_option,
+)  # fmt: skip
 from mvm.cli.render import Columns, age, show_list, show_one
 from mvm.domain.ids import NodeId, PoolRef, TenantId
 from mvm.domain.job import JobVerb
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SleepPolicy, StartMode
+from mvm.domain.pool import (
+    MAX_USER_DATA,
+    DesiredCounts,
+    ImageSource,
+    InstanceResources,
+    SleepPolicy,
+    StartMode,
+    checked_user_data,
+)  # fmt: skip
 from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput, NotFound
 
@@ -39,10 +58,13 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--warm-after", type=int, metavar="S", help="Seconds of idleness until it is paused; 0: never.")
     @click.option("--sleep-after", type=int, metavar="S", help="Seconds of idleness until it sleeps; 0: never.")
     @click.option("--min-running", type=int, metavar="S", help="Seconds that it runs at least before.")
+    @click.option("--metadata/--no-metadata", default=None, help="Whether its guests can ask about themselves.")
+    @click.option("--user-data", metavar="F", help="A text that they can read there; jobs show it: no secrets.")
     @functools.wraps(command)
     def wrapper(
         *args: Any, cold: bool | None, compression: str | None, pinned: bool | None, critical: bool | None,
-        warm_after: int | None, sleep_after: int | None, min_running: int | None, **kwargs: Any,
+        warm_after: int | None, sleep_after: int | None, min_running: int | None, metadata: bool | None,
+        user_data: str | None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         policy = {"warm_after_s": warm_after, "sleep_after_s": sleep_after, "min_running_s": min_running}
         ways = _given(
@@ -50,11 +72,17 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
             compression=compression,
             pinned=pinned,
             critical=critical,
+            metadata_enabled=metadata,
+            user_data=None if user_data is None else checked_user_data(_read(user_data)),
             sleep_policy=_given(**policy) or None,
         )
         return command(*args, ways=ways, **kwargs)
 
     return wrapper
+
+
+def _read(path: str) -> bytes:
+    return read_file(path, MAX_USER_DATA, "user-data", "pool.invalid_user_data")
 
 
 def _given(**values: Any) -> dict[str, Any]:

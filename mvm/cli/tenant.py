@@ -14,7 +14,7 @@ from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet
 from mvm.cli.following import finish, show_job, show_result
-from mvm.cli.params import TENANT, JobWait, actor, confirm, job_options, pass_fleet, yes_option
+from mvm.cli.params import TENANT, JobWait, actor, confirm, job_options, pass_fleet, read_file, yes_option
 from mvm.cli.render import Columns, age, show_list, show_one
 from mvm.domain.addressing import parse_net_id, parse_subnet
 from mvm.domain.ids import NodeId, TenantId
@@ -128,7 +128,7 @@ def secrets() -> None:
 @pass_fleet
 def set_(fleet: Fleet, output: str, tenant_id: TenantId, from_file: str, wait: JobWait) -> None:
     """Replace all secrets of tenant ID by those in file F (- for standard input), in its running guests too."""
-    content = _read(from_file)
+    content = read_file(from_file, MAX_BYTES, "from-file", "secrets.unreadable")
     parse(content)
     node = fleet.tenant_route(tenant_id)
     # Straight to the agent: no message, job or log ever holds them.
@@ -154,18 +154,6 @@ def _deliver(
     words = "{tenant_id}  epoch {secrets_epoch}, {count} running guests have it"
     show = show_result(output, lambda done: words.format(count=len(done["reached"]), **done))
     finish(fleet, output, job, wait, show)
-
-
-def _read(path: str) -> bytes:
-    """The start of the file at `path`, one byte longer than it may be."""
-    try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-            return file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InvalidInput(
-            "secrets.unreadable", f"--from-file {path}: {error.strerror}", hint="name a file that you may read",
-            field="from_file", value=path[:200],
-        ) from None  # fmt: skip
 
 
 @tenant.command()

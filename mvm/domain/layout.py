@@ -49,6 +49,11 @@ class StateLayout:
         return self.root / "redis"
 
     @property
+    def metadata_socket(self) -> Path:
+        """Where the metadata service tells that it is there."""
+        return self.run / "metadata.sock"
+
+    @property
     def logs(self) -> Path:
         """One log per process of the stack."""
         return self.root / "logs"

@@ -14,6 +14,7 @@ from mvm.errors import InvalidInput
 
 MAX_COUNT = 10_000
 MAX_POLICY_S = 31_536_000
+MAX_USER_DATA = 16 << 10
 
 
 class Profile(StrEnum):
@@ -118,6 +119,20 @@ class SleepPolicy:
             )
 
 
+def checked_user_data(content: bytes) -> str:
+    """`content` as the text it must be; raises `InvalidInput` (``pool.invalid_user_data``)."""
+    try:
+        if len(content) <= MAX_USER_DATA and "\0" not in (text := content.decode()):
+            return text
+        what = "is too large, or holds a zero byte"
+    except UnicodeDecodeError:
+        what = "is not UTF-8"
+    raise InvalidInput(
+        "pool.invalid_user_data", f"the user data {what}", hint=f"allowed: at most {MAX_USER_DATA} bytes of UTF-8 text",
+        field="user_data",
+    )  # fmt: skip
+
+
 def _invalid_policy(name: str, value: object, hint: str) -> InvalidInput:
     flag = name.removesuffix("_s").replace("_", "-")
     return InvalidInput("pool.invalid_policy", f"--{flag} is {value}", hint=hint, field=name, value=value)
@@ -127,7 +142,8 @@ def _invalid_policy(name: str, value: object, hint: str) -> InvalidInput:
 class WorkerPool:
     """A pool on its node. `desired` is None until somebody scales it: reconcile then leaves it alone.
 
-    The sleep policy leaves the instances of `pinned` and `critical` pools alone.
+    The sleep policy leaves the instances of `pinned` and `critical` pools alone. `user_data` is what its guests find
+    at the metadata address, which they can ask unless it is not `metadata_enabled`.
     """
 
     ref: PoolRef
@@ -142,6 +158,8 @@ class WorkerPool:
     sleep_policy: SleepPolicy = SleepPolicy()
     pinned: bool = False
     critical: bool = False
+    metadata_enabled: bool = True
+    user_data: str = ""
 
     @property
     def protected(self) -> str | None:
@@ -164,6 +182,8 @@ class WorkerPool:
             "sleep_policy": asdict(self.sleep_policy),
             "pinned": self.pinned,
             "critical": self.critical,
+            "metadata_enabled": self.metadata_enabled,
+            "user_data": self.user_data,
         }
 
     @classmethod
@@ -182,4 +202,6 @@ class WorkerPool:
             sleep_policy=SleepPolicy(**data.get("sleep_policy", {})),
             pinned=data.get("pinned", False),
             critical=data.get("critical", False),
+            metadata_enabled=data.get("metadata_enabled", True),
+            user_data=data.get("user_data", ""),
         )

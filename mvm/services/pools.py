@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mvm.domain.ids import PoolRef
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, StartMode, WorkerPool
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, StartMode, WorkerPool, checked_user_data
 from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput, NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
@@ -23,14 +23,18 @@ _BUILD_WAIT_S = 1800.0
 
 
 def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
-    """`pool` with what ``params`` has of ``start, compression, sleep_policy`` (in part or whole), ``pinned`` and
-    ``critical``.
+    """`pool` with what ``params`` has of ``start, compression, sleep_policy`` (in part or whole), ``pinned``,
+    ``critical``, ``metadata_enabled`` and ``user_data``.
     """
-    values: dict[str, Any] = {name: params[name] for name in ("pinned", "critical") if name in params}
+    values: dict[str, Any] = {
+        name: params[name] for name in ("pinned", "critical", "metadata_enabled") if name in params
+    }
     if "start" in params:
         values["start"] = StartMode(params["start"])
     if "compression" in params:
         values["compression"] = Compression(params["compression"])
+    if "user_data" in params:
+        values["user_data"] = checked_user_data(params["user_data"].encode())
     return replace(pool, sleep_policy=replace(pool.sleep_policy, **params.get("sleep_policy", {})), **values)
 
 

@@ -65,6 +65,8 @@ def pool_view(store: NodeStore, pool: WorkerPool) -> dict[str, Any]:
         "sleep_policy": asdict(pool.sleep_policy),
         "pinned": pool.pinned,
         "critical": pool.critical,
+        "metadata_enabled": pool.metadata_enabled,
+        "user_data_bytes": len(pool.user_data.encode()),
         "desired": asdict(pool.desired or DesiredCounts()),
         "counts": dict(sorted(counts.items())),
         "revision": pool.revision,
