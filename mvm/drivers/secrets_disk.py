@@ -1,6 +1,8 @@
 """A disk of a tenant's secrets, in memory: a small ext4 file system, written here, since a program would take longer.
 
-One block group, blocks of 4 KiB, no journal; every file is one extent. What is not used is a hole.
+One block group, blocks of 4 KiB, no journal; every file is one extent. What is not used is a hole. A guest's kernel
+reads ahead of what it looks for, and no value may come into its memory but as a file's page, which can be wiped: so the
+directory comes last, and a block stays free behind the inodes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _BLOCKS = SIZE // _BLOCK
 _INODE, _INODES = 128, 288
 _ROOT, _FIRST = 2, 11
 _GROUP, _BLOCK_BITMAP, _INODE_BITMAP, _TABLE = 1, 2, 3, 4
-_DIRECTORY = _TABLE + _INODES * _INODE // _BLOCK
+_DATA = _TABLE + _INODES * _INODE // _BLOCK + 1
 _DIR_MODE, _FILE_MODE = 0o040500, 0o100400
 _IS_FILE, _IS_DIR = 1, 2
 _FILETYPE, _EXTENTS = 0x2, 0x40
@@ -69,8 +71,9 @@ def _fill(fd: int, secrets: Secrets | None) -> None:
 def _file_system(files: Mapping[str, bytes], when: int) -> Iterator[tuple[int, bytes]]:
     """Its blocks that are not empty: a number, and data from there on."""
     entries = _entries(files)
-    at = _DIRECTORY + len(entries) // _BLOCK
-    inodes = {_ROOT: _inode(_DIR_MODE, 2, len(entries), _DIRECTORY, when)}
+    directory = _BLOCKS - len(entries) // _BLOCK
+    inodes = {_ROOT: _inode(_DIR_MODE, 2, len(entries), directory, when)}
+    at = _DATA
     for number, data in enumerate(files.values(), start=_FIRST):
         inodes[number] = _inode(_FILE_MODE, 1, len(data), at, when)
         yield at, data
@@ -79,13 +82,13 @@ def _file_system(files: Mapping[str, bytes], when: int) -> Iterator[tuple[int, b
     for number, inode in inodes.items():
         table[_inode_offset(number) : _inode_offset(number + 1)] = inode
     used = _FIRST - 1 + len(files)
-    free_blocks, free_inodes = _BLOCKS - at, _INODES - used
+    free_blocks, free_inodes = directory - at + 1, _INODES - used
     yield 0, bytes(1024) + _superblock(free_blocks, free_inodes, when)
     yield _GROUP, struct.pack("<3I4H", _BLOCK_BITMAP, _INODE_BITMAP, _TABLE, free_blocks, free_inodes, 1, 0)
-    yield _BLOCK_BITMAP, _bitmap(at, _BLOCKS)
+    yield _BLOCK_BITMAP, _bitmap(at, directory, free=_DATA - 1)
     yield _INODE_BITMAP, _bitmap(used, _INODES)
     yield _TABLE, bytes(table)
-    yield _DIRECTORY, entries
+    yield directory, entries
 
 
 def _superblock(free_blocks: int, free_inodes: int, when: int) -> bytes:
@@ -146,7 +149,9 @@ def _blocks(size: int) -> int:
     return -(-size // _BLOCK)
 
 
-def _bitmap(used: int, total: int) -> bytes:
-    """`used` are taken from the start, and so is what is beyond `total`."""
-    bits = (1 << used) - 1 | (1 << _BLOCK * 8) - (1 << total)
+def _bitmap(used: int, end: int, free: int | None = None) -> bytes:
+    """`used` are taken from the start, but for one that is `free`, and so is everything from `end` on."""
+    bits = (1 << used) - 1 | (1 << _BLOCK * 8) - (1 << end)
+    if free is not None:
+        bits &= ~(1 << free)
     return bits.to_bytes(_BLOCK, "little")

@@ -41,7 +41,7 @@ def hits(places: Iterator[tuple[str, bytes]], text: str) -> list[str]:
 
 
 def files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Everything below a directory. Below a state directory: logs, store, Redis, Flower, snapshots, disks, templates."""
+    """Everything below a directory; of a stack's own: logs, store, Redis, Flower, snapshots, disks, templates."""
     for path in root.rglob("*"):
         with suppress(FileNotFoundError):
             if path.is_file() and not path.is_symlink():
@@ -136,7 +136,7 @@ def test_a_canary_is_found_nowhere(tmp_path: Path) -> None:
         run("instance", "wake", one, ends=1)
         run("tenant", "secrets", "rotate", "acme", ends=1)
         sealed.write_bytes(kept)
-        job = run("instance", "wake", one, "--no-wait").strip()
+        job = run("instance", "start", one, "--no-wait").strip()
         os.kill(stack.pid("worker"), signal.SIGKILL)
         run("job", "wait", job)
         run("instance", "stop", two)

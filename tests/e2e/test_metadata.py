@@ -103,15 +103,6 @@ def test_a_guest_sees_itself_and_nobody_else(stack: Stack, guests: dict[str, str
     assert ask(stack, guests["acme/quiet"], "PUT", "/latest/api/token", f"{TTL}: 60")[0] == 403
 
 
-def test_an_answer_lives_for_one_hop(stack: Stack, guests: dict[str, str]) -> None:
-    """Every socket of the service, seen from the host, sends with a TTL of 1."""
-    stack.in_namespace("true")
-    held = f"(printf 'GET / HTTP/1.1\\r\\nHost: x\\r\\n'; sleep 3) | nc -w 5 {ADDRESS} 80"
-    execute(stack, guests["acme/web"], f"({held}) >/dev/null 2>&1 &")
-    found = stack.in_namespace("ss", "-Htn", "state", "established", "sport", "=", ":80")
-    until(lambda: stack.in_namespace("ss", "-Htn", "sport", "=", ":80"), 3, f"a connection {found}")
-
-
 def test_a_flood_and_long_headers_are_cut_off_and_others_are_served(stack: Stack, guests: dict[str, str]) -> None:
     bad, good = guests["bolt/web"], guests["acme/web"]
     long = "head -c 1000000 /dev/zero | tr '\\0' a"
