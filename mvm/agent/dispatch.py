@@ -176,16 +176,19 @@ def _part_frame(part: Mapping[str, Any]) -> bytes:
 
 
 class _Threads:
-    """A fixed number of daemon threads; `backlog` more pieces of work may wait for one."""
+    """Daemon threads, at most `count`; `backlog` more pieces of work may wait for one.
+
+    There are only as many as were ever busy at once: a thread's first request also opens its way to the store.
+    """
 
     def __init__(self, name: str, count: int, backlog: int) -> None:
+        self._name = name
         self._count = count
+        self._started = 0
         self._limit = count + backlog
         self._taken = 0
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        for number in range(count):
-            threading.Thread(target=self._serve, name=f"agent-{name}-{number}", daemon=True).start()
 
     def submit(self, work: Callable[[], None]) -> None:
         """Raises `QuotaExceeded` (``agent.busy``)."""
@@ -195,10 +198,13 @@ class _Threads:
                     "agent.busy", f"this agent is answering {self._taken} such requests", hint="try again in a moment"
                 )
             self._taken += 1
+            if self._started < min(self._taken, self._count):
+                threading.Thread(target=self._serve, name=f"agent-{self._name}-{self._started}", daemon=True).start()
+                self._started += 1
         self._queue.put(work)
 
     def close(self) -> None:
-        for _ in range(self._count):
+        for _ in range(self._started):
             self._queue.put(None)
 
     def _serve(self) -> None:

@@ -71,9 +71,10 @@ async def serve(sock: socket.socket, certs_dir: Path, methods: Mapping[str, Meth
 
 def refuses_strangers(address: str, credentials: Credentials) -> None:
     """Ask the agent at `address` without a certificate; anything but the right refusal raises `Failed`."""
-    connection = open_connection(address, Credentials(credentials.authorities), deadline=monotonic() + 5.0)
+    connection = open_connection(address, Credentials(credentials.authorities))
     try:
-        for _ in connection.request(encode({"id": "self-test", "method": "node.ping", "params": {}})):
+        request = encode({"id": "self-test", "method": "node.ping", "params": {}})
+        for _ in connection.request(request, monotonic() + 5.0):
             raise Failed("agent.not_secure", "a client without a certificate was answered")
         outcome = "the request ended without an answer"
     except Forbidden as error:

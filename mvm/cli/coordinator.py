@@ -53,4 +53,5 @@ def list_instances(fleet: Fleet, output: str, node: str, tenant: TenantId) -> No
 def wake(fleet: Fleet, output: str, node: str, tenant: TenantId, pool: str, instance: str) -> None:
     """Wake an instance at once, past every queue."""
     ref = InstanceRef(tenant, PoolId(pool), InstanceId(instance))
-    show_woken([wake_at(fleet.distant_agents, node, ref)], output)
+    with fleet.distant_agents.connected(node) as agent:
+        show_woken([wake_at(agent, ref)], output)

@@ -36,6 +36,7 @@ def finish(fleet: Fleet, output: str, job: Job, wait: JobWait, show: Callable[[J
         _show_bulk(fleet, output, final)
     elif final.state is JobState.SUCCEEDED:
         show(final)
+        _show_remarks(final)
     else:
         raise error_of(final)
 
@@ -147,6 +148,11 @@ def error_of(job: Job) -> MvmError:
     return error
 
 
+def _show_remarks(job: Job) -> None:
+    for text in (job.result or {}).get("remarks", ()):
+        click.echo(f"note: {job.subject}: {text}", err=True)
+
+
 def _show_bulk(fleet: Fleet, output: str, parent: Job) -> None:
     """The parent and its children; exits with the code that the failed ones have in common, else 1."""
     children = fleet.jobs.children(parent.job_id)
@@ -156,6 +162,8 @@ def _show_bulk(fleet: Fleet, output: str, parent: Job) -> None:
         for child in children:
             if child.state is JobState.SUCCEEDED:
                 click.echo(child.subject)
+    for child in children:
+        _show_remarks(child)
     failures = [error_of(child) for child in children if child.state is not JobState.SUCCEEDED]
     if parent.state is not JobState.SUCCEEDED:
         show_error(error_of(parent))

@@ -31,7 +31,7 @@ from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
 from mvm.domain.job import Job, JobVerb
 from mvm.domain.lifecycle import Status, Verb, allowed_verbs
 from mvm.errors import InvalidInput, MvmError
-from mvm.ports.agents import NodeAgents
+from mvm.ports.agents import ConnectedAgent
 
 _WAKE_S = 60.0
 
@@ -184,11 +184,12 @@ def wake(fleet: Fleet, output: str, refs: Sequence[Target], all_: bool) -> None:
     """Wake REFs at once, past every queue: their node's agent is asked directly."""
     answers: list[dict[str, Any]] = []
     errors: list[MvmError] = []
-    for ref in _expand(fleet, refs, all_, Verb.WAKE):
-        try:
-            answers.append(wake_at(fleet.agents, fleet.addresses[0], ref))
-        except MvmError as error:
-            errors.append(error)
+    with fleet.agents.connected(fleet.addresses[0]) as agent:
+        for ref in _expand(fleet, refs, all_, Verb.WAKE):
+            try:
+                answers.append(wake_at(agent, ref))
+            except MvmError as error:
+                errors.append(error)
     if len(errors) == 1 and not answers:
         raise errors[0]
     show_woken(answers, output)
@@ -212,9 +213,9 @@ def destroy(
     _run(fleet, output, Verb.DESTROY, found, parallel, wait, {"force": force}, bulk=all_)
 
 
-def wake_at(agents: NodeAgents, address: str, ref: InstanceRef) -> dict[str, Any]:
-    """What the agent at `address` answers once `ref` runs."""
-    return agents.call(address, "instance.wake", {"ref": str(ref), "actor": actor()}, deadline_s=_WAKE_S)
+def wake_at(agent: ConnectedAgent, ref: InstanceRef) -> dict[str, Any]:
+    """What `agent` answers once `ref` runs."""
+    return agent.call("instance.wake", {"ref": str(ref), "actor": actor()}, deadline_s=_WAKE_S)
 
 
 def show_woken(answers: Sequence[Mapping[str, Any]], output: str) -> None:

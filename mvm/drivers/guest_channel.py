@@ -189,7 +189,7 @@ class _Call:
 
     def send(self, *request: str, words: int) -> Sequence[str]:
         """Send a request and return the words of its reply after the id, at least `words` of them."""
-        token = secrets.token_hex(8)
+        token = secrets.token_hex(4)
         try:
             self._connection.socket.settimeout(self.left())
             self._connection.socket.sendall(f"\n{token} {' '.join(request)} .\n".encode())
@@ -241,9 +241,9 @@ class _Call:
 
 def _moment(behind_s: float, entropy: bytes) -> str:
     """What is added to the clock, and entropy; see `mvm.guest`."""
-    spoken = entropy.translate(_PLAIN * 4)  # 6 bits of each byte: a guest reads every character by itself
-    pool = struct.pack("<ii", len(spoken) * 6, len(spoken)) + spoken
-    return _escaped(struct.pack("<qq", *divmod(round(behind_s * 1e6), 10**6)) + pool)
+    # A guest reads every character by itself, so they are few and mean themselves: 6 bits of each byte.
+    spoken = entropy[: guest.ENTROPY_BYTES].translate(_PLAIN * 4)
+    return _escaped(struct.pack("<qq", *divmod(round(behind_s * 1e6), 10**6)) + spoken)
 
 
 def _escaped(data: bytes) -> str:

@@ -39,8 +39,9 @@ that fails ends it. Moment and keys are ESCAPED for the shell's ``printf``: what
 octal digits.
 
 MOMENT is what a guest needs that stood still or is one of many clones: a `struct timeval` to add to its clock, which
-the host knows by ``time``, and a `struct rand_pool_info` with 64 bytes, ESCAPED. However long it takes the guest to
-come to it, the program ``moment`` sets the clock right, and makes the kernel's random numbers new at once.
+the host knows by ``time``, and `ENTROPY_BYTES` characters with `ENTROPY_BITS` of entropy, ESCAPED. However long it
+takes the guest to come to it, the program ``moment`` sets the clock right, and makes the kernel's random numbers new at
+once.
 
 ``status``: WORKER is which of ``/run/mvm/worker-idle``, ``-ready`` and ``-busy`` is the newest (of the same second, the
 last of these), or ``unknown``; CPU is in hundredths of a second, RECEIVED and SENT in bytes of the card.
@@ -60,7 +61,7 @@ EXEC = ("mvm.exec.0", "mvm.exec.1", "mvm.exec.2")
 PORTS = (CONTROL, *EXEC)
 CONFIGURE_STEPS = ("moment", "hostname", "machine_id", "mac", "address", "gateway", "data", "secrets", "keys", "ssh")
 WAKE_STEPS = ("moment", "secrets")
-ENTROPY_BYTES = 64
+ENTROPY_BYTES, ENTROPY_BITS = 43, 256  # 6 bits in each
 STREAM_LIMIT = 1 << 20
 DEADLINE_EXIT = 124
 SCRIPTS = ("init", "inittab", "rc", "agent", "halt", "ssh")

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
+
+
+class ConnectedAgent(Protocol):
+    """One agent over one connection, used by one thread."""
+
+    def call(self, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        """As `NodeAgents.call`. A connection that was lost meanwhile is made anew."""
+        ...
 
 
 class NodeAgents(Protocol):
@@ -16,6 +25,10 @@ class NodeAgents(Protocol):
 
     def call(self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
         """One request, one answer."""
+        ...
+
+    def connected(self, address: str) -> AbstractContextManager[ConnectedAgent]:
+        """For several requests: shaking hands takes longer than most of them. Connects with the first."""
         ...
 
     def stream(

@@ -204,7 +204,7 @@ class Lifecycle:
         """
         ref = InstanceRef.parse(context.job.subject)
         with self._locked(ref):
-            claimed = self._admit(ref, verb, context.job.job_id)
+            claimed = self._admit(ref, verb, context)
             try:
                 yield claimed
             except Exception as error:
@@ -213,7 +213,7 @@ class Lifecycle:
                 self._store.save_instance(replace(failed, in_flight=None, last_error=kept))
                 raise
 
-    def _admit(self, ref: InstanceRef, verb: Verb, job_id: JobId) -> Instance:
+    def _admit(self, ref: InstanceRef, verb: Verb, context: JobContext) -> Instance:
         """Check the table and the quota and mark the instance as the job's, in one transaction.
 
         We hold the instance's lock, so a job that is still marked here lost its worker; ours takes over.
@@ -222,12 +222,13 @@ class Lifecycle:
             instance = self._store.instance(ref)
             landing(instance.status, verb, ref)
             if verb in (Verb.START, Verb.WAKE):
-                # Without a mark that a crash left, so that the quota does not count this instance twice.
-                instance = self._store.save_instance(replace(instance, in_flight=None))
+                if instance.in_flight:  # a mark that a crash left: the quota must not count this instance twice
+                    instance = self._store.save_instance(replace(instance, in_flight=None))
                 admit_running(self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref))
             if verb is Verb.WARM:
                 admit_warm(self._store, self._store.tenant(ref.tenant))
-            return self._store.save_instance(replace(instance, in_flight=InFlight(job_id, verb)))
+            context.record()
+            return self._store.save_instance(replace(instance, in_flight=InFlight(context.job.job_id, verb)))
 
 
 def _check_run(context: JobContext, instance: Instance) -> None:

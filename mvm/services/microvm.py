@@ -28,7 +28,7 @@ from mvm.ports.store import NodeStore
 from mvm.ports.vmm import BootSpec, Nic, VmmDriver
 from mvm.services.runner import JobContext
 from mvm.services.secrets import TenantSecrets
-from mvm.services.snapshots import Snapshots, unusable
+from mvm.services.snapshots import Snapshots, damaged, unusable
 
 log = structlog.get_logger("mvm.lifecycle")
 
@@ -91,21 +91,23 @@ class MicroVms:
             if self._snapshots.clones(pool):
                 self._snapshots.template(context, pool, pool.revision)
             context.step(_STEPS[3], 3, len(_STEPS))
-            instance = self._launch(instance, pool, network, cold=False)
+            instance = self._launch(context, instance, pool, network, cold=False)
             try:
                 self._await_guest(instance)
             except TimedOut:
                 log.warning("guest silent, booting it once more", deadline_s=self._limits.boot_deadline_s)
                 context.step("boot again", 3, len(_STEPS))
                 self._vmm.kill(instance.ref, instance.process)
-                instance = self._launch(instance, pool, network, cold=True)
+                instance = self._launch(context, instance, pool, network, cold=True)
                 self._await_guest(instance)
         context.step(_STEPS[4], 4, len(_STEPS))
         self._identify(instance, network)
         self._secrets.try_refresh(instance)  # of one that was found running
         return instance
 
-    def _launch(self, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, cold: bool) -> Instance:
+    def _launch(
+        self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, cold: bool
+    ) -> Instance:
         """A guest runs, unless one does already: left by a worker that was killed, it is kept as it is."""
         ref = instance.ref
         running = self._vmm.processes().get(ref)
@@ -122,10 +124,17 @@ class MicroVms:
             except MvmError as error:
                 if not unusable(error):
                     raise
-                log.warning("cannot clone, booting instead", code=error.code, why=error.message)
+                context.remark(f"booted, as it could not be cloned: {error.message} [{error.code}]")
                 self._vmm.kill(ref, None)
-                return self._launch(instance, pool, network, cold=True)
+                if damaged(error) and not self._base_of_sleeping(instance):
+                    self._snapshots.drop_template(pool)
+                return self._launch(context, instance, pool, network, cold=True)
         return self._store.save_instance(replace(instance, process=self._vmm.boot(spec)))
+
+    def _base_of_sleeping(self, instance: Instance) -> bool:
+        """Whether somebody sleeps on the template of `instance`: it may be all there is to wake from."""
+        others = self._store.instances(pool=instance.ref.pool_ref)
+        return any(i.status is Status.SLEEPING and i.cloned and i.revision == instance.revision for i in others)
 
     def spec(self, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, fresh: bool = False) -> BootSpec:
         """What the driver needs to know of `instance`, with a `fresh` overlay or the one it has."""

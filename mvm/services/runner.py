@@ -32,6 +32,12 @@ class JobContext:
     def __init__(self, job: Job, runner: Runner) -> None:
         self.job = job
         self._runner = runner
+        self._remarks: list[str] = []
+
+    def remark(self, text: str) -> None:
+        """What whoever asked should know though the job succeeds; kept as ``remarks`` of its result."""
+        self._remarks.append(text)
+        log.warning("remark", text=text)
 
     def step(self, name: str, done: int = 0, total: int = 0) -> None:
         """Begin step `name`, the `done`-th of `total`; raises `Cancelled` here if somebody asked for it."""
@@ -40,9 +46,15 @@ class JobContext:
         self._runner.save(self.job)
         log.debug("step", step=name)
 
+    def record(self) -> None:
+        """The job is at work: for the transaction in which it claims what it works on."""
+        self._runner.store.put_job(self.job)
+
     @contextmanager
     def ending(self, **result: Any) -> Iterator[None]:
         """The job succeeds with `result` in one transaction with the writes made within."""
+        if self._remarks:
+            result["remarks"] = self._remarks
         with self._runner.store.transaction():
             yield
             self.job = self._runner.ended(self.job, JobState.SUCCEEDED, result=result)
@@ -102,7 +114,8 @@ class Runner:
         context = JobContext(job, self)
         try:
             self.check_cancelled(job)
-            self.save(job)
+            if job.reason is not Reason.URGENT:  # it is recorded with its claim: each commit reaches the disk
+                self.save(job)
             log.info("began")
             result = self._handlers[job.verb](context)
             if not context.job.state.final:

@@ -82,6 +82,12 @@ class Snapshots:
                 self._vmm.kill(ref, None)
                 self._storage.remove(ref)
 
+    def drop_template(self, pool: WorkerPool) -> None:
+        """The next start of an instance of the pool makes it anew."""
+        assert pool.revision is not None, "it has been cloned"
+        with self._locks.hold(f"instance {template_ref(pool.ref, pool.revision)}", deadline_s=_TEMPLATE_WAIT_S):
+            self._driver().discard(self._storage.template(pool.ref, pool.revision))
+
     def _known(self, snapshot: Path) -> SnapshotManifest | None:
         try:
             return self._driver().manifest(snapshot)
@@ -195,6 +201,11 @@ def template_ref(pool: PoolRef, revision: Revision) -> InstanceRef:
 def unusable(error: MvmError) -> bool:
     """Whether a clone failed because of its template, so that a boot may do instead."""
     return isinstance(error, Failed | NotFound) and error.code.startswith(("snapshot.", "vmm.start_failed"))
+
+
+def damaged(error: MvmError) -> bool:
+    """Whether the template itself is at fault, for any instance."""
+    return error.code.startswith("snapshot.")
 
 
 def _process(instance: Instance) -> ProcessIdentity:

@@ -19,6 +19,7 @@ from mvm.domain.pool import ImageSource
 from mvm.drivers.fake import POINTS, FakeHost, ManualClock
 from mvm.drivers.fake.shared import SharedFakeHost
 from mvm.errors import Failed, MvmError, TimedOut, Unreachable
+from mvm.guest import PROTOCOL_VERSION
 from mvm.ports.guest import GuestIdentity
 from mvm.ports.vmm import BootSpec, Nic, Presence
 from tests.support.make import instance_ref
@@ -59,7 +60,7 @@ def test_a_guest_boots_answers_and_shuts_down(host: FakeHost) -> None:
     assert host.vmm.observe(REF, process) is Presence.PRESENT
     assert host.vmm.observe(REF, ProcessIdentity(1, 1)) is Presence.ABSENT
     assert host.vmm.processes() == {REF: (process,)}
-    assert host.guest.hello(REF, what.directory, deadline_s=5).version == 2
+    assert host.guest.hello(REF, what.directory, deadline_s=5).version == PROTOCOL_VERSION
     assert isinstance(host.clock, ManualClock)
     host.clock.advance(4)
     assert host.guest.ping(REF, what.directory, deadline_s=5) == 4

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvm.agent.dispatch import UNSENT, Reply
-from mvm.drivers.quic import frames
+from mvm.agent.endpoint import Endpoint
+from mvm.drivers.quic import client, frames
 from mvm.drivers.quic.client import QuicAgents
 from mvm.drivers.quic.frames import MAX_FRAME, FrameReader, encode
 from mvm.errors import Failed, Forbidden, InvalidInput, MvmError, TimedOut, Unreachable
@@ -124,6 +125,37 @@ def test_a_bad_request_is_answered_with_its_error(agent: Agent, name: str) -> No
     assert caught.value.code == code
     assert call(agent, "node.ping") == {}
     assert agent.node.calls == []
+
+
+def test_one_connection_serves_request_after_request(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    connect = client.open_connection
+    monkeypatch.setattr(client, "open_connection", lambda *args: (opened.append(args[0]), connect(*args))[1])
+    with agent.agents.connected(agent.address) as asked:
+        for _ in range(20):
+            assert asked.call("node.ping", {}, deadline_s=5) == {}
+        assert len(opened) == 1
+        with pytest.raises(InvalidInput):
+            asked.call("instance.info", {"ref": 7}, deadline_s=5)
+        assert asked.call("node.ping", {}, deadline_s=5) == {}
+
+
+@pytest.mark.parametrize("goodbye", [True, False], ids=["closed", "forgotten"])
+def test_a_connection_that_the_agent_does_not_know_any_more_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goodbye: bool
+) -> None:
+    certs_dir, port = make_certs(tmp_path), free_udp_port()
+    with running_agent(certs_dir, port=port) as first:
+        asked = client.KeptConnection(first.address, lambda: first.connect(coordinator(first.ca)))
+        assert asked.call("node.info", {}, deadline_s=5) == {"node_id": "node-a"}
+        if not goodbye:  # as if it had been killed
+            monkeypatch.setattr(Endpoint, "close", lambda self: self._transport.close())
+    monkeypatch.undo()
+    monkeypatch.setattr(client, "FRESH_S", 0)
+    with running_agent(certs_dir, port=port), closing(asked):
+        assert asked.call("node.ping", {}, deadline_s=5) == {}
+    with pytest.raises(Unreachable):
+        asked.call("node.ping", {}, deadline_s=5)
 
 
 def test_a_request_too_large_is_not_even_sent(agent: Agent) -> None:

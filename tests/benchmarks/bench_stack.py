@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from mvm.domain.ids import NodeId
 from mvm.domain.job import JobState, JobVerb, Lane
 from mvm.drivers.celery_queue import CeleryQueue
 from mvm.drivers.redis_link import RedisLink
+from mvm.ports.agents import ConnectedAgent
 from mvm.wiring import Client, open_client
 from tests.support.stack import Stack, running_stack
 from tests.support.waiting import until
@@ -84,12 +85,26 @@ class Bench:
 
         return self.timed("urgent" if job.lane is Lane.URGENT else "worker", ref, run)
 
-    def wake(self, ref: str) -> Times:
-        """An urgent wake, from before the QUIC connection is opened; ``answer`` is when the client has it."""
-        address = self.client.connection["agent_address"]
+    @contextmanager
+    def agent(self) -> Iterator[ConnectedAgent]:
+        """The node's agent, shaken hands with."""
+        with self.client.agents.connected(self.client.connection["agent_address"]) as agent:
+            agent.call("node.ping", {}, deadline_s=60)
+            yield agent
+
+    def wake(self, ref: str, agent: ConnectedAgent | None = None) -> Times:
+        """An urgent wake, from before it is asked for; ``answer`` is when the client has it.
+
+        Without an `agent` it begins with the opening of a QUIC connection.
+        """
+        asked = {"ref": ref, "actor": "bench"}
 
         def run() -> None:
-            self.client.agents.call(address, "instance.wake", {"ref": ref, "actor": "bench"}, deadline_s=60)
+            if agent is not None:
+                agent.call("instance.wake", asked, deadline_s=60)
+            else:
+                address = self.client.connection["agent_address"]
+                self.client.agents.call(address, "instance.wake", asked, deadline_s=60)
 
         return self.timed("agent", ref, run)
 

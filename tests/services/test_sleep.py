@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mvm.domain.ids import InstanceRef
+from mvm.domain.ids import InstanceRef, PoolRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, TimedOut
@@ -21,6 +21,12 @@ def running(node: Node, count: int = 1, **resources: int) -> list[str]:
     return refs
 
 
+def template(node: Node) -> str:
+    pool = node.services.store.pool(PoolRef.parse("acme/web"))
+    assert pool.revision is not None
+    return str(node.host.vmm.manifest(node.host.storage.template(pool.ref, pool.revision)).id)
+
+
 def test_instances_are_cloned_from_one_template(node: Node) -> None:
     refs = running(node, 3)
     assert all(node.instance(ref).cloned for ref in refs)
@@ -33,9 +39,25 @@ def test_where_a_template_cannot_be_restored_the_guest_is_booted(node: Node) -> 
     node.pool()
     (ref,) = node.create()
     node.host.fail("vmm.clone", Failed("snapshot.damaged", "devices differs from its manifest"))
-    node.ok(V.INSTANCE_START, ref)
+    (remark,) = node.ok(V.INSTANCE_START, ref)["remarks"]
+    assert "devices differs" in remark
+    assert "snapshot.damaged" in remark
     assert node.instance(ref).cloned is False
     assert not node.host.leaks()
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+def test_a_damaged_template_is_made_anew_unless_somebody_sleeps_on_it(node: Node, asleep: bool) -> None:
+    node.pool()
+    first, second, third = node.create(3)
+    node.ok(V.INSTANCE_START, first)
+    made = template(node)
+    if asleep:
+        node.ok(V.INSTANCE_SLEEP, first)
+    node.host.fail("vmm.clone", Failed("snapshot.damaged", "devices differs from its manifest"))
+    node.ok(V.INSTANCE_START, second)
+    node.ok(V.INSTANCE_START, third)
+    assert (template(node) == made) is asleep
 
 
 def test_a_clone_that_does_not_acknowledge_is_destroyed(node: Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,6 +33,17 @@ DEAD = "127.0.0.1:4999"
 _COORDINATOR = Peer(Role.COORDINATOR, "", datetime.now(UTC) + timedelta(days=1))
 
 
+@dataclass
+class LocalAgent:
+    """One of `LocalAgents`, asked again and again."""
+
+    agents: LocalAgents
+    address: str
+
+    def call(self, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        return self.agents.call(self.address, method, params, deadline_s=deadline_s)
+
+
 class LocalAgents:
     """Agents by address, called directly through the agent's own table, with JSON in between as on the wire."""
 
@@ -40,6 +52,9 @@ class LocalAgents:
 
     def call(self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
         return join(list(self.stream(address, method, params, deadline_s=deadline_s)))
+
+    def connected(self, address: str) -> AbstractContextManager[LocalAgent]:
+        return nullcontext(LocalAgent(self, address))
 
     def stream(
         self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float | None

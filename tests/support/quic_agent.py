@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -108,7 +107,7 @@ class Agent:
 def connect(address: str, ca: Issued, who: Issued | None) -> Connection:
     """A raw connection with any certificate, or none."""
     own = Credentials((ca.certificate,), *((who.certificate, (), who.key) if who else ()))
-    return open_connection(address, own, deadline=time.monotonic() + 10)
+    return open_connection(address, own)
 
 
 def make_certs(root: Path, node: NodeId = NODE) -> Path:
@@ -118,10 +117,10 @@ def make_certs(root: Path, node: NodeId = NODE) -> Path:
 
 
 @contextmanager
-def running_agent(certs_dir: Path, node: StubNode | None = None) -> Iterator[Agent]:
+def running_agent(certs_dir: Path, node: StubNode | None = None, *, port: int = 0) -> Iterator[Agent]:
     """An agent in a thread with an event loop of its own; a failure to start or stop is raised here."""
     node = node or StubNode()
-    sock = listen("127.0.0.1", 0)
+    sock = listen("127.0.0.1", port)
     loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
     def run() -> None:

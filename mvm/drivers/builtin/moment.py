@@ -1,10 +1,10 @@
 """The guest's program ``moment``: no tool of a small image can move the clock by microseconds or reseed the kernel.
 
 It stands by, since starting a program costs a guest milliseconds while somebody waits. It reads a `struct timeval` and
-a `struct rand_pool_info` from its input and hands them to the kernel: the first is added to the clock, the second goes
-through /dev/urandom, open as descriptor 3. It writes a line with 0, or with the number of the call that failed, and
-begins again, until its input ends. Being six system calls, it is assembled here from a table rather than built with a
-compiler.
+entropy from its input and hands them to the kernel: the first is added to the clock, the second goes as a `struct
+rand_pool_info` through /dev/urandom, open as descriptor 3. It writes a line with 0, or with the number of the call that
+failed, and begins again, until its input ends. Being six system calls, it is assembled here from a table rather than
+built with a compiler.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import struct
 from mvm import guest
 
 _BASE = 0x400000  # where the file is mapped, as a whole
-_TIMEX = _BASE + 0x200  # a struct timex; its first field ends the file, the others are zero in memory
+_TIMEX = _BASE + 0x200  # a struct timex
 _TIMEX_TIME, _TIMEX_SIZE = 72, 208
 _POOL = _TIMEX + _TIMEX_SIZE
-_POOL_SIZE = 8 + guest.ENTROPY_BYTES  # how many bits and bytes, then they
+_POOL_HEADER = struct.pack("<ii", guest.ENTROPY_BITS, guest.ENTROPY_BYTES)
+_POOL_SIZE = len(_POOL_HEADER) + guest.ENTROPY_BYTES
 _REPLY = _POOL + _POOL_SIZE  # a digit and the end of its line
 
 _READ, _WRITE, _IOCTL, _EXIT, _ADJTIMEX = 0, 1, 16, 60, 159
@@ -28,7 +29,7 @@ _URANDOM = 3
 # Number, its three arguments, and what it must at least return.
 _CALLS = (
     (_READ, 0, _TIMEX + _TIMEX_TIME, 16, 16),
-    (_READ, 0, _POOL, _POOL_SIZE, _POOL_SIZE),
+    (_READ, 0, _POOL + len(_POOL_HEADER), guest.ENTROPY_BYTES, guest.ENTROPY_BYTES),
     (_ADJTIMEX, _TIMEX, 0, 0, 0),
     (_IOCTL, _URANDOM, _RNDADDENTROPY, _POOL, 0),
     (_IOCTL, _URANDOM, _RNDRESEEDCRNG, 0, 0),
@@ -52,7 +53,7 @@ def program() -> bytes:
         _BASE + start, _ELF.size, 0, 0,  # where it begins, where the segments are told; no sections
         _ELF.size, _SEGMENT.size, 1, 0, 0, 0,
     )  # fmt: skip
-    data = struct.pack("<I", _ADJ_SETOFFSET)
+    data = struct.pack("<I", _ADJ_SETOFFSET).ljust(_TIMEX_SIZE, b"\0") + _POOL_HEADER
     in_file, in_memory = _TIMEX - _BASE + len(data), _REPLY - _BASE + 2
     segment = _SEGMENT.pack(1, 7, 0, _BASE, _BASE, in_file, in_memory, 0x1000)  # to be loaded; all may be done with it
     return (header + segment + code).ljust(_TIMEX - _BASE, b"\0") + data

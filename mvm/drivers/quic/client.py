@@ -11,6 +11,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CONNECT_S = 3.0  # an agent that has not shaken hands by then is not there
 PING_S = 2.0  # how long silence lasts before we ask; also how soon a killed agent is noticed
+FRESH_S = 1.0  # so long after the agent was heard, a connection that was kept is taken for good
+PROOF_S = 0.25  # for it to show after a longer time that the agent still knows it
 MAX_PARTS = 1024  # of one answer
 _REFUSALS = frozenset({*range(42, 50), 51, 116})  # TLS alerts about certificates
 
@@ -52,22 +55,26 @@ class QuicAgents:
 
     def call(self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
         """One request, one answer; parts of a long answer are joined. See the port for errors."""
-        parts: list[dict[str, Any]] = []
-        for part in self.stream(address, method, params, deadline_s=deadline_s):
-            parts.append(part)
-            if len(parts) > MAX_PARTS:
-                raise Failed("agent.protocol", f"the answer of the agent at {address} does not end")
-        return parts[0] if len(parts) == 1 else join(parts)
+        with self.connected(address) as agent:
+            return agent.call(method, params, deadline_s=deadline_s)
+
+    @contextmanager
+    def connected(self, address: str) -> Iterator[KeptConnection]:
+        """See the port."""
+        agent = KeptConnection(address, lambda: open_connection(address, self._load(), self._make_socket))
+        try:
+            yield agent
+        finally:
+            agent.close()
 
     def stream(
         self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float | None
     ) -> Iterator[dict[str, Any]]:
         """One request, sent with the first `next`; answers as they come. Closing the iterator cancels it."""
-        request = encode({"id": os.urandom(8).hex(), "method": method, "params": dict(params)})
-        deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        connection = open_connection(address, self._load(), self._make_socket, deadline)
+        frame, deadline = _request(method, params), None if deadline_s is None else time.monotonic() + deadline_s
+        connection = open_connection(address, self._load(), self._make_socket)
         try:
-            yield from connection.request(request)
+            yield from connection.request(frame, deadline)
         finally:
             connection.close()
 
@@ -83,6 +90,45 @@ class QuicAgents:
         return self._credentials
 
 
+class KeptConnection:
+    """One agent, asked again and again: a handshake only for the first request, or when the connection was lost."""
+
+    def __init__(self, address: str, connect: Callable[[], Connection]) -> None:
+        self._address = address
+        self._connect = connect
+        self._connection: Connection | None = None
+
+    def call(self, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        """See the port."""
+        frame, deadline = _request(method, params), time.monotonic() + deadline_s
+        if self._connection is not None and not self._connection.proven():
+            self.close()
+        if self._connection is None:
+            self._connection = self._connect()
+        whole = False
+        try:
+            parts: list[dict[str, Any]] = []
+            for part in self._connection.request(frame, deadline):
+                parts.append(part)
+                if len(parts) > MAX_PARTS:
+                    raise Failed("agent.protocol", f"the answer of the agent at {self._address} does not end")
+            whole = True
+        finally:
+            if not whole:
+                self.close()
+        return parts[0] if len(parts) == 1 else join(parts)
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _request(method: str, params: Mapping[str, Any]) -> bytes:
+    return encode({"id": os.urandom(8).hex(), "method": method, "params": dict(params)})
+
+
 def parse_address(address: str) -> tuple[str, int]:
     """``HOST:PORT``. Raises `InvalidInput` (``agent.invalid_address``)."""
     host, _, port = address.rpartition(":")
@@ -95,12 +141,9 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def open_connection(
-    address: str,
-    credentials: Credentials,
-    make_socket: Callable[[], socket.socket] = udp_socket,
-    deadline: float | None = None,
+    address: str, credentials: Credentials, make_socket: Callable[[], socket.socket] = udp_socket
 ) -> Connection:
-    """A connection that has not spoken yet; `deadline` is on the monotonic clock.
+    """A connection that has not spoken yet.
 
     Raises `InvalidInput` for the address and `Unreachable` when there is no way to it.
     """
@@ -112,13 +155,13 @@ def open_connection(
     except OSError as error:
         sock.close()
         raise _unreachable(address, error.strerror or str(error)) from None
-    return Connection(address, sock, credentials, deadline)
+    return Connection(address, sock, credentials)
 
 
 class Connection:
-    """One QUIC connection for one request. Errors are those of the port."""
+    """One QUIC connection, for one request after another. Errors are those of the port."""
 
-    def __init__(self, address: str, sock: socket.socket, credentials: Credentials, deadline: float | None) -> None:
+    def __init__(self, address: str, sock: socket.socket, credentials: Credentials) -> None:
         from mvm.drivers.quic.tls import ClientQuic
 
         self._address = address
@@ -127,16 +170,38 @@ class Connection:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._begun = time.monotonic()
-        self._deadline = deadline
+        self._deadline: float | None = None
         self._heard: float | None = None  # when the last datagram came
         self._asked = self._begun
+        self._pings = 0
         self._quic = ClientQuic(credentials)
         self._quic.connect(self._peer_address, now=self._begun)
 
-    def request(self, frame: bytes) -> Iterator[dict[str, Any]]:
-        """Send one request and yield what is answered until the agent ends the stream."""
+    def proven(self) -> bool:
+        """Whether the agent answers on it now. A request on a lost one would wait long, and could not be repeated."""
+        from aioquic.quic.events import PingAcknowledged
+
+        if self._heard is not None and time.monotonic() < self._heard + FRESH_S:
+            return True
+        self._deadline = self._asked = time.monotonic()
+        self._deadline += PROOF_S
+        self._pings += 1
+        self._quic.send_ping(self._pings)
+        try:
+            while True:
+                self._exchange()
+                while (event := self._quic.next_event()) is not None:
+                    if isinstance(event, PingAcknowledged) and event.uid == self._pings:
+                        return True
+                self._check_closed()
+        except MvmError:
+            return False
+
+    def request(self, frame: bytes, deadline: float | None = None) -> Iterator[dict[str, Any]]:
+        """Send one request and yield what is answered until the agent ends the stream; by the monotonic `deadline`."""
         from aioquic.quic.events import StreamDataReceived, StreamReset
 
+        self._deadline, self._asked = deadline, time.monotonic()
         stream = self._quic.get_next_available_stream_id()
         self._quic.send_stream_data(stream, frame, end_stream=True)  # leaves with the end of the handshake
         reader = FrameReader()
