@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from mvm.domain.metadata import MAX_TTL_S, TOKEN_PATH, Self, proves, read, token
 
@@ -34,7 +33,7 @@ class Answers:
         """The answer for `guest`; `headers` have lower-case names. None is an asker that nobody knows."""
         if guest is None:
             return Answer(403, "there is no metadata for you\n")
-        path = urlsplit(target).path
+        path = target.partition("?")[0]
         if method == "PUT" and path == TOKEN_PATH:
             return self._token(guest, headers)
         if method not in ("GET", "HEAD"):

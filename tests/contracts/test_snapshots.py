@@ -174,7 +174,7 @@ def test_it_sleeps_and_wakes_for_generations(host: Host, spec: BootSpec) -> None
         assert host.restore(spec, snapshot, host.template) == process
         host.vmm.resume(spec.ref, process)
         now, entropy = datetime.now(UTC), os.urandom(64)
-        host.guest.wake(spec.ref, spec.directory, now=now, entropy=entropy, deadline_s=ANSWER_S)
+        host.guest.wake(spec.ref, spec.directory, now=now, entropy=entropy, secrets=False, deadline_s=ANSWER_S)
         assert host.hostname(spec) == "here"
 
 

@@ -127,9 +127,10 @@ def test_a_wake_taken_up_by_another_worker_ends_with_the_secrets_of_now(
         raise Killed
 
     job = node.submit(V.INSTANCE_WAKE, ref)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(node.host.guest, "wake", killed)
-        node.services.runner.run(job)
+        with pytest.raises(Killed):
+            node.services.runner.run(job)
     put(node, A="2")
     assert node.services.runner.run(job).error is None
     assert seen(node, ref) == digest(A="2")

@@ -35,7 +35,7 @@ class Descriptors:
     tap: int
     monitor: int
     ports: Mapping[str, int]
-    secrets: int = 0
+    secrets: int
 
 
 def marker(state_dir: Path) -> str:
@@ -120,7 +120,7 @@ def machine(spec: BootSpec | TemplateSpec, accel: AccelName, *, data_bytes: int,
         ref=spec.ref, directory=Path(), kernel=Path(), initramfs=Path(), rootfs=Path(), overlay=Path(),
         data_disk=Path() if data_bytes else None, vcpus=spec.vcpus, mem_mib=spec.mem_mib, nic=Nic("", TEMPLATE_MAC),
     )  # fmt: skip
-    fds = Descriptors(0, 0, dict.fromkeys(guest.PORTS, 0))
+    fds = Descriptors(0, 0, dict.fromkeys(guest.PORTS, 0), 0)
     data = _data_file(Path()) if data_bytes else None
     words = _hardware(same, fds, accel, [Path()], data, TEMPLATE_MAC)
     return sha256(json.dumps([words, spec.rootfs.stat().st_size, data_bytes, host_cpu]).encode()).hexdigest()
