@@ -11,7 +11,15 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.fake.machines import FakeGuest, FakeVmm
-from mvm.drivers.fake.resources import FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakeSecrets, FakeStorage
+from mvm.drivers.fake.resources import (
+    FakeAudit,
+    FakeImages,
+    FakeLocks,
+    FakeMemory,
+    FakeNetwork,
+    FakeSecrets,
+    FakeStorage,
+)  # fmt: skip
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
@@ -33,6 +41,7 @@ class FakeHost(HostState):
         self.memory = FakeMemory(self)
         self.locks = FakeLocks(self)
         self.secrets = FakeSecrets(self)
+        self.audit = FakeAudit(self)
 
     def fail(self, point: str, error: MvmError, times: int = 1) -> None:
         """The next `times` calls of `point`, one of `POINTS`, raise `error` and change nothing."""
