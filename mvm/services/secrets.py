@@ -76,7 +76,7 @@ class TenantSecrets:
             context.step("encrypt anew")
             self._rotate(tenant, context.job.job_id)
         epoch = self._epoch(self.of(tenant))
-        context.changed(f"epoch={epoch - 1}", f"epoch={epoch}")
+        context.changed(f"epoch={max(epoch - 1, 0)}", f"epoch={epoch}")
         running = [i.ref for i in self._store.instances(tenant=tenant) if i.status is Status.RUNNING or i.in_flight]
         reached, failed = [], {}
         for done, ref in enumerate(running):

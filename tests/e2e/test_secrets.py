@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.stack import Stack, running_stack
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.redis, pytest.mark.timeout(600)]
 
@@ -74,3 +75,55 @@ def test_guests_have_their_secrets_from_start_to_stop(emptied: Stack, tmp_path: 
     assert stack.json("tenant", "info", "acme")["secrets_epoch"] == before + 1
     assert execute(stack, ref, "cat /run/secrets/*") == "second"
     assert [path.name for path in stack.layout.secrets.iterdir()] == ["acme"]
+
+
+def test_a_guest_that_holds_a_secret_open_keeps_it_and_is_asked_again(emptied: Stack, tmp_path: Path) -> None:
+    stack, file = emptied, tmp_path / "f"
+    put(stack, file, TOKEN="old")
+    (ref,) = create(stack)
+    execute(stack, ref, "setsid sleep 1000 </run/secrets/TOKEN >/dev/null 2>&1 & echo $! >/run/holder")
+    file.write_text("TOKEN=new\n")
+    error = stack.fails(1, "secrets.not_delivered", "tenant", "secrets", "set", "acme", "--from-file", str(file))
+    assert list(error["fields"]["failed"]) == [ref]
+    assert execute(stack, ref, "cat /run/secrets/TOKEN") == "old"
+    stack.fails(1, "guest.not_ready", "instance", "sleep", ref)
+    assert execute(stack, ref, "cat /run/secrets/TOKEN") == "old"
+    execute(stack, ref, "kill $(cat /run/holder)")
+    until(lambda: execute(stack, ref, "cat /run/secrets/TOKEN") == "new", 20, "a sweep has brought it")
+
+    execute(stack, ref, "setsid sleep 1000 </run/secrets/TOKEN >/dev/null 2>&1 &")
+    stack.mvm("instance", "sleep", ref, "--force")
+    stack.mvm("instance", "wake", ref)
+    assert execute(stack, ref, "cat /run/secrets/TOKEN") == "new"
+
+
+def test_words_that_are_off_and_a_tampered_store_change_nothing(emptied: Stack, tmp_path: Path) -> None:
+    stack, file = emptied, tmp_path / "f"
+    put(stack, file, TOKEN="good")
+    (ref,) = create(stack)
+    epoch = stack.json("tenant", "info", "acme")["secrets_epoch"]
+
+    def refused(code: str, path: Path = file, tenant: str = "acme", exit_code: int = 2) -> None:
+        stack.fails(exit_code, code, "tenant", "secrets", "set", tenant, "--from-file", str(path))
+
+    for content, code in (
+        (b"x" * (256 * 1024 + 1), "secrets.too_large"), (b"", "secrets.empty"), (b"A=\xff", "secrets.invalid"),
+        (b"../up=x", "secrets.invalid"), (b"{", "secrets.invalid"),
+    ):  # fmt: skip
+        file.write_bytes(content)
+        refused(code)
+    refused("secrets.unreadable", tmp_path)
+    refused("secrets.unreadable", tmp_path / "none")
+    file.write_text("A=x")
+    refused("tenant.not_found", tenant="nobody", exit_code=3)
+    assert stack.json("tenant", "info", "acme")["secrets_epoch"] == epoch
+
+    sealed = stack.layout.secrets / "acme"
+    kept = sealed.read_bytes()
+    sealed.write_bytes(kept[:-9] + b"A" + kept[-8:])
+    stack.fails(1, "secrets.damaged", "tenant", "secrets", "rotate", "acme")
+    stack.mvm("instance", "stop", ref)
+    stack.fails(1, "secrets.damaged", "instance", "start", ref)
+    sealed.write_bytes(kept)
+    stack.mvm("instance", "start", ref)
+    assert execute(stack, ref, "cat /run/secrets/TOKEN") == "good"
