@@ -1,8 +1,8 @@
 """What goes into an image, and the words host and guest exchange.
 
 The scripts beside this file become parts of an image: `init` is the initramfs's first process, `inittab`, `rc`,
-`agent`, `ssh` and `halt` live in the root file system, with the program ``moment`` (see
-`mvm.drivers.builtin.moment`). They know nothing of any instance: a guest learns who it is from ``configure``, so an
+`agent`, `ssh` and `halt` live in the root file system, with the programs ``moment`` and ``mounter`` (see
+`mvm.drivers.builtin.standby`). They know nothing of any instance: a guest learns who it is from ``configure``, so an
 image and a kernel command line hold no identity and no key.
 
 **Ports.** Four virtio-serial ports, each a Unix socket in the instance's directory on the host: `CONTROL` for
@@ -62,6 +62,7 @@ PORTS = (CONTROL, *EXEC)
 CONFIGURE_STEPS = ("moment", "hostname", "machine_id", "mac", "address", "gateway", "data", "secrets", "keys", "ssh")
 WAKE_STEPS = ("moment", "secrets")
 ENTROPY_BYTES, ENTROPY_BITS = 43, 256  # 6 bits in each
+DISK_NAME_BYTES = 16  # as `mounter` reads it
 STREAM_LIMIT = 1 << 20
 DEADLINE_EXIT = 124
 SCRIPTS = ("init", "inittab", "rc", "agent", "halt", "ssh")
