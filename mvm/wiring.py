@@ -241,7 +241,7 @@ def build_node(
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit)
     reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
     tenants = Tenants(p.store, p.registry, p.network, secrets)
-    pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)
+    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
         storage=p.storage, lifecycle=lifecycle, secrets=secrets, audit=audit, node_id=node,
