@@ -28,6 +28,7 @@ HEADER_BYTES = 8192
 REQUEST_S = 5.0  # for a whole request to arrive, and for the next one on a connection
 CONNECTIONS, PER_GUEST = 256, 8
 REQUESTS = 100  # on one connection
+LINGER_S, LINGER_BYTES = 2.0, 4 << 20
 RATE, BURST = 50.0, 100  # connections and requests of one bridge, per second and at once
 _PIECE = 4096
 
@@ -125,6 +126,7 @@ class _Conversation:
                     request = await self._request()
             except h11.RemoteProtocolError as error:
                 await self._send("GET", Answer(error.error_status_hint, "", {"Connection": "close"}))
+                await self._hear_out()
                 return
             if request is None:
                 return
@@ -133,6 +135,14 @@ class _Conversation:
             if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                 return
             self._http.start_next_cycle()
+
+    async def _hear_out(self) -> None:
+        """Throw away what still comes, for a while: closed at once, the answer would be lost on its way."""
+        self._sock.shutdown(socket.SHUT_WR)
+        left = LINGER_BYTES
+        async with asyncio.timeout(LINGER_S):
+            while left > 0 and (data := await asyncio.get_running_loop().sock_recv(self._sock, 65536)):
+                left -= len(data)
 
     async def _request(self) -> h11.Request | None:
         """The next request, which has no body; None when there will be none."""

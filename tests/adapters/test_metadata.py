@@ -221,7 +221,7 @@ def test_headers_without_end_are_refused(guests: tuple[Guest, Guest, Guest]) -> 
         b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(100_000)) + b"\r\n",
     ):
         answer = bad.raw(request)
-        assert not answer or answer.startswith(b"HTTP/1.1 431 "), answer[:100]
+        assert answer.startswith(b"HTTP/1.1 431 "), answer[:100]
     assert bad.raw(b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (HEADER_BYTES + 1)).startswith(b"HTTP/1.1 431 ")
     assert good.who() == good.instance_id
 
