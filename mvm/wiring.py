@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from mvm.ports.probing import Probing
     from mvm.ports.queue import JobQueue
     from mvm.ports.registry import Registry
+    from mvm.ports.secrets import SecretStore
     from mvm.ports.storage import NodeStorage
     from mvm.ports.store import NodeStore
     from mvm.ports.vmm import VmmDriver
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.jobs import Jobs
+    from mvm.services.metadata import Metadata
     from mvm.services.networks import Networks
     from mvm.services.runner import Observer, Runner
     from mvm.services.urgent import UrgentWake
@@ -113,6 +115,7 @@ class NodePorts:
     memory: HostMemory
     audit: AuditLog
     cgroups: Cgroups
+    secrets: SecretStore
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,21 @@ def open_node(settings: Settings) -> NodeServices:
     """The services of this node, over the drivers that `settings` names."""
     from mvm.telemetry.metrics import observe_job
 
-    layout = settings.layout
-    key = Path(f"{layout.ssh_key}.pub")
-    authorized_key = key.read_text().strip() if key.exists() else ""
-    return build_node(open_ports(settings), settings, authorized_key=authorized_key, observers=(observe_job,))
+    ports = open_ports(settings)
+    return build_node(ports, settings, authorized_key=_authorized_key(settings), observers=(observe_job,))
+
+
+def open_metadata(settings: Settings) -> Metadata:
+    """Who asks at the metadata address. It knows the node's store and nothing else."""
+    from mvm.drivers.sqlite_store import SqliteStore
+    from mvm.services.metadata import Metadata
+
+    return Metadata(SqliteStore(settings.layout.database), _authorized_key(settings))
+
+
+def _authorized_key(settings: Settings) -> str:
+    key = Path(f"{settings.layout.ssh_key}.pub")
+    return key.read_text().strip() if key.exists() else ""
 
 
 def open_ports(settings: Settings) -> NodePorts:
@@ -147,6 +161,7 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.locks import FileLocks
     from mvm.drivers.redis_link import RedisLink
     from mvm.drivers.redis_registry import RedisRegistry
+    from mvm.drivers.secret_files import SecretFiles
     from mvm.drivers.sqlite_store import SqliteStore
 
     layout = settings.layout
@@ -161,7 +176,7 @@ def open_ports(settings: Settings) -> NodePorts:
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
             store, registry, queue, locks, host.clock, host.vmm, host.guest, host.network,
-            host.packets, None, host.storage, host.images, host.memory, audit, host.cgroups,
+            host.packets, None, host.storage, host.images, host.memory, audit, host.cgroups, SecretFiles(layout),
         )  # fmt: skip
     from mvm.drivers.cgroups import LinuxCgroups
     from mvm.drivers.file_storage import FileStorage
@@ -193,6 +208,7 @@ def open_ports(settings: Settings) -> NodePorts:
         ProcMemory(),
         audit,
         cgroups,
+        SecretFiles(layout),
     )
 
 
@@ -214,6 +230,7 @@ def build_node(
     from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
     from mvm.services.runner import Runner
+    from mvm.services.secrets import TenantSecrets
     from mvm.services.snapshots import Snapshots
     from mvm.services.sweeps import Sweeps
     from mvm.services.tenants import Tenants
@@ -231,19 +248,22 @@ def build_node(
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
     )  # fmt: skip
     networks = Networks(p.store, p.locks, p.network, p.packets, settings.plan)
+    secrets = TenantSecrets(
+        store=p.store, secrets=p.secrets, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage
+    )
     microvms = MicroVms(
         store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, networks=networks, storage=p.storage,
-        snapshots=snapshots, cgroups=p.cgroups,
+        snapshots=snapshots, secrets=secrets, cgroups=p.cgroups,
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit)
     reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
-    tenants = Tenants(p.store, p.registry, networks)
+    tenants = Tenants(p.store, p.registry, networks, secrets)
     pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
-        networks=networks, storage=p.storage, lifecycle=lifecycle, audit=audit, node_id=node,
+        networks=networks, storage=p.storage, lifecycle=lifecycle, secrets=secrets, audit=audit, node_id=node,
         grace_s=settings.orphan_grace_s, keep_jobs=settings.keep_jobs, cgroups=p.cgroups,
     )  # fmt: skip
     idleness = Idleness(
@@ -255,6 +275,7 @@ def build_node(
         JobVerb.TENANT_CREATE: tenants.create,
         JobVerb.TENANT_UPDATE: tenants.update,
         JobVerb.TENANT_DESTROY: tenants.destroy,
+        JobVerb.TENANT_SECRETS: secrets.deliver,
         JobVerb.POOL_CREATE: pools.create,
         JobVerb.POOL_UPDATE: pools.update,
         JobVerb.POOL_BUILD: pools.build,
@@ -291,6 +312,7 @@ def build_node(
         node_id=node,
         address=address,
         urgent=urgent,
+        secrets=secrets,
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
         network_check=network_check,
         audit=audit,

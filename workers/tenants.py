@@ -25,3 +25,9 @@ def update(self: JobTask, **job: Any) -> str:
 def destroy(self: JobTask, **job: Any) -> str:
     """See the service."""
     return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.TENANT_SECRETS.task_name)
+def secrets(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)

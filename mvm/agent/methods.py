@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mvm.domain.ids import InstanceRef, PoolRef, TenantId
 from mvm.domain.lifecycle import Status
+from mvm.domain.secrets import MAX_BYTES
 from mvm.drivers.quic.frames import CHUNK
 from mvm.drivers.quic.identity import Peer, Role
 from mvm.errors import Forbidden, InvalidInput
@@ -64,6 +65,10 @@ class NodeApi(Protocol):
 
     def stats(self, ref: InstanceRef) -> Mapping[str, Any]:
         """An instance's memory, snapshot and times."""
+        ...
+
+    def set_secrets(self, tenant: TenantId, content: bytes) -> Mapping[str, Any]:
+        """Keep the secrets in a secrets file; which epoch they are."""
         ...
 
     def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
@@ -120,6 +125,11 @@ class _Instance(_Params):
 
 class _Wake(_Instance):
     actor: Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class _Secrets(_Params):
+    tenant: str
+    content: Annotated[str, Field(max_length=MAX_BYTES * 2, pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
 
 
 class _Exec(_Instance):
@@ -210,6 +220,9 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats())),
         "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), long=True),
         "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
+        "tenant.set_secrets": Method(
+            coordinator, _Secrets, one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content)))
+        ),
         "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
         "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),
         "instance.info": Method(coordinator, _Instance, one(lambda p: api.instance(InstanceRef.parse(p.ref)))),
@@ -243,6 +256,13 @@ def _verified(api: NodeApi, params: _Verify) -> Parts:
     for name, items in lists.items():
         for start in range(0, len(items), _ITEMS):
             yield {name: items[start : start + _ITEMS]}
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return b64decode(text)
+    except ValueError:
+        raise InvalidInput("agent.invalid_params", "content is no base64", field="content") from None
 
 
 def _items(items: Sequence[Mapping[str, Any]]) -> Parts:

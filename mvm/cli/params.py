@@ -116,6 +116,20 @@ def confirm(what: str, yes: bool) -> None:
     click.confirm(f"Really {what}?", abort=True, err=True)
 
 
+def read_file(path: str, limit: int, flag: str, code: str) -> bytes:
+    """What is in the file at `path` (``-``: standard input), of one longer than `limit` the start and one byte more.
+
+    Raises `InvalidInput` with `code`.
+    """
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            return file.read(limit + 1)
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "no usable path"
+        raise InvalidInput(code, f"--{flag} {path[:200]}: {why}", hint="name a file that you may read",
+                           field=flag.replace("-", "_"), value=path[:200]) from None  # fmt: skip
+
+
 def counted(value: int, flag: str, code: str) -> int:
     """`value` if it is a sensible count; raises `InvalidInput`."""
     if not 1 <= value <= MAX_COUNT:

@@ -13,12 +13,32 @@ from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet
 from mvm.cli.following import finish, show_job, show_result
-from mvm.cli.params import NODE, POOL, TENANT, JobWait, actor, confirm, job_options, pass_fleet, yes_option
+from mvm.cli.params import (
+    NODE,
+    POOL,
+    TENANT,
+    JobWait,
+    actor,
+    confirm,
+    job_options,
+    pass_fleet,
+    read_file,
+    yes_option,
+)  # fmt: skip
 from mvm.cli.render import Columns, age, show_list, show_one
 from mvm.domain.egress import Egress, EgressPolicy
 from mvm.domain.ids import NodeId, PoolRef, TenantId
 from mvm.domain.job import JobVerb
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, SleepPolicy, StartMode
+from mvm.domain.pool import (
+    MAX_USER_DATA,
+    DesiredCounts,
+    ImageSource,
+    InstanceResources,
+    SeccompPolicy,
+    SleepPolicy,
+    StartMode,
+    checked_user_data,
+)  # fmt: skip
 from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput, NotFound
 
@@ -50,11 +70,13 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
         "--egress", type=click.Choice([e.value for e in Egress]), help="What they reach outside; default: none."
     )
     @click.option("--allow", multiple=True, metavar="CIDR[:PORT[/PROTO]]", help="For --egress allow; repeatable.")
+    @click.option("--metadata/--no-metadata", default=None, help="Whether its guests can ask about themselves.")
+    @click.option("--user-data", metavar="F", help="A text that they can read there; jobs show it: no secrets.")
     @functools.wraps(command)
     def wrapper(
         *args: Any, cold: bool | None, compression: str | None, seccomp: str | None, pinned: bool | None,
         critical: bool | None, warm_after: int | None, sleep_after: int | None, min_running: int | None,
-        egress: str | None, allow: tuple[str, ...], **kwargs: Any,
+        egress: str | None, allow: tuple[str, ...], metadata: bool | None, user_data: str | None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         policy = {"warm_after_s": warm_after, "sleep_after_s": sleep_after, "min_running_s": min_running}
         ways = _given(
@@ -63,6 +85,8 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
             seccomp_policy=seccomp,
             pinned=pinned,
             critical=critical,
+            metadata_enabled=metadata,
+            user_data=None if user_data is None else checked_user_data(_read(user_data)),
             sleep_policy=_given(**policy) or None,
             egress=_egress(egress, allow),
         )
@@ -76,6 +100,10 @@ def _egress(kind: str | None, allow: tuple[str, ...]) -> dict[str, Any] | None:
     if kind is None and not allow:
         return None
     return EgressPolicy.from_dict({"policy": kind or Egress.ALLOW, "allow": allow}).to_dict()
+
+
+def _read(path: str) -> bytes:
+    return read_file(path, MAX_USER_DATA, "user-data", "pool.invalid_user_data")
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -13,11 +14,12 @@ from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet
 from mvm.cli.following import finish, show_job, show_result
-from mvm.cli.params import TENANT, JobWait, actor, confirm, job_options, pass_fleet, yes_option
+from mvm.cli.params import TENANT, JobWait, actor, confirm, job_options, pass_fleet, read_file, yes_option
 from mvm.cli.render import Columns, age, show_list, show_one
 from mvm.domain.addressing import parse_net_id, parse_subnet
-from mvm.domain.ids import TenantId
+from mvm.domain.ids import NodeId, TenantId
 from mvm.domain.job import JobVerb
+from mvm.domain.secrets import MAX_BYTES, parse
 from mvm.domain.tenant import Quota
 from mvm.errors import InvalidInput
 
@@ -112,6 +114,46 @@ def update(fleet: Fleet, output: str, tenant_id: TenantId, quota: dict[str, int]
     node = fleet.tenant_route(tenant_id)
     job = fleet.jobs.submit(JobVerb.TENANT_UPDATE, tenant_id, node, params={"quota": quota}, actor=actor())
     finish(fleet, output, job, wait, show_result(output, lambda _: tenant_id))
+
+
+@tenant.group(cls=Group)
+def secrets() -> None:
+    """Secrets of a tenant: files below /run/secrets in all of its guests."""
+
+
+@secrets.command(name="set")
+@click.argument("tenant_id", metavar="ID", type=TENANT)
+@click.option("--from-file", required=True, metavar="F", help='A JSON object {"NAME": "text"}, or NAME=VALUE lines.')
+@job_options
+@pass_fleet
+def set_(fleet: Fleet, output: str, tenant_id: TenantId, from_file: str, wait: JobWait) -> None:
+    """Replace all secrets of tenant ID by those in file F (- for standard input), in its running guests too."""
+    content = read_file(from_file, MAX_BYTES, "from-file", "secrets.unreadable")
+    parse(content)
+    node = fleet.tenant_route(tenant_id)
+    # Straight to the agent: no message, job or log ever holds them.
+    kept = fleet.call(
+        fleet.addresses[0], "tenant.set_secrets", tenant=str(tenant_id), content=b64encode(content).decode()
+    )
+    _deliver(fleet, output, tenant_id, node, {"secrets_epoch": kept["secrets_epoch"]}, wait)
+
+
+@secrets.command()
+@click.argument("tenant_id", metavar="ID", type=TENANT)
+@job_options
+@pass_fleet
+def rotate(fleet: Fleet, output: str, tenant_id: TenantId, wait: JobWait) -> None:
+    """Encrypt the secrets of tenant ID under a new key and epoch, and hand them to its running guests anew."""
+    _deliver(fleet, output, tenant_id, fleet.tenant_route(tenant_id), {"rotate": True}, wait)
+
+
+def _deliver(
+    fleet: Fleet, output: str, tenant_id: TenantId, node: NodeId, params: dict[str, Any], wait: JobWait
+) -> None:
+    job = fleet.jobs.submit(JobVerb.TENANT_SECRETS, tenant_id, node, params=params, actor=actor())
+    words = "{tenant_id}  epoch {secrets_epoch}, {count} running guests have it"
+    show = show_result(output, lambda done: words.format(count=len(done["reached"]), **done))
+    finish(fleet, output, job, wait, show)
 
 
 @tenant.command()

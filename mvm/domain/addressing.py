@@ -9,6 +9,7 @@ from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueE
 from mvm.errors import InvalidInput, NotAllowed, QuotaExceeded
 
 CLUSTER = IPv4Network("10.240.0.0/12")
+METADATA = IPv4Address("169.254.169.254")  # on every bridge
 NET_IDS = range(4096)
 BUILDER_OFFSET = 2  # of what is made for the tenant, such as templates and probes; .1 is the gateway
 FIRST_OFFSET = 3

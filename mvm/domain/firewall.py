@@ -12,11 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 
-from mvm.domain.addressing import CLUSTER, TenantNetwork
+from mvm.domain.addressing import CLUSTER, METADATA, TenantNetwork
 from mvm.domain.egress import NEVER, NO_EGRESS, Destination, Egress, EgressPolicy, Protocol
 from mvm.domain.ids import PoolId
-
-METADATA = "169.254.169.254"
 
 _BRIDGE = f"""
 add table bridge mvm

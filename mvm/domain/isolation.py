@@ -8,9 +8,9 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 from mvm.domain import frames
-from mvm.domain.addressing import CLUSTER, TenantNetwork
+from mvm.domain.addressing import CLUSTER, METADATA, TenantNetwork
 from mvm.domain.egress import Destination, Egress, EgressPolicy, Protocol
-from mvm.domain.firewall import METADATA, Plan
+from mvm.domain.firewall import Plan
 from mvm.domain.probes import (
     OTHER_MAC,
     PORT,
@@ -151,10 +151,10 @@ def _host(party: Party, plan: Plan, tokens: Tokens, *, metadata: bool) -> Iterat
         if each.protocol is Protocol.TCP:
             yield tcp(host, gateway, each.port, True)
     if metadata:
-        yield tcp("metadata", IPv4Address(METADATA), 80, True)
-        yield tcp("metadata", IPv4Address(METADATA), PORT, False)
+        yield tcp("metadata", METADATA, 80, True)
+        yield tcp("metadata", METADATA, PORT, False)
         sign = tokens.next()
-        yield asked("icmp", "metadata", False, frames.echo(a.ip, IPv4Address(METADATA), sign), sign)
+        yield asked("icmp", "metadata", False, frames.echo(a.ip, METADATA, sign), sign)
     sign = tokens.next()
     frame = frames.ethernet(frames.LINK_LOCAL_GROUP, a.mac, frames.IP, frames.echo(a.ip, gateway, sign))
     yield Probe("past the bridge", a.wire, host, False, frame, a.wire, sign)

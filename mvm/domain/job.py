@@ -17,6 +17,7 @@ class JobVerb(StrEnum):
     TENANT_CREATE = "tenant.create"
     TENANT_UPDATE = "tenant.update"
     TENANT_DESTROY = "tenant.destroy"
+    TENANT_SECRETS = "tenant.secrets"
     POOL_CREATE = "pool.create"
     POOL_UPDATE = "pool.update"
     POOL_BUILD = "pool.build"

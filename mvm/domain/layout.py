@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from mvm.domain.ids import InstanceRef, PoolRef, Revision
+from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 
 STATE_VERSION = 1
 DEFAULT_STATE_DIR = Path("/var/lib/mvm")
@@ -49,6 +49,11 @@ class StateLayout:
         return self.root / "redis"
 
     @property
+    def metadata_socket(self) -> Path:
+        """Where the metadata service tells that it is there."""
+        return self.run / "metadata.sock"
+
+    @property
     def logs(self) -> Path:
         """One log per process of the stack."""
         return self.root / "logs"
@@ -72,6 +77,20 @@ class StateLayout:
     def flower_password(self) -> Path:
         """The generated password of Flower's user ``mvm``."""
         return self.root / "keys" / "flower_password"
+
+    @property
+    def secrets_key(self) -> Path:
+        """What tenants' secrets are encrypted under."""
+        return self.root / "keys" / "secrets"
+
+    @property
+    def secrets(self) -> Path:
+        """One file per tenant that has some, encrypted."""
+        return self.root / "secrets"
+
+    def secrets_of(self, tenant: TenantId) -> Path:
+        """The encrypted secrets of one tenant."""
+        return self.secrets / tenant
 
     @property
     def images(self) -> Path:

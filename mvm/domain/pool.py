@@ -15,6 +15,7 @@ from mvm.errors import InvalidInput
 
 MAX_COUNT = 10_000
 MAX_POLICY_S = 31_536_000
+MAX_USER_DATA = 16 << 10
 
 
 class Profile(StrEnum):
@@ -136,6 +137,20 @@ class SleepPolicy:
             )
 
 
+def checked_user_data(content: bytes) -> str:
+    """`content` as the text it must be; raises `InvalidInput` (``pool.invalid_user_data``)."""
+    try:
+        if len(content) <= MAX_USER_DATA and "\0" not in (text := content.decode()):
+            return text
+        what = "is too large, or holds a zero byte"
+    except UnicodeDecodeError:
+        what = "is not UTF-8"
+    raise InvalidInput(
+        "pool.invalid_user_data", f"the user data {what}", hint=f"allowed: at most {MAX_USER_DATA} bytes of UTF-8 text",
+        field="user_data",
+    )  # fmt: skip
+
+
 def _invalid_policy(name: str, value: object, hint: str) -> InvalidInput:
     flag = name.removesuffix("_s").replace("_", "-")
     return InvalidInput("pool.invalid_policy", f"--{flag} is {value}", hint=hint, field=name, value=value)
@@ -145,7 +160,8 @@ def _invalid_policy(name: str, value: object, hint: str) -> InvalidInput:
 class WorkerPool:
     """A pool on its node. `desired` is None until somebody scales it: reconcile then leaves it alone.
 
-    The sleep policy leaves the instances of `pinned` and `critical` pools alone.
+    The sleep policy leaves the instances of `pinned` and `critical` pools alone. `user_data` is what its guests find
+    at the metadata address, which they can ask unless it is not `metadata_enabled`.
     """
 
     ref: PoolRef
@@ -162,6 +178,8 @@ class WorkerPool:
     critical: bool = False
     seccomp_policy: SeccompPolicy = SeccompPolicy.BASELINE
     egress: EgressPolicy = NO_EGRESS
+    metadata_enabled: bool = True
+    user_data: str = ""
 
     @property
     def protected(self) -> str | None:
@@ -186,6 +204,8 @@ class WorkerPool:
             "critical": self.critical,
             "seccomp_policy": self.seccomp_policy.value,
             "egress": self.egress.to_dict(),
+            "metadata_enabled": self.metadata_enabled,
+            "user_data": self.user_data,
         }
 
     @classmethod
@@ -206,4 +226,6 @@ class WorkerPool:
             critical=data.get("critical", False),
             seccomp_policy=SeccompPolicy(data.get("seccomp_policy", SeccompPolicy.BASELINE)),
             egress=EgressPolicy.from_dict(data.get("egress", {})),
+            metadata_enabled=data.get("metadata_enabled", True),
+            user_data=data.get("user_data", ""),
         )

@@ -76,12 +76,13 @@ def _flag(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant with its quota and the network the coordinator gave it."""
+    """A tenant with its quota and the network the coordinator gave it; `secrets_epoch` is 0 if it never had any."""
 
     id: TenantId
     network: TenantNetwork
     quota: Quota
     created_at: datetime
+    secrets_epoch: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as stored and exchanged."""
@@ -91,6 +92,7 @@ class Tenant:
             "subnet": str(self.network.subnet),
             "quota": asdict(self.quota),
             "created_at": self.created_at.isoformat(),
+            "secrets_epoch": self.secrets_epoch,
         }
 
     @classmethod
@@ -101,4 +103,5 @@ class Tenant:
             TenantNetwork(data["net_id"], IPv4Network(data["subnet"])),
             Quota(**data["quota"]),
             datetime.fromisoformat(data["created_at"]),
+            data.get("secrets_epoch", 0),
         )

@@ -50,6 +50,7 @@ class UnixGuestChannel:
             "netmask": str(IPv4Address(0xFFFFFFFF << 32 - int(prefix) & 0xFFFFFFFF)),
             "gateway": identity.gateway,
             "data": "1" if identity.data_disk else "0",
+            "secrets": "1" if identity.secrets else "0",
             "host_key": _escaped(identity.ssh_host_key),
             "authorized_key": _escaped(identity.authorized_key.strip().encode()),
         }
@@ -79,11 +80,25 @@ class UnixGuestChannel:
         with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
             call.ask("sleep")
 
-    def wake(self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, deadline_s: float) -> None:
+    def wake(
+        self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, secrets: bool, deadline_s: float
+    ) -> None:
         """See the port."""
         began = time.monotonic()
         with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
-            call.ask_for(guest.WAKE_STEPS, "wake", _moment(call.behind(now, began), entropy))
+            call.ask_for(
+                guest.WAKE_STEPS, "wake", _moment(call.behind(now, began), entropy), "1" if secrets else "0"
+            )  # fmt: skip
+
+    def drop_secrets(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See the port."""
+        with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
+            call.ask("secrets", "0")
+
+    def mount_secrets(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See the port."""
+        with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
+            call.ask("secrets", "1")
 
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:
         """See the port."""

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mvm.domain.addressing import TenantNetwork
+from mvm.domain.addressing import METADATA, TenantNetwork
 from mvm.errors import Failed, NotAllowed
 from mvm.ports.network import BridgeState
 from mvm.ports.shell import Shell
@@ -160,6 +160,7 @@ def _bridge_up(network: TenantNetwork) -> list[str]:
     return [
         f"link set dev {name} address {mac} addrgenmode none up type bridge stp_state 0",
         f"addr replace {network.gateway}/{network.subnet.prefixlen} dev {name}",
+        f"addr replace {METADATA}/32 dev {name}",
     ]
 
 

@@ -53,6 +53,8 @@ class Probes:
                     return self._beat(state)
                 case "agent":
                     return self._agent()
+                case "metadata":
+                    return self._metadata()
                 case "flower":
                     return self._flower()
                 case "metrics":
@@ -116,6 +118,12 @@ class Probes:
         )
         agents.call(agent_address(self._settings), "node.ping", {}, deadline_s=_ANSWER_S)
         return None
+
+    def _metadata(self) -> str | None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(_ANSWER_S)
+            sock.connect(str(self._settings.layout.metadata_socket))
+            return None if sock.recv(4096) else "it hung up"
 
     def _flower(self) -> str | None:
         port = self._settings.flower_port

@@ -70,6 +70,7 @@ def programs(settings: Settings) -> tuple[Program, ...]:
         "--maxmemory-policy", "noeviction", "--save", "", "--daemonize", "no",
     ]  # fmt: skip
     queue = node_queue(node)
+    metadata = Program("metadata", ["nice", "-n", "10", python, "-m", "mvm.metadata"], 20)
     return (
         *(() if settings.redis_url else (Program("redis", redis, 10),)),
         worker("worker", queue, settings.worker_threads),
@@ -77,6 +78,7 @@ def programs(settings: Settings) -> tuple[Program, ...]:
         Program("beat", beat, 20),
         # Who asks the agent waits, who looks at Flower does not; coreutils' nice goes on where it may not.
         Program("agent", ["nice", "-n", "-10", python, "-m", "mvm.agent"], 20),
+        *((metadata,) if settings.driver != "fake" else ()),
         Program("flower", ["nice", "-n", "10", python, "-m", "workers.flower"], 20),
     )
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mvm.domain.layout import STATE_VERSION, StateLayout
+from mvm.domain.secrets import NODE_KEY_BYTES
 from mvm.errors import Failed, Forbidden, NotAllowed
 
 _FOREIGN_OK = frozenset({"lost+found"})  # a file system of its own may be mounted there
@@ -57,10 +58,11 @@ def prepare(layout: StateLayout) -> None:
         _write_once(layout.version, f"{STATE_VERSION}\n".encode())
         for path in (
             layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key.parent, layout.images,
-            layout.package_cache, layout.instances, layout.locks, layout.audit,
+            layout.package_cache, layout.instances, layout.locks, layout.audit, layout.secrets,
         ):  # fmt: skip
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write_once(layout.flower_password, f"{secrets.token_urlsafe(24)}\n".encode())
+        _write_once(layout.secrets_key, secrets.token_bytes(NODE_KEY_BYTES))
         _ssh_key(layout.ssh_key)
     except PermissionError:
         raise denied(layout.root) from None
@@ -99,7 +101,7 @@ def denied(path: Path) -> Forbidden:
 
 def _own_names(layout: StateLayout) -> frozenset[str]:
     paths = (layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key, layout.images,
-             layout.package_cache, layout.instances, layout.locks)  # fmt: skip
+             layout.package_cache, layout.instances, layout.locks, layout.secrets)  # fmt: skip
     return frozenset(path.relative_to(layout.root).parts[0] for path in paths)
 
 

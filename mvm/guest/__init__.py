@@ -1,8 +1,8 @@
 """What goes into an image, and the words host and guest exchange.
 
 The scripts beside this file become parts of an image: `init` is the initramfs's first process, `inittab`, `rc`,
-`agent`, `ssh` and `halt` live in the root file system, with the program ``moment`` (see
-`mvm.drivers.builtin.moment`). They know nothing of any instance: a guest learns who it is from ``configure``, so an
+`agent`, `ssh` and `halt` live in the root file system, with the programs ``moment`` and ``mounter`` (see
+`mvm.drivers.builtin.standby`). They know nothing of any instance: a guest learns who it is from ``configure``, so an
 image and a kernel command line hold no identity and no key.
 
 **Ports.** Four virtio-serial ports, each a Unix socket in the instance's directory on the host: `CONTROL` for
@@ -24,16 +24,19 @@ request                             reply
 ``ID configure KEY=VALUE...``       ``ID 0 STEP...`` with every step done, or ``ID 1 STEP: error text``
 ``ID status``                       ``ID 0 UPTIME WORKER CPU LOAD RECEIVED SENT``
 ``ID settle``                       ``ID 0`` or ``ID 1 error text``: it is as small as it gets without its files
+``ID secrets 0``                    ``ID 0`` or ``ID 1 error text``: it has let its disk of secrets go
+``ID secrets 1``                    ``ID 0`` or ``ID 1 error text``: it has mounted it
 ``ID sleep``                        ``ID 0`` or ``ID 1 error text``: it may be saved now
-``ID wake MOMENT``                  ``ID 0 STEP...`` or ``ID 1 STEP: error text``
+``ID wake MOMENT SECRETS``          ``ID 0 STEP...`` or ``ID 1 STEP: error text``
 ``ID shutdown``                     ``ID 0``, then the guest ends its processes and powers off
 ``ID exec SECONDS BASE64``          ``ID EXIT_CODE TRUNCATED STDOUT STDERR``: 0 or 1, BASE64, BASE64
 anything else                       ``ID 127 unknown request``
 ==================================  ==========================================================================
 
 ``configure`` has the keys moment, hostname, machine_id, mac, address, netmask, gateway, data (1: it has a data disk),
-host_key and authorized_key. It may be repeated. The first step that fails ends it. Moment and keys are ESCAPED for the
-shell's ``printf``: what is not a letter as a backslash and octal digits.
+secrets (1: there are some on its disk of secrets), host_key and authorized_key. It may be repeated. The first step
+that fails ends it. Moment and keys are ESCAPED for the shell's ``printf``: what is not a letter as a backslash and
+octal digits.
 
 MOMENT is what a guest needs that stood still or is one of many clones: a `struct timeval` to add to its clock, which
 the host knows by ``time``, and `ENTROPY_BYTES` characters with `ENTROPY_BITS` of entropy, ESCAPED. However long it
@@ -56,9 +59,10 @@ PROTOCOL_VERSION = 3
 CONTROL = "mvm.agent.0"
 EXEC = ("mvm.exec.0", "mvm.exec.1", "mvm.exec.2")
 PORTS = (CONTROL, *EXEC)
-CONFIGURE_STEPS = ("moment", "hostname", "machine_id", "mac", "address", "gateway", "data", "keys", "ssh")
-WAKE_STEPS = ("moment",)
+CONFIGURE_STEPS = ("moment", "hostname", "machine_id", "mac", "address", "gateway", "data", "secrets", "keys", "ssh")
+WAKE_STEPS = ("moment", "secrets")
 ENTROPY_BYTES, ENTROPY_BITS = 43, 256  # 6 bits in each
+DISK_NAME_BYTES = 16  # as `mounter` reads it
 STREAM_LIMIT = 1 << 20
 DEADLINE_EXIT = 124
 SCRIPTS = ("init", "inittab", "rc", "agent", "halt", "ssh")

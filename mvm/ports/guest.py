@@ -25,7 +25,8 @@ class GuestIdentity:
     """What makes a booted guest this instance. The keys never appear in arguments or logs.
 
     `mac` is its card's; `address` is ``IP/PREFIX``; `machine_id` is 32 hex digits; `ssh_host_key` is dropbear's
-    private form; `entropy` (64 bytes) reseeds the guest's RNG. With `data_disk` it must have one and mounts it.
+    private form; `entropy` (64 bytes) reseeds the guest's RNG. With `data_disk` it must have one and mounts it; with
+    `secrets` there are some on its disk of secrets, which it mounts at ``/run/secrets``.
     """
 
     hostname: str
@@ -38,6 +39,7 @@ class GuestIdentity:
     authorized_key: str
     entropy: bytes
     data_disk: bool = False
+    secrets: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +105,32 @@ class GuestChannel(Protocol):
         ...
 
     def prepare_sleep(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
-        """Make the guest small before it is saved; returns once its disks are synced and its caches dropped.
+        """Make the guest small before it is saved; returns once its disks are synced, its caches dropped, and its
+        secrets let go as `drop_secrets` does.
 
         Workloads are told by an executable ``/etc/mvm/sleep``, if the image has one, which may take its time.
         Raises `Failed` (``guest.refused``) when that fails.
         """
         ...
 
-    def wake(self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, deadline_s: float) -> None:
-        """Tell a resumed guest the time and give it fresh entropy (64 bytes); returns once it has both."""
+    def wake(
+        self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, secrets: bool, deadline_s: float
+    ) -> None:
+        """Tell a resumed guest the time and give it fresh entropy (64 bytes); with `secrets` it mounts them.
+
+        Returns once it has everything.
+        """
+        ...
+
+    def drop_secrets(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """The guest overwrites what it has in memory of its disk of secrets, and unmounts it; may be repeated.
+
+        Raises `Failed` (``guest.refused``), and nothing has changed, while a process has a file open there.
+        """
+        ...
+
+    def mount_secrets(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """The guest mounts its disk of secrets; may be repeated."""
         ...
 
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:

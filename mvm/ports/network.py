@@ -26,7 +26,7 @@ class HostNetwork(Protocol):
     """
 
     def ensure_bridge(self, network: TenantNetwork) -> None:
-        """The tenant's bridge is up and has the gateway's address."""
+        """The tenant's bridge is up and has the gateway's address, and that of the metadata service."""
         ...
 
     def remove_bridges(self, names: frozenset[str]) -> None:

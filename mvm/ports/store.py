@@ -19,6 +19,7 @@ class Note(StrEnum):
     """What is remembered of an instance beside its row; each is one JSON object, that of the last time."""
 
     POLICY = "policy"
+    SECRETS = "secrets"
     SLEPT = "slept"
     WOKE = "woke"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.pool import SeccompPolicy
+from mvm.domain.secrets import Secrets
 from mvm.domain.snapshot import Compression, SnapshotManifest
 
 
@@ -35,7 +36,8 @@ class BootSpec:
     """Everything a cold boot needs. `directory` is the instance's own; sockets and logs go there.
 
     `rootfs` is the revision's read-only image, `overlay` the instance's own writable layer over it, `data_disk`
-    its lasting disk, if it has one. Memory in MiB. The VMM runs as user and group `uid`, which is nobody else's.
+    its lasting disk, if it has one. `secrets` are what is on its disk of secrets, which every guest has: it is in
+    memory and ends with the process. Memory in MiB. The VMM runs as user and group `uid`, which is nobody else's.
     """
 
     ref: InstanceRef
@@ -50,14 +52,16 @@ class BootSpec:
     nic: Nic
     uid: int
     seccomp: SeccompPolicy = SeccompPolicy.BASELINE
+    secrets: Secrets | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateSpec:
     """What the cold boot of a template needs: a `BootSpec` without an identity.
 
-    Its card has a TAP of its own that leads nowhere, and its data disk is an empty one of `data_disk_mib` (0: none),
-    so that every clone finds the devices it was saved with. `ref` names its process; no instance may have it.
+    Its card has a TAP of its own that leads nowhere, its data disk is an empty one of `data_disk_mib` (0: none), and so
+    is its disk of secrets, so that every clone finds the devices it was saved with. `ref` names its process; no
+    instance may have it.
     """
 
     ref: InstanceRef
@@ -108,6 +112,13 @@ class VmmDriver(Protocol):
 
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
         """All VMM processes of this state directory, by the instance they were started for."""
+        ...
+
+    def put_secrets(self, ref: InstanceRef, process: ProcessIdentity, secrets: Secrets | None) -> None:
+        """Replace what is on the disk of secrets of `process`, which its guest does not have mounted.
+
+        Raises `Unreachable` (``vmm.gone``) when the process does not run.
+        """
         ...
 
     def console_tail(self, directory: Path, *, lines: int) -> str:

@@ -30,6 +30,7 @@ from mvm.ports.store import NodeStore
 from mvm.ports.vmm import BootSpec, Nic, VmmDriver
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
+from mvm.services.secrets import TenantSecrets
 from mvm.services.snapshots import Snapshots, damaged, unusable
 
 log = structlog.get_logger("mvm.lifecycle")
@@ -53,7 +54,8 @@ class MicroVms:
 
     def __init__(
         self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, networks: Networks,
-        storage: NodeStorage, snapshots: Snapshots, cgroups: Cgroups, limits: Limits, authorized_key: str,
+        storage: NodeStorage, snapshots: Snapshots, secrets: TenantSecrets, cgroups: Cgroups, limits: Limits,
+        authorized_key: str,
     ) -> None:  # fmt: skip
         self._store = store
         self._clock = clock
@@ -65,6 +67,7 @@ class MicroVms:
         self._limits = limits
         self._authorized_key = authorized_key
         self._snapshots = snapshots
+        self._secrets = secrets
         self._boots = threading.BoundedSemaphore(limits.parallel_boots)
 
     def prepare(self, instance: Instance, pool: WorkerPool) -> None:
@@ -107,6 +110,7 @@ class MicroVms:
         context.step(_STEPS[4], 4, len(_STEPS))
         with self._telling(instance.ref):
             self._identify(instance, network)
+        self._secrets.try_refresh(instance)  # of one that was found running
         return instance
 
     def _launch(
@@ -121,6 +125,7 @@ class MicroVms:
         # What it runs comes first, so that a process found later is known for what it is.
         instance = self._store.save_instance(replace(instance, revision=pool.revision, cloned=cloned))
         spec = self.spec(instance, pool, network, fresh=True)
+        self._secrets.given(ref, spec.secrets)
         if cloned:
             try:
                 return self._store.save_instance(replace(instance, process=self._snapshots.clone(pool, spec)))
@@ -157,6 +162,7 @@ class MicroVms:
             nic=Nic(network.tap(instance.offset), network.mac(instance.offset)),
             uid=network.uid(instance.offset),
             seccomp=pool.seccomp_policy,
+            secrets=self._secrets.of(ref.tenant),
         )
 
     # --- warm and sleeping
@@ -169,8 +175,15 @@ class MicroVms:
         self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, force: bool
     ) -> SnapshotManifest:
         """Its memory is on disk; no process and no TAP are left."""
-        with self._telling(instance.ref):
-            manifest = self._snapshots.sleep(context, instance, pool, self.spec(instance, pool, network), force=force)
+        spec = self.spec(instance, pool, network)
+        self._secrets.withdrawn(instance.ref)
+        try:
+            with self._telling(instance.ref):
+                manifest = self._snapshots.sleep(context, instance, pool, spec, force=force)
+        except Exception:
+            if instance.status is Status.RUNNING:
+                self._secrets.try_refresh(instance)
+            raise
         self._networks.disconnect(instance, network)
         return manifest
 
@@ -182,20 +195,27 @@ class MicroVms:
         """A warm instance runs again."""
         with self._telling(instance.ref):
             self._snapshots.resume(instance)
+        self._secrets.try_refresh(instance)
         return instance
 
     def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
         """A sleeping instance runs again; on failure it has no process and no TAP, and its snapshot stays."""
+        again = context.job.step is not None  # by another worker, which was killed
         context.step("connect network", 0, 3)
         self._networks.connect(instance, network)
         try:
+            spec = self.spec(instance, pool, network)
+            self._secrets.given(instance.ref, spec.secrets, unsure=again)
             with self._telling(instance.ref):
-                process = self._snapshots.wake(context, instance, pool, self.spec(instance, pool, network))
+                process = self._snapshots.wake(context, instance, pool, spec)
         except Exception:
             self._vmm.kill(instance.ref, None)
             self._networks.disconnect(instance, network)
             raise
-        return replace(instance, process=process)
+        instance = replace(instance, process=process)
+        if again:
+            self._secrets.try_refresh(instance)
+        return instance
 
     def has_snapshot(self, instance: Instance) -> bool:
         """Whether what it slept in is there."""
@@ -255,6 +275,7 @@ class MicroVms:
             authorized_key=self._authorized_key,
             entropy=self._clock.random(64),
             data_disk=self._storage.data_disk(instance.ref) is not None,
+            secrets=self._secrets.has(instance.ref),
         )
         try:
             self._guest.configure(instance.ref, self._storage.directory(instance.ref), identity, deadline_s=_GUEST_S)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mvm.domain.firewall import METADATA
+from mvm.domain.addressing import METADATA
 from mvm.domain.ids import NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status

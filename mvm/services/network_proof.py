@@ -9,9 +9,9 @@ from typing import Any
 
 import structlog
 
-from mvm.domain.addressing import BUILDER_OFFSET
+from mvm.domain.addressing import BUILDER_OFFSET, METADATA
 from mvm.domain.egress import NO_EGRESS, Egress
-from mvm.domain.firewall import METADATA, GuestPort
+from mvm.domain.firewall import GuestPort
 from mvm.domain.ids import InstanceRef
 from mvm.domain.isolation import calls, greetings, probes, ways_out
 from mvm.domain.lifecycle import Status
@@ -85,7 +85,7 @@ class NetworkProof:
                     if not wires:
                         wires = stack.enter_context(probing.attached(probe_ports(parties), self._uplink_there()))
                         rows += run(self._clock, probing, wires, list(greetings(parties, tokens)))
-                        metadata = METADATA in self._network.addresses()
+                        metadata = str(METADATA) in self._network.addresses()
                         rows += run(self._clock, probing, wires, list(probes(parties, plan, tokens, metadata=metadata)))
                         rows += [called(probing, party.name, party.one) for party in parties]
                         rows += self._from_inside(parties)

@@ -8,7 +8,15 @@ from typing import Any
 
 from mvm.domain.egress import EgressPolicy
 from mvm.domain.ids import PoolRef
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, StartMode, WorkerPool
+from mvm.domain.pool import (
+    DesiredCounts,
+    ImageSource,
+    InstanceResources,
+    SeccompPolicy,
+    StartMode,
+    WorkerPool,
+    checked_user_data,
+)
 from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput, NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
@@ -26,10 +34,12 @@ _BUILD_WAIT_S = 1800.0
 
 
 def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
-    """`pool` with what ``params`` has of ``start, compression, seccomp_policy, egress, pinned, critical`` and
-    ``sleep_policy``, which may be a part of one.
+    """`pool` with what ``params`` has of ``start, compression, seccomp_policy, egress, pinned, critical``,
+    ``metadata_enabled, user_data`` and ``sleep_policy``, which may be a part of one.
     """
-    values: dict[str, Any] = {name: params[name] for name in ("pinned", "critical") if name in params}
+    values: dict[str, Any] = {
+        name: params[name] for name in ("pinned", "critical", "metadata_enabled") if name in params
+    }
     if "start" in params:
         values["start"] = StartMode(params["start"])
     if "compression" in params:
@@ -38,6 +48,8 @@ def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
         values["seccomp_policy"] = SeccompPolicy.parse(params["seccomp_policy"])
     if "egress" in params:
         values["egress"] = EgressPolicy.from_dict(params["egress"])
+    if "user_data" in params:
+        values["user_data"] = checked_user_data(params["user_data"].encode())
     return replace(pool, sleep_policy=replace(pool.sleep_policy, **params.get("sleep_policy", {})), **values)
 
 

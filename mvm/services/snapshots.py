@@ -116,7 +116,7 @@ class Snapshots:
     def resume(self, instance: Instance) -> None:
         """A warm instance runs again, and knows what time it is."""
         self._driver().resume(instance.ref, _process(instance))
-        self._tell_time(instance)
+        self._tell_time(instance, secrets=False)  # those that it has it keeps
 
     def held(self, instance: Instance) -> int:
         """Bytes of memory that its VMM has to itself; 0 when it has ended."""
@@ -157,7 +157,7 @@ class Snapshots:
                     driver.pause(ref, process)
                 elif context.job.step == _SAVING:  # it stood still meanwhile
                     with suppress(TimedOut, Failed):
-                        self._tell_time(instance)
+                        self._tell_time(instance, secrets=False)
             raise
         log.info("asleep", bytes=manifest.size)
         return manifest
@@ -195,7 +195,7 @@ class Snapshots:
         driver.resume(instance.ref, process)
         context.step("tell the time", 2, 3)
         try:
-            self._tell_time(replace(instance, process=process))
+            self._tell_time(replace(instance, process=process), secrets=spec.secrets is not None)
         except (TimedOut, Failed):
             self._save(instance, process, pool, spec)
             raise
@@ -213,10 +213,10 @@ class Snapshots:
     def _base(self, instance: Instance, pool: WorkerPool) -> Path | None:
         return self._storage.template(pool.ref, _revision(instance)) if instance.cloned else None
 
-    def _tell_time(self, instance: Instance) -> None:
+    def _tell_time(self, instance: Instance, *, secrets: bool) -> None:
         self._guest.wake(
             instance.ref, self._storage.directory(instance.ref), now=self._clock.now(), entropy=self._clock.random(64),
-            deadline_s=_GUEST_S,
+            secrets=secrets, deadline_s=_GUEST_S,
         )  # fmt: skip
         log.debug("guest replied")
 

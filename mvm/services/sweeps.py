@@ -27,6 +27,7 @@ from mvm.services.jobs import Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
+from mvm.services.secrets import TenantSecrets
 
 log = structlog.get_logger("mvm.sweeps")
 
@@ -54,8 +55,8 @@ class Sweeps:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver,
-        network: HostNetwork, networks: Networks, storage: NodeStorage, lifecycle: Lifecycle, audit: Audit,
-        node_id: NodeId, grace_s: float, keep_jobs: int, cgroups: Cgroups,
+        network: HostNetwork, networks: Networks, storage: NodeStorage, lifecycle: Lifecycle, secrets: TenantSecrets,
+        audit: Audit, node_id: NodeId, grace_s: float, keep_jobs: int, cgroups: Cgroups,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -67,6 +68,7 @@ class Sweeps:
         self._networks = networks
         self._storage = storage
         self._lifecycle = lifecycle
+        self._secrets = secrets
         self._audit = audit
         self._node_id = node_id
         self._grace_s = grace_s
@@ -91,6 +93,7 @@ class Sweeps:
                     log.warning("instance gone", instance=str(instance.ref), why=reason)
             except TimedOut:
                 continue  # a job holds it and will see for itself
+        self._secrets.catch_up()
         self._publish_ends()
         self._audit.complete()
         self._store.forget_jobs(keep=self._keep_jobs)

@@ -14,16 +14,18 @@ from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
+from mvm.services.secrets import TenantSecrets
 from mvm.services.views import tenant_view
 
 
 class Tenants:
     """The registry gives a tenant its network; the node keeps a copy."""
 
-    def __init__(self, store: NodeStore, registry: Registry, networks: Networks) -> None:
+    def __init__(self, store: NodeStore, registry: Registry, networks: Networks, secrets: TenantSecrets) -> None:
         self._store = store
         self._registry = registry
         self._networks = networks
+        self._secrets = secrets
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
         """Create the subject tenant with ``params.net_id``, ``subnet`` and ``quota``, each optional."""
@@ -72,6 +74,7 @@ class Tenants:
         self._check_empty(tenant)
         context.step("remove bridge", 0, 1)
         self._networks.close(tenant.network)
+        self._secrets.forget(tenant.id)
         self._registry.remove_tenant(tenant.id)
         with context.ending(tenant_id=str(tenant.id)):
             self._check_empty(tenant)

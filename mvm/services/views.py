@@ -25,6 +25,7 @@ from mvm.services.audit import Audit
 from mvm.services.insight import Insight
 from mvm.services.network_check import NetworkCheck
 from mvm.services.quotas import usage
+from mvm.services.secrets import TenantSecrets
 from mvm.services.urgent import UrgentWake
 
 _FOLLOW_S = 0.2
@@ -68,6 +69,8 @@ def pool_view(store: NodeStore, pool: WorkerPool) -> dict[str, Any]:
         "pinned": pool.pinned,
         "critical": pool.critical,
         "egress": pool.egress.to_dict(),
+        "metadata_enabled": pool.metadata_enabled,
+        "user_data_bytes": len(pool.user_data.encode()),
         "desired": asdict(pool.desired or DesiredCounts()),
         "counts": dict(sorted(counts.items())),
         "revision": pool.revision,
@@ -86,6 +89,7 @@ def tenant_view(store: NodeStore, tenant: Tenant) -> dict[str, Any]:
         "bridge": tenant.network.bridge,
         "quota": asdict(tenant.quota),
         "usage": asdict(usage(store, tenant.id)),
+        "secrets_epoch": tenant.secrets_epoch,
         "created_at": tenant.created_at.isoformat(),
     }
 
@@ -95,7 +99,8 @@ class NodeView:
 
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
-        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, audit: Audit, network_check: NetworkCheck,
+        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, secrets: TenantSecrets, audit: Audit,
+        network_check: NetworkCheck,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -107,6 +112,7 @@ class NodeView:
         self._urgent = urgent
         self._insight = insight
         self._network_check = network_check
+        self._secrets = secrets
         self._audit = audit
 
     def node_info(self) -> dict[str, Any]:
@@ -176,6 +182,10 @@ class NodeView:
     def stats(self, ref: InstanceRef) -> dict[str, Any]:
         """What an instance takes: memory, snapshot, and how long its sleeping and waking took."""
         return self._insight.stats(ref)
+
+    def set_secrets(self, tenant: TenantId, content: bytes) -> Mapping[str, Any]:
+        """Keep the secrets in a secrets file; which epoch they are."""
+        return self._secrets.set(tenant, content)
 
     def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
         """Wake an instance now, past every queue."""

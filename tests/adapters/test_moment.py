@@ -1,4 +1,4 @@
-"""The guest's program ``moment``, as far as it can be run without moving this host's clock."""
+"""The guest's programs that stand by, as far as they can be run without changing this host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mvm.drivers.builtin import moment
+from mvm import guest
+from mvm.drivers.builtin import moment, mounter
 
 
 @pytest.fixture
@@ -36,3 +37,13 @@ def test_an_impossible_time_is_the_third_and_it_goes_on(program: Path) -> None:
 def test_it_is_the_same_each_time_and_small() -> None:
     assert moment.program() == moment.program()
     assert len(moment.program()) <= 1024
+
+
+def test_a_disk_that_is_not_there_is_not_mounted(tmp_path: Path) -> None:
+    path = tmp_path / "mounter"
+    path.write_bytes(mounter.program())
+    path.chmod(0o700)
+    name = b"/dev/vd-none".ljust(guest.DISK_NAME_BYTES, b"\0")
+    assert said(path, name * 2) == b"2\n2\n"
+    assert said(path, name[:9]) == b"1\n"
+    assert len(mounter.program()) <= 1024

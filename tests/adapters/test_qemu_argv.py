@@ -16,7 +16,7 @@ from tests.support.make import instance_ref
 
 ONE = instance_ref(1)
 MARK = argv.marker(Path("/var/lib/mvm"))
-FDS = argv.Descriptors(tap=10, monitor=11, ports={name: 12 + at for at, name in enumerate(guest.PORTS)})
+FDS = argv.Descriptors(10, 11, {name: 12 + at for at, name in enumerate(guest.PORTS)}, 20)
 SPEC = BootSpec(
     ref=ONE, directory=Path("/s/i"), kernel=Path("/s/vmlinux"), initramfs=Path("/s/initramfs"),
     rootfs=Path("/s/rootfs"), overlay=Path("/s/i/overlay"), data_disk=Path("/s/i/data"), vcpus=2, mem_mib=256,
@@ -41,12 +41,13 @@ def test_shape_and_card() -> None:
 
 
 def test_disks_are_told_apart_by_serial_and_the_image_is_read_only() -> None:
-    image, root, data = (json.loads(value) for value in values(command(), "-blockdev"))
+    image, root, data, secrets = (json.loads(value) for value in values(command(), "-blockdev"))
     assert (image["driver"], image["read-only"], image["file"]["filename"]) == ("raw", True, "/s/rootfs")
     assert (root["driver"], root["backing"], root["file"]["filename"]) == ("qcow2", image["node-name"], "/s/i/overlay")
     assert (data["driver"], data["file"]["filename"]) == ("raw", "/s/i/data")
+    assert (secrets["driver"], secrets["file"]["filename"]) == ("raw", f"/proc/self/fd/{FDS.secrets}")
     disks = [value for value in values(command(), "-device") if value.startswith("virtio-blk")]
-    assert disks == ["virtio-blk-device,drive=root,serial=root", "virtio-blk-device,drive=data,serial=data"]
+    assert disks == [f"virtio-blk-device,drive={name},serial={name}" for name in ("root", "data", "secrets")]
 
 
 def test_no_data_disk_no_device() -> None:
@@ -124,8 +125,8 @@ def test_a_template_has_the_devices_of_its_clones() -> None:
 
 
 def test_a_clone_writes_to_its_own_layer_alone() -> None:
-    image, template, root, data = (json.loads(value) for value in values(restored(), "-blockdev"))
-    assert [node.get("read-only", False) for node in (image, template, root, data)] == [True, True, False, False]
+    image, template, root, *own = (json.loads(value) for value in values(restored(), "-blockdev"))
+    assert [node.get("read-only", False) for node in (image, template, root, *own)] == [True, True, False, False, False]
     assert (template["backing"], root["backing"]) == (image["node-name"], template["node-name"])
     assert root["file"]["filename"] == "/s/i/overlay"
 

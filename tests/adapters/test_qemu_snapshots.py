@@ -90,7 +90,10 @@ def wake(host: QemuHost, spec: BootSpec, snapshot: Path, template: Path) -> Proc
     process = host.vmm.restore(snapshot, template, spec, revision=REVISION)
     host.vmm.discard(snapshot)
     host.vmm.resume(spec.ref, process)
-    host.guest.wake(spec.ref, spec.directory, now=datetime.now(UTC), entropy=os.urandom(64), deadline_s=ANSWER_S)
+    host.guest.wake(
+        spec.ref, spec.directory, now=datetime.now(UTC), entropy=os.urandom(64), secrets=spec.secrets is not None,
+        deadline_s=ANSWER_S,
+    )  # fmt: skip
     return process
 
 
@@ -228,7 +231,9 @@ def test_a_host_clock_that_moved_is_the_guests_clock(host: QemuHost, template: P
     host.vmm.pause(own.ref, process)
     host.vmm.resume(own.ref, process)
     moved = timedelta(hours=hours)
-    host.guest.wake(own.ref, own.directory, now=datetime.now(UTC) + moved, entropy=bytes(64), deadline_s=ANSWER_S)
+    host.guest.wake(
+        own.ref, own.directory, now=datetime.now(UTC) + moved, entropy=bytes(64), secrets=False, deadline_s=ANSWER_S
+    )
     before = time.time() + moved.total_seconds()
     told = float(execute(host, own, "echo $EPOCHREALTIME"))
     assert before - 0.05 < told < time.time() + moved.total_seconds() + 0.05

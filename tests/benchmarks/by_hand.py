@@ -25,7 +25,7 @@ from mvm import guest
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import ProcessIdentity
-from mvm.drivers import netns, processes, tap
+from mvm.drivers import netns, processes, secrets_disk, tap
 from mvm.drivers import snapshot_files as files
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.instance_sockets import listen
@@ -98,9 +98,12 @@ class Guest:
             closing.callback(os.close, card)
             names = ("monitor", *guest.PORTS)
             sockets = {name: closing.enter_context(listen(self.spec.directory, name)) for name in names}
-            fds = argv.Descriptors(card, sockets["monitor"].fileno(), {n: sockets[n].fileno() for n in guest.PORTS})
+            disk = secrets_disk.create(None)
+            closing.callback(os.close, disk)
+            ports = {n: sockets[n].fileno() for n in guest.PORTS}
+            fds = argv.Descriptors(card, sockets["monitor"].fileno(), ports, disk)
             words = command(fds)
-            inherited = (card, *(each.fileno() for each in sockets.values()), *pass_fds)
+            inherited = (card, *(each.fileno() for each in sockets.values()), disk, *pass_fds)
             began = time.perf_counter()
             self.process = LocalShell().spawn(words, log=self.spec.directory / "vmm.log", pass_fds=inherited)
         try:
@@ -125,7 +128,9 @@ class Guest:
         from datetime import UTC, datetime
 
         now = datetime.now(UTC)
-        self.channel.wake(self.spec.ref, self.spec.directory, now=now, entropy=os.urandom(64), deadline_s=ANSWER_S)
+        self.channel.wake(
+            self.spec.ref, self.spec.directory, now=now, entropy=os.urandom(64), secrets=False, deadline_s=ANSWER_S
+        )
 
     def rest(self) -> None:
         self.channel.prepare_sleep(self.spec.ref, self.spec.directory, deadline_s=ANSWER_S)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ import pytest
 from mvm.domain.ids import Revision
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.pool import ImageSource
+from mvm.domain.secrets import Secrets
 from mvm.domain.snapshot import Compression, Kind
 from mvm.drivers.fake import FakeHost
 from mvm.errors import Failed, NotFound, TimedOut, Unreachable
@@ -53,8 +55,8 @@ class Host:
         self.vmm.resume(spec.ref, process)
         return process
 
-    def named(self, spec: BootSpec, name: str) -> None:
-        who = identity(name, mac=spec.nic.mac)
+    def named(self, spec: BootSpec, name: str, *, secrets: bool = False) -> None:
+        who = identity(name, mac=spec.nic.mac, secrets=secrets)
         self.guest.configure(spec.ref, spec.directory, who, deadline_s=BOOT_S)
 
     def hostname(self, spec: BootSpec) -> str:
@@ -184,8 +186,73 @@ def test_it_sleeps_and_wakes_for_generations(host: Host, spec: BootSpec) -> None
         assert host.restore(spec, snapshot, host.template) == process
         host.vmm.resume(spec.ref, process)
         now, entropy = datetime.now(UTC), os.urandom(64)
-        host.guest.wake(spec.ref, spec.directory, now=now, entropy=entropy, deadline_s=ANSWER_S)
+        host.guest.wake(spec.ref, spec.directory, now=now, entropy=entropy, secrets=False, deadline_s=ANSWER_S)
         assert host.hostname(spec) == "here"
+
+
+def secrets(epoch: int, **values: str) -> Secrets:
+    return Secrets(epoch, datetime.now(UTC), values)
+
+
+def seen(host: Host, spec: BootSpec) -> dict[str, str]:
+    """The secrets in the guest: names and digests."""
+
+    def told(command: str) -> list[str]:
+        done = host.guest.execute(spec.ref, spec.directory, command, deadline_s=ANSWER_S)
+        assert done.exit_code == 0, done
+        return done.stdout.decode().split()
+
+    return {name: told(f"sha256sum /run/secrets/{name}")[0] for name in told("ls /run/secrets")}
+
+
+def digests(**values: str) -> dict[str, str]:
+    return {name: sha256(value.encode()).hexdigest() for name, value in values.items()}
+
+
+def test_each_clone_has_secrets_of_its_own_and_others_when_they_are_replaced(host: Host) -> None:
+    with_one, with_two, without = (host.spec() for _ in range(3))
+    with_one, with_two = (
+        replace(with_one, secrets=secrets(1, A="1" * 9000)),
+        replace(with_two, secrets=secrets(1, B="2")),
+    )
+    try:
+        running = {}
+        for number, spec in enumerate((with_one, with_two, without)):
+            running[number] = host.clone(spec)
+            host.named(spec, f"clone-{number}", secrets=spec.secrets is not None)
+        assert seen(host, with_one) == digests(A="1" * 9000)
+        assert seen(host, with_two) == digests(B="2")
+        assert seen(host, without) == {}
+        for spec, process in ((with_one, running[0]), (without, running[2])):
+            for _ in range(2):
+                host.guest.drop_secrets(spec.ref, spec.directory, deadline_s=ANSWER_S)
+                assert seen(host, spec) == {}
+            host.vmm.put_secrets(spec.ref, process, secrets(2, A="3", C="4"))
+            for _ in range(2):
+                host.guest.mount_secrets(spec.ref, spec.directory, deadline_s=ANSWER_S)
+            assert seen(host, spec) == digests(A="3", C="4")
+        assert seen(host, with_two) == digests(B="2")
+        host.vmm.kill(with_one.ref, None)
+        with pytest.raises(Unreachable):
+            host.vmm.put_secrets(with_one.ref, running[0], None)
+    finally:
+        for spec in (with_one, with_two, without):
+            host.vmm.kill(spec.ref, None)
+
+
+def test_what_sleeps_without_its_secrets_wakes_with_those_of_now(host: Host, spec: BootSpec) -> None:
+    spec = replace(spec, secrets=secrets(1, A="1"))
+    process = host.clone(spec)
+    host.named(spec, "here", secrets=True)
+    assert seen(host, spec) == digests(A="1")
+    host.guest.prepare_sleep(spec.ref, spec.directory, deadline_s=ANSWER_S)
+    assert seen(host, spec) == {}
+    snapshot = host.save(spec, process, host.template)
+    spec = replace(spec, secrets=secrets(2, B="2"))
+    host.vmm.resume(spec.ref, host.restore(spec, snapshot, host.template))
+    now, entropy = datetime.now(UTC), os.urandom(64)
+    host.guest.wake(spec.ref, spec.directory, now=now, entropy=entropy, secrets=True, deadline_s=ANSWER_S)
+    assert seen(host, spec) == digests(B="2")
 
 
 def test_what_was_booted_cold_sleeps_as_well(host: Host, spec: BootSpec) -> None:

@@ -46,7 +46,7 @@ def test_the_whole_stack(env: dict[str, str]) -> None:
         until(lambda: layout.connection.exists() or up.poll() is not None, 100, "mvm up is ready")
         code, parts = status(env)
         assert code == 0, parts
-        assert list(parts) == ["redis", "worker", "urgent", "beat", "agent", "flower", "metrics"]
+        assert list(parts) == ["redis", "worker", "urgent", "beat", "agent", "metadata", "flower", "metrics"]
         assert all(part["answers"] and part["pid"] and part["since"] for part in parts.values())
 
         again = subprocess.run([*MVM, "up"], env=env, capture_output=True, check=False)

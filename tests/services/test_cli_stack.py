@@ -15,7 +15,7 @@ from mvm.drivers import doctor
 from mvm.drivers.doctor import Check
 from mvm.errors import InvalidInput, NotAllowed
 
-PARTS = ["redis", "worker", "urgent", "beat", "agent", "flower", "metrics"]
+PARTS = ["redis", "worker", "urgent", "beat", "agent", "metadata", "flower", "metrics"]
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from mvm.drivers.fake.resources import (
     FakeMemory,
     FakeNetwork,
     FakePackets,
+    FakeSecrets,
     FakeStorage,
 )
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
@@ -43,6 +44,7 @@ class FakeHost(HostState):
         self.memory = FakeMemory(self)
         self.cgroups = FakeCgroups(self)
         self.locks = FakeLocks(self)
+        self.secrets = FakeSecrets(self)
         self.audit = FakeAudit(self)
 
     def fail(self, point: str, error: MvmError, times: int = 1) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
+from mvm.domain.secrets import Secrets
 from mvm.drivers.fake.sh import run_command
 from mvm.drivers.fake.snapshots import FakeSnapshots
-from mvm.drivers.fake.state import Machine, Part, point
+from mvm.drivers.fake.state import Machine, Part, digests, point
 from mvm.errors import TimedOut, Unreachable
 from mvm.guest import PROTOCOL_VERSION
 from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus
@@ -60,6 +61,11 @@ class FakeVmm(FakeSnapshots):
         """See ports/vmm.py."""
         return {ref: (machine.process,) for ref, machine in self._host.machines.items()}
 
+    @point("vmm.put_secrets")
+    def put_secrets(self, ref: InstanceRef, process: ProcessIdentity, secrets: Secrets | None) -> None:
+        """See ports/vmm.py."""
+        self._running(ref, process).disk = digests(secrets)
+
     @point("vmm.console_tail")
     def console_tail(self, directory: Path, *, lines: int) -> str:
         """See ports/vmm.py."""
@@ -103,7 +109,10 @@ class FakeGuest(Part):
     @point("guest.configure")
     def configure(self, ref: InstanceRef, directory: Path, identity: GuestIdentity, *, deadline_s: float) -> None:
         """See ports/guest.py."""
-        self._machine(ref, deadline_s).identity = identity
+        machine = self._machine(ref, deadline_s)
+        machine.identity = identity
+        if identity.secrets:
+            machine.mounted = machine.disk
 
     @point("guest.ping")
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:
@@ -124,18 +133,34 @@ class FakeGuest(Part):
     @point("guest.prepare_sleep")
     def prepare_sleep(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
         """See ports/guest.py."""
-        self._machine(ref, deadline_s)
+        self._machine(ref, deadline_s).mounted = {}
 
     @point("guest.wake")
-    def wake(self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, deadline_s: float) -> None:
+    def wake(
+        self, ref: InstanceRef, directory: Path, *, now: datetime, entropy: bytes, secrets: bool, deadline_s: float
+    ) -> None:
         """See ports/guest.py."""
-        self._machine(ref, deadline_s)
+        machine = self._machine(ref, deadline_s)
+        if secrets:
+            machine.mounted = machine.disk
+
+    @point("guest.drop_secrets")
+    def drop_secrets(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See ports/guest.py."""
+        self._machine(ref, deadline_s).mounted = {}
+
+    @point("guest.mount_secrets")
+    def mount_secrets(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        """See ports/guest.py."""
+        machine = self._machine(ref, deadline_s)
+        machine.mounted = machine.disk
 
     @point("guest.execute")
     def execute(self, ref: InstanceRef, directory: Path, command: str, *, deadline_s: float) -> ExecResult:
         """See ports/guest.py; `run_command` says what the guest knows."""
-        identity = self._machine(ref, deadline_s).identity
-        return run_command(command, identity.hostname if identity else "localhost")
+        machine = self._machine(ref, deadline_s)
+        hostname = machine.identity.hostname if machine.identity else "localhost"
+        return run_command(command, hostname, machine.mounted)
 
     @point("guest.shutdown")
     def shutdown(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:

@@ -12,6 +12,7 @@ from mvm.domain.addressing import TenantNetwork
 from mvm.domain.firewall import Change, Ruleset
 from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 from mvm.domain.pool import ImageSource
+from mvm.domain.secrets import Secrets
 from mvm.drivers.fake.state import POINTS, Files, Part, point
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.cgroup import GroupLimits
@@ -22,6 +23,25 @@ from mvm.ports.storage import InstanceKeys, RevisionFiles
 
 BRIDGE_PORTS = 1023
 POINTS.add("locks.hold")
+
+
+class FakeSecrets(Part):
+    """ports/secrets.py."""
+
+    @point("secrets.load")
+    def load(self, tenant: TenantId) -> Secrets | None:
+        """See ports/secrets.py."""
+        return self._host.kept_secrets.get(tenant)
+
+    @point("secrets.save")
+    def save(self, tenant: TenantId, secrets: Secrets) -> None:
+        """See ports/secrets.py."""
+        self._host.kept_secrets[tenant] = secrets
+
+    @point("secrets.remove")
+    def remove(self, tenant: TenantId) -> None:
+        """See ports/secrets.py."""
+        self._host.kept_secrets.pop(tenant, None)
 
 
 class FakeNetwork(Part):

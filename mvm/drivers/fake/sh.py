@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from mvm.ports.guest import ExecResult
 
 
-def run_command(command: str, hostname: str) -> ExecResult:
-    """Run echo, exit, hostname, cat /etc/hostname, true and false, with ``;`` between them and ``>&2`` behind."""
+def run_command(command: str, hostname: str, secrets: Mapping[str, str]) -> ExecResult:
+    """Run echo, exit, hostname, cat /etc/hostname, true and false, with ``;`` between them and ``>&2`` behind.
+
+    Of ``/run/secrets`` it knows ls and sha256sum: `secrets` are names and digests.
+    """
     lexer = shlex.shlex(command, posix=True, punctuation_chars=";")
     lexer.whitespace_split = True
     streams = {1: "", 2: ""}
@@ -22,6 +26,11 @@ def run_command(command: str, hostname: str) -> ExecResult:
                 code, streams[stream] = 0, streams[stream] + " ".join(rest) + "\n"
             case ["hostname"] | ["cat", "/etc/hostname"]:
                 code, streams[stream] = 0, streams[stream] + hostname + "\n"
+            case ["ls", "/run/secrets"]:
+                code, streams[stream] = 0, streams[stream] + "".join(f"{name}\n" for name in sorted(secrets))
+            case ["sha256sum", path] if path.removeprefix("/run/secrets/") in secrets:
+                digest = secrets[path.removeprefix("/run/secrets/")]
+                code, streams[stream] = 0, streams[stream] + f"{digest}  {path}\n"
             case ["true"]:
                 code = 0
             case ["false"]:

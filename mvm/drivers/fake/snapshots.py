@@ -22,7 +22,7 @@ from mvm.domain.snapshot import (
     other_version,
     refusal,
 )
-from mvm.drivers.fake.state import Machine, Part, Saved, point
+from mvm.drivers.fake.state import Machine, Part, Saved, digests, point
 from mvm.errors import Failed, NotFound, Unreachable
 from mvm.ports.vmm import BootSpec, MemoryUse, Nic, TemplateSpec
 
@@ -38,7 +38,10 @@ class FakeSnapshots(Part):
         files = host.files.get(ref)
         if spec.nic.tap not in host.taps or files is None or spec.overlay.name not in files.runtime:
             raise Failed("vmm.start_failed", f"the VMM ended at once: no {spec.nic.tap} or no {spec.overlay.name}")
-        machine = Machine(spec, host.next_process(), host.clock.monotonic(), hung=host.hangs[ref] > 0, paused=paused)
+        machine = Machine(
+            replace(spec, secrets=None), host.next_process(), host.clock.monotonic(), hung=host.hangs[ref] > 0,
+            paused=paused, disk=digests(spec.secrets),
+        )  # fmt: skip
         host.hangs[ref] -= machine.hung
         host.machines[ref] = machine
         host.groups.add(ref)

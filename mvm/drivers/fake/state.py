@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -18,6 +18,7 @@ from mvm.domain.firewall import Ruleset
 from mvm.domain.ids import InstanceRef, Revision, TenantId
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
+from mvm.domain.secrets import Secrets
 from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
@@ -60,7 +61,7 @@ class ManualClock:
 
 @dataclass
 class Machine:
-    """A VMM process and its guest."""
+    """A VMM process and its guest; of secrets it knows the names and what `digests` tells of their values."""
 
     spec: BootSpec
     process: ProcessIdentity
@@ -70,6 +71,13 @@ class Machine:
     paused: bool = False
     worker: Worker = Worker.UNKNOWN
     cpu_s: float = 0.0
+    disk: Mapping[str, str] = field(default_factory=dict)
+    mounted: Mapping[str, str] = field(default_factory=dict)
+
+
+def digests(secrets: Secrets | None) -> dict[str, str]:
+    """The sha256 of each secret: a host that is kept in a file keeps no more of them."""
+    return {name: sha256(value.encode()).hexdigest() for name, value in secrets.values.items()} if secrets else {}
 
 
 @dataclass
@@ -118,6 +126,7 @@ class HostState:
         self.hangs: Counter[InstanceRef] = Counter()
         self.panics: Counter[InstanceRef] = Counter()
         self._faults: dict[str, deque[MvmError]] = {}
+        self.kept_secrets: dict[TenantId, Secrets] = {}
         self.memory_left = MemoryLeft(total_mib=16384, available_mib=8192)
         self.groups: set[InstanceRef] = set()
         self.out_of_memory: Counter[InstanceRef] = Counter()

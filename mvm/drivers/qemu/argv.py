@@ -30,7 +30,7 @@ _ACCEL: Mapping[AccelName, Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What QEMU inherits open: the TAP, and listening sockets for its monitor and per guest port.
+    """What QEMU inherits open: the TAP, listening sockets for its monitor and per guest port, its disk of secrets.
 
     `console` is where the console's log is when that is not in the instance's directory.
     """
@@ -38,6 +38,7 @@ class Descriptors:
     tap: int
     monitor: int
     ports: Mapping[str, int]
+    secrets: int
     console: Path | None = None
 
 
@@ -86,7 +87,7 @@ def command(spec: BootSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, ma
 
 
 def template(spec: TemplateSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, mark: str) -> list[str]:
-    """The command line that boots a template; its data disk is a hole of the right size."""
+    """The command line that boots a template; its disks of data and secrets are holes of the right size."""
     hole = {"driver": "null-co", "node-name": "data", "size": spec.data_disk_mib << 20, "read-zeroes": True}
     data = hole if spec.data_disk_mib else None
     hardware = _hardware(spec, fds, accel, [spec.rootfs, spec.overlay], data, TEMPLATE_MAC)
@@ -124,7 +125,7 @@ def machine(spec: BootSpec | TemplateSpec, accel: AccelName, *, data_bytes: int,
         data_disk=Path() if data_bytes else None, vcpus=spec.vcpus, mem_mib=spec.mem_mib, nic=Nic("", TEMPLATE_MAC),
         uid=0, seccomp=spec.seccomp,
     )  # fmt: skip
-    fds = Descriptors(0, 0, dict.fromkeys(guest.PORTS, 0))
+    fds = Descriptors(0, 0, dict.fromkeys(guest.PORTS, 0), 0)
     data = _data_file(Path()) if data_bytes else None
     words = _hardware(same, fds, accel, [Path()], data, TEMPLATE_MAC)
     return sha256(json.dumps([words, spec.rootfs.stat().st_size, data_bytes, host_cpu]).encode()).hexdigest()
@@ -140,7 +141,7 @@ def _hardware(
         "-serial", "chardev:console",
         "-chardev", f"socket,id=monitor,fd={fds.monitor},server=on,wait=off", "-mon", "chardev=monitor,mode=control",
         "-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng",
-        *_root_disk(layers), *_data_disk(data),
+        *_root_disk(layers), *_data_disk(data), *_secrets_disk(fds.secrets),
         "-netdev", f"tap,id=net,fd={fds.tap},vhost=off", "-device", f"virtio-net-device,netdev=net,mac={mac}",
         "-device", f"virtio-serial-device,max_ports={len(guest.PORTS) + 1}",
     ]  # fmt: skip
@@ -185,6 +186,12 @@ def _data_disk(node: dict[str, Any] | None) -> list[str]:
 
 def _data_file(path: Path) -> dict[str, Any]:
     return {"driver": "raw", "node-name": "data", "discard": "unmap", "file": _file(path)}
+
+
+def _secrets_disk(fd: int) -> list[str]:
+    """It is written to by a guest that wipes what it has read of it."""
+    node = {"driver": "raw", "node-name": "secrets", "file": _file(Path(f"/proc/self/fd/{fd}"))}
+    return ["-blockdev", json.dumps(node), "-device", "virtio-blk-device,drive=secrets,serial=secrets"]
 
 
 def _file(path: Path) -> dict[str, Any]:

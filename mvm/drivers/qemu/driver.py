@@ -217,7 +217,7 @@ class QemuDriver(QemuVmms):
             return self._launch(
                 spec, card, accel,
                 lambda inside, fds, layer: argv.restored(inside, layer, fds, shared, accel, self._mark),
-                template_disk=disk, pass_fds=inherited, new_run=not delta, then=load,
+                template_disk=disk, secrets=spec.secrets, pass_fds=inherited, new_run=not delta, then=load,
             )  # fmt: skip
 
     @contextmanager

@@ -18,7 +18,8 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.domain.refusals import out_of_memory
-from mvm.drivers import files, isolation, processes, tap
+from mvm.domain.secrets import Secrets
+from mvm.drivers import files, isolation, processes, secrets_disk, tap
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import closing_fd
 from mvm.drivers.instance_sockets import listen
@@ -87,13 +88,18 @@ class QemuVmms:
         accel = self._probe.choose(lambda: (spec.kernel, spec.initramfs)).name
         with closing_fd(tap.attach(spec.nic.tap)) as card:
             return self._launch(
-                spec, card, accel, lambda inside, fds, _: argv.command(inside, fds, accel, host_tsc_khz(), self._mark)
+                spec,
+                card,
+                accel,
+                lambda inside, fds, _: argv.command(inside, fds, accel, host_tsc_khz(), self._mark),
+                secrets=spec.secrets,
             )
 
     def _launch(
         self, spec: Spec, card: int, accel: argv.AccelName,
         command: Callable[[Spec, argv.Descriptors, Path | None], list[str]],
-        *, template_disk: Path | None = None, pass_fds: Sequence[int] = (), new_run: bool = True,
+        *, template_disk: Path | None = None, secrets: Secrets | None = None, pass_fds: Sequence[int] = (),
+        new_run: bool = True,
         then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
     ) -> ProcessIdentity:  # fmt: skip
         """Start QEMU and let `then` speak to it; it returns, or QEMU is ended."""
@@ -106,10 +112,11 @@ class QemuVmms:
             console = handed.file(directory / argv.CONSOLE_LOG, os.O_WRONLY | os.O_APPEND)
             monitor = stack.enter_context(listen(directory, MONITOR)).fileno()
             ports = {name: stack.enter_context(listen(directory, name)).fileno() for name in guest.PORTS}
-            fds = argv.Descriptors(card, monitor, ports, console)
+            disk = stack.enter_context(closing_fd(secrets_disk.create(secrets)))
+            fds = argv.Descriptors(card, monitor, ports, disk, console)
             layer = handed.file(template_disk, os.O_RDONLY) if template_disk else None
             words = command(self._inside(spec, handed), fds, layer)
-            inherited = (card, monitor, *ports.values(), *handed.fds, *pass_fds)
+            inherited = (card, monitor, *ports.values(), disk, *handed.fds, *pass_fds)
             process = self._start(spec, [*words, *handed.words(), "-sandbox", QEMUS_OWN], log, inherited, accel)
         with self._lock:
             self._children.add(process)
@@ -176,6 +183,14 @@ class QemuVmms:
         for one in found:
             self._kill(one)
         self._cgroups.remove(ref)
+
+    def put_secrets(self, ref: InstanceRef, process: ProcessIdentity, secrets: Secrets | None) -> None:
+        """See the port."""
+        if self.observe(ref, process) is not Presence.ABSENT:
+            with suppress(FileNotFoundError):
+                secrets_disk.replace(process, secrets)
+                return
+        raise Unreachable("vmm.gone", f"the VMM of {ref} does not run", hint="mvm instance info tells its status")
 
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
         """See the port."""
