@@ -199,7 +199,7 @@ neigh add {LAN_OTHER} lladdr 02:6f:00:00:00:09 dev {LAN}
             probing = VethProbes(shell)
             ports = NodePorts(
                 store, registry, queue, host.locks, clock, host.vmm, host.guest, network, packets, probing,
-                host.storage, host.images, host.memory, host.audit,
+                host.storage, host.images, host.memory, host.audit, host.cgroups, host.secrets,
             )  # fmt: skip
             services = build_node(ports, settings, authorized_key="ssh-ed25519 AAAA test")
             plan = Plan(UPLINK, parse_host_ports(host_ports), settings.plan.never)
