@@ -34,6 +34,13 @@ class StartMode(StrEnum):
     COLD = "cold"
 
 
+class SeccompPolicy(StrEnum):
+    """Which system calls a VMM may make: all but the dangerous ones, or only what its devices need."""
+
+    BASELINE = "baseline"
+    STRICT = "strict"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSource:
     """What an image is built from."""
@@ -79,16 +86,30 @@ class InstanceResources:
 
 @dataclass(frozen=True, slots=True)
 class DesiredCounts:
-    """How many instances a pool should have in each place."""
+    """How many instances a pool should have up.
+
+    When only `running` is given, it is how many are up, be they running, warm or sleeping: which, the sleep policy
+    says. A number for `warm` or `sleeping` is exact, `running` is then what runs, and the policy leaves the pool alone.
+    """
 
     running: int = 0
-    warm: int = 0
-    sleeping: int = 0
+    warm: int | None = None
+    sleeping: int | None = None
+
+    @property
+    def total(self) -> int:
+        """How many are up in all."""
+        return self.running + (self.warm or 0) + (self.sleeping or 0)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it says where each instance is."""
+        return self.warm is not None or self.sleeping is not None
 
     def __post_init__(self) -> None:
         for name in ("running", "warm", "sleeping"):
             value = getattr(self, name)
-            if not 0 <= value <= MAX_COUNT:
+            if value is not None and not 0 <= value <= MAX_COUNT:
                 raise InvalidInput(
                     "pool.invalid_count", f"--{name} is {value}", hint=f"allowed: 0 to {MAX_COUNT}",
                     field=name, value=value,
@@ -127,7 +148,8 @@ def _invalid_policy(name: str, value: object, hint: str) -> InvalidInput:
 class WorkerPool:
     """A pool on its node. `desired` is None until somebody scales it: reconcile then leaves it alone.
 
-    The sleep policy leaves the instances of `pinned` and `critical` pools alone.
+    The sleep policy leaves the instances of `pinned` and `critical` pools alone. `built` is what `revision` was built
+    from, which `source` need no longer be.
     """
 
     ref: PoolRef
@@ -142,10 +164,13 @@ class WorkerPool:
     sleep_policy: SleepPolicy = SleepPolicy()
     pinned: bool = False
     critical: bool = False
+    built: ImageSource | None = None
 
     @property
     def protected(self) -> str | None:
         """Why the sleep policy leaves it alone, in a word."""
+        if self.desired and self.desired.exact:
+            return "scaled exactly"
         return "pinned" if self.pinned else "critical" if self.critical else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,6 +189,7 @@ class WorkerPool:
             "sleep_policy": asdict(self.sleep_policy),
             "pinned": self.pinned,
             "critical": self.critical,
+            "built": [self.built.flake_ref, self.built.profile] if self.built else None,
         }
 
     @classmethod
@@ -182,4 +208,5 @@ class WorkerPool:
             sleep_policy=SleepPolicy(**data.get("sleep_policy", {})),
             pinned=data.get("pinned", False),
             critical=data.get("critical", False),
+            built=ImageSource(*data["built"]) if data.get("built") else None,
         )
