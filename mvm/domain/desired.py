@@ -1,33 +1,22 @@
-"""The desired-state document, schema_version 1: what a coordinator asks of one node. Pure.
-
-`SCHEMA` is the document in one table; reading, the published JSON schema and the tests all go by it.
-"""
+"""The desired-state document, schema_version 1: what a coordinator asks of one node. Pure."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from ipaddress import IPv4Network
 from typing import Any
 
-from mvm.domain.addressing import FIRST_OFFSET, TenantNetwork, parse_subnet
-from mvm.domain.document import Array, Boolean, Choice, Field, Integer, Object, Problem, Text, join, refuse_all
-from mvm.domain.egress import NO_EGRESS, Destination, Egress, EgressPolicy
-from mvm.domain.ids import NodeId, PoolId, PoolRef, TenantId
-from mvm.domain.pool import (
-    MAX_COUNT, MAX_POLICY_S, DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, SleepPolicy,
-)  # fmt: skip
+from mvm.domain.addressing import FIRST_OFFSET, TenantNetwork
+from mvm.domain.desired_schema import SCHEMA
+from mvm.domain.document import Problem, join, refuse_all
+from mvm.domain.egress import NO_EGRESS, EgressPolicy
+from mvm.domain.ids import NodeId, PoolRef, TenantId
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, SleepPolicy
 from mvm.domain.snapshot import Compression
 from mvm.domain.tenant import Quota
 from mvm.errors import InvalidInput, NotAllowed
-
-SCHEMA_VERSION = 1
-MAX_TENANTS = 4096
-MAX_POOLS = 10_000  # of one tenant
-_SECRETS_HASH = re.compile(r"[A-Za-z0-9:+/=_.-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,105 +64,6 @@ class DesiredState:
     prune_unknown_pools: bool = False
 
 
-def _secrets_hash(text: str) -> str:
-    if not _SECRETS_HASH.fullmatch(text):
-        raise InvalidInput("desired.invalid", "is not a hash", hint="allowed: 1 to 128 of A-Z a-z 0-9 : + / = _ . -")
-    return text
-
-
-def _network(tenant_net_id: int, ipv4_subnet: IPv4Network) -> TenantNetwork:
-    return TenantNetwork(tenant_net_id, ipv4_subnet)
-
-
-def _egress(policy: Egress, allow: list[Any]) -> EgressPolicy:
-    return EgressPolicy(policy, tuple(dict.fromkeys(allow)))
-
-
-def _counts(running: int, warm: int | None, sleeping: int | None) -> DesiredCounts:
-    return DesiredCounts(running, warm, sleeping)
-
-
-_QUOTA = Quota()
-_SHAPE = InstanceResources()
-_SLEEP = SleepPolicy()
-_ABOUT_QUOTA = {
-    "max_vcpus": "vCPUs of running and warm instances", "max_mem_mib": "memory of running and warm instances",
-    "max_running": "running instances", "max_warm": "warm instances", "max_pools": "pools",
-    "max_instances_per_pool": "instances of one pool, whatever their status", "max_disk_gib": "all data disks",
-}  # fmt: skip
-
-
-def _name(kind: Callable[[str], Any]) -> Text:
-    return Text(kind, kind.rule.pattern)  # type: ignore[attr-defined]
-
-
-POOL = Object({
-    "pool_id": Field(_name(PoolId), "the pool's name within its tenant"),
-    "flake_ref": Field(Text(str), "what the image is built from, such as builtin:"),
-    "profile": Field(Text(str), "which of its images"),
-    "instance_resources": Field(Object({
-        "vcpus": Field(Integer(1, 64), "vCPUs", _SHAPE.vcpus),
-        "mem_mib": Field(Integer(96, 262_144), "memory", _SHAPE.mem_mib),
-        "data_disk_mib": Field(Integer(0, 1_048_576), "a disk that survives stops; 0: none", _SHAPE.data_disk_mib),
-    }, InstanceResources), "one instance's shape; cannot be changed later", _SHAPE),
-    "desired_counts": Field(Object({
-        "running": Field(Integer(0, MAX_COUNT), "how many run; alone: how many are up"),
-        "warm": Field(Integer(0, MAX_COUNT), "how many are warm, exactly", None),
-        "sleeping": Field(Integer(0, MAX_COUNT), "how many sleep, exactly", None),
-    }, _counts), "how many instances; left out: the node's operator scales the pool", None),
-    "seccomp_policy": Field(Choice(SeccompPolicy), "which system calls a VMM may make", SeccompPolicy.BASELINE),
-    "snapshot_compression": Field(Choice(Compression), "how sleeping memory is packed", Compression.ZSTD),
-    "metadata_enabled": Field(Boolean(), "whether guests may ask the metadata service", True),
-    "pinned": Field(Boolean(), "its instances are never put to sleep, stopped or pruned", False),
-    "critical": Field(Boolean(), "its instances are never touched, once they are there", False),
-    "sleep_policy": Field(Object({
-        "warm_after_s": Field(Integer(0, MAX_POLICY_S), "idle seconds until warm; 0: never", _SLEEP.warm_after_s),
-        "sleep_after_s": Field(Integer(0, MAX_POLICY_S), "idle seconds until asleep; 0: never", _SLEEP.sleep_after_s),
-        "min_running_s": Field(Integer(0, MAX_POLICY_S), "seconds it runs at least before", _SLEEP.min_running_s),
-    }, SleepPolicy), "when idle instances are put away", _SLEEP),
-    "egress": Field(Object({
-        "policy": Field(Choice(Egress), "nothing, everything by NAT, or what is listed", Egress.NONE),
-        "allow": Field(Array(Text(Destination.parse), 64), "CIDR[:PORT[/PROTO]], for policy allow", []),
-    }, _egress), "what its guests reach outside their tenant", NO_EGRESS),
-    "rollout": Field(Object({
-        "max_unavailable": Field(Integer(1, MAX_COUNT), "instances down at once for a new revision", 1),
-    }), "how a new revision goes through the pool", {"max_unavailable": 1}),
-})  # fmt: skip
-
-TENANT = Object({
-    "tenant_id": Field(_name(TenantId), "the tenant's name"),
-    "network": Field(Object({
-        "tenant_net_id": Field(Integer(0, 4095), "never given twice in a cluster; names the bridge"),
-        "ipv4_subnet": Field(Text(parse_subnet), "within 10.240.0.0/12, /16 to /29; its first address is the gateway"),
-    }, _network), "mandatory: a node never derives a network by itself"),
-    "quotas": Field(Object({
-        name: Field(Integer(0, 1_000_000), about, getattr(_QUOTA, name)) for name, about in _ABOUT_QUOTA.items()
-    }, Quota), "upper limits", _QUOTA),
-    "secrets_hash": Field(Text(_secrets_hash, _SECRETS_HASH.pattern), "of the secrets it should have", None),
-    "pinned": Field(Boolean(), "all its pools are pinned, and it is never pruned", False),
-    "pools": Field(Array(POOL, MAX_POOLS), "its pools", []),
-})  # fmt: skip
-
-SCHEMA = Object({
-    "schema_version": Field(Integer(SCHEMA_VERSION, SCHEMA_VERSION), "the version of this form"),
-    "node_id": Field(_name(NodeId), "the node it is for; another one refuses it"),
-    "generation": Field(Integer(0, 2**53 - 1), "grows; an older one is refused", None),
-    "tenants": Field(Array(TENANT, MAX_TENANTS), "the tenants"),
-    "prune_unknown_tenants": Field(Boolean(), "destroy tenants that are not listed", False),
-    "prune_unknown_pools": Field(Boolean(), "destroy pools that their listed tenant does not list", False),
-})  # fmt: skip
-
-
-def json_schema() -> dict[str, Any]:
-    """The published JSON schema (docs/desired-state.schema.json)."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "mvm desired state",
-        "description": "What a coordinator asks of one node.",
-        **SCHEMA.schema(),
-    }
-
-
 def parse(value: Any) -> DesiredState:
     """The document in a decoded JSON value.
 
@@ -181,12 +71,8 @@ def parse(value: Any) -> DesiredState:
     (``desired.over_quota``) when it is only that tenants ask for more than their quota gives.
     """
     problems: list[Problem] = []
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if type(version) is int and version != SCHEMA_VERSION:  # its other fields mean we know not what
-        problems.append(Problem("$.schema_version", f"{version} is not known here: {SCHEMA_VERSION}"))
-        refuse_all(problems)
     read = SCHEMA.read(value, "$", problems)
-    tenants = [each for each in _items(read, "tenants")]
+    tenants = _items(read, "tenants")
     _check_tenants(tenants, problems)
     refuse_all(problems)
     return DesiredState(
@@ -321,14 +207,3 @@ def check_for_node(state: DesiredState, node: NodeId, stored: DesiredState | Non
             value=state.generation, known=known,
         )  # fmt: skip
 
-
-def to_document(state: DesiredState) -> dict[str, Any]:
-    """Inverse of `parse`."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "node_id": str(state.node_id),
-        **({} if state.generation is None else {"generation": state.generation}),
-        "prune_unknown_tenants": state.prune_unknown_tenants,
-        "prune_unknown_pools": state.prune_unknown_pools,
-        "tenants": [_tenant_document(tenant) for tenant in state.tenants],
-    }

@@ -7,6 +7,7 @@ JSON schema of what it reads. What is wrong is noted, and what could not be read
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -304,7 +305,9 @@ class Object:
 
 
 def _words(error: InvalidInput) -> str:
-    return f"{error.message}; {error.hint}" if error.hint else error.message
+    """Its message and hint, with no dashes before names: these are no options of a command."""
+    text = f"{error.message}; {error.hint}" if error.hint else error.message
+    return re.sub(r"--(?=[a-z])", "", text)
 
 
 def refuse_all(problems: list[Problem]) -> None:
