@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, Protocol
 
-from mvm.errors import InvalidInput, QuotaExceeded
+from mvm.errors import InvalidInput, MvmError, QuotaExceeded
 
 MAX_BYTES = 16 << 20
 _SHOWN = 60  # characters of a value, in a message
@@ -315,11 +315,12 @@ def refuse_all(problems: list[Problem]) -> None:
     if not problems:
         return
     over = all(problem.quota for problem in problems)
-    kind, code = (QuotaExceeded, "desired.over_quota") if over else (InvalidInput, "desired.invalid")
+    kind: type[MvmError] = QuotaExceeded if over else InvalidInput
     count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
     more = [f"and {len(problems) - _TOLD} more"] if len(problems) > _TOLD else []
     raise kind(
-        code, "\n  ".join([f"the desired state has {count}:", *map(str, problems[:_TOLD]), *more]),
+        "desired.over_quota" if over else "desired.invalid",
+        "\n  ".join([f"the desired state has {count}:", *map(str, problems[:_TOLD]), *more]),
         hint="nothing was changed; see: docs/desired-state.md",
         errors=[{"path": problem.path, "message": problem.message} for problem in problems[:_KEPT]],
     )  # fmt: skip
