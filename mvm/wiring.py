@@ -15,6 +15,7 @@ from mvm.domain.layout import StateLayout
 
 if TYPE_CHECKING:
     from mvm.ports.agents import NodeAgents
+    from mvm.ports.audit import AuditLog
     from mvm.ports.clock import Clock
     from mvm.ports.guest import GuestChannel
     from mvm.ports.host import HostMemory
@@ -104,6 +105,7 @@ class NodePorts:
     storage: NodeStorage
     images: ImageBuilder
     memory: HostMemory
+    audit: AuditLog
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def open_node(settings: Settings) -> NodeServices:
 
 def open_ports(settings: Settings) -> NodePorts:
     """The drivers that `settings` names."""
+    from mvm.drivers.audit_log import FileAuditLog
     from mvm.drivers.celery_queue import CeleryQueue
     from mvm.drivers.clock import SystemClock
     from mvm.drivers.locks import FileLocks
@@ -142,13 +145,15 @@ def open_ports(settings: Settings) -> NodePorts:
     store = SqliteStore(layout.database)
     registry = RedisRegistry(RedisLink(settings.redis, code="registry.unreachable"))
     queue = CeleryQueue(RedisLink(settings.broker, code="broker.unreachable"))
+    locks = FileLocks(layout.locks)
+    audit = FileAuditLog(layout.audit, locks)
     if settings.driver == "fake":
         from mvm.drivers.fake.shared import SharedFakeHost
 
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
-            store, registry, queue, FileLocks(layout.locks), host.clock, host.vmm, host.guest, host.network,
-            host.storage, host.images, host.memory,
+            store, registry, queue, locks, host.clock, host.vmm, host.guest, host.network,
+            host.storage, host.images, host.memory, audit,
         )  # fmt: skip
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import UnixGuestChannel
@@ -164,7 +169,7 @@ def open_ports(settings: Settings) -> NodePorts:
         store,
         registry,
         queue,
-        FileLocks(layout.locks),
+        locks,
         SystemClock(),
         QemuDriver(layout, shell),
         UnixGuestChannel(),
@@ -172,6 +177,7 @@ def open_ports(settings: Settings) -> NodePorts:
         FileStorage(layout, shell),
         BuiltinImages(layout, shell, LocalShell(of_parent())),
         ProcMemory(),
+        audit,
     )
 
 
@@ -179,6 +185,7 @@ def build_node(
     ports: NodePorts, settings: Settings, *, authorized_key: str, observers: tuple[Observer, ...] = ()
 ) -> NodeServices:
     """Services over `ports`: the same for real and fake ones."""
+    from mvm.services.audit import Audit
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.idle import Idleness
     from mvm.services.insight import Insight
@@ -199,7 +206,8 @@ def build_node(
     address = f"{settings.agent_host}:{settings.agent_port}"
     jobs = Jobs(p.registry, p.queue, p.clock)
     precedence = Precedence(p.locks)
-    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, observers)
+    audit = Audit(p.store, p.audit, p.clock, precedence, node)
+    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, observers)
     snapshots = Snapshots(
         locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
@@ -210,13 +218,13 @@ def build_node(
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
-    lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms)
+    lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit)
     reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
     tenants = Tenants(p.store, p.registry, p.network)
     pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
-        storage=p.storage, lifecycle=lifecycle, node_id=node, grace_s=settings.orphan_grace_s,
+        storage=p.storage, lifecycle=lifecycle, audit=audit, node_id=node, grace_s=settings.orphan_grace_s,
         keep_jobs=settings.keep_jobs,
     )  # fmt: skip
     idleness = Idleness(
@@ -257,6 +265,7 @@ def build_node(
         address=address,
         urgent=urgent,
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
+        audit=audit,
     )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,

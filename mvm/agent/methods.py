@@ -78,6 +78,16 @@ class NodeApi(Protocol):
         """
         ...
 
+    def audit_tail(
+        self, tenant: TenantId, count: int, *, follow: bool
+    ) -> Generator[Sequence[Mapping[str, Any]], None, None]:
+        """A tenant's last audit entries and, with `follow`, what comes; empty lists as `logs`' empty texts."""
+        ...
+
+    def audit_verify(self, tenant: TenantId) -> Mapping[str, Any]:
+        """Whether a tenant's audit trail is whole, and in ``findings`` what is not."""
+        ...
+
 
 class _Params(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -110,6 +120,15 @@ class _Exec(_Instance):
 
 
 class _Logs(_Instance):
+    follow: bool = False
+
+
+class _Tenant(_Params):
+    tenant: str
+
+
+class _Tail(_Tenant):
+    count: Annotated[int, Field(ge=1, le=10_000)]
     follow: bool = False
 
 
@@ -192,6 +211,8 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         ),
         "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), long=True),
         "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), long=True),
+        "audit.tail": Method(coordinator, _Tail, lambda p: _tail(api, p), long=True),
+        "audit.verify": Method(coordinator, _Tenant, lambda p: _verify(api, p), long=True),
     }
 
 
@@ -224,6 +245,20 @@ def _logs(api: NodeApi, params: _Logs) -> Parts:
         for text in texts:
             for start in range(0, max(len(text), 1), _CHARACTERS):
                 yield {"text": text[start : start + _CHARACTERS]}
+
+
+def _tail(api: NodeApi, params: _Tail) -> Parts:
+    with closing(api.audit_tail(TenantId(params.tenant), params.count, follow=params.follow)) as lists:
+        for entries in lists:
+            yield from _items(entries)
+
+
+def _verify(api: NodeApi, params: _Tenant) -> Parts:
+    verdict = dict(api.audit_verify(TenantId(params.tenant)))
+    findings = verdict.pop("findings")
+    yield verdict
+    for part in _items(findings):
+        yield {"findings": part["items"]}
 
 
 def _maybe(parse: Callable[[str], T], text: str | None) -> T | None:

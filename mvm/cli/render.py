@@ -70,8 +70,8 @@ def show_one(item: Mapping[str, Any], output: str) -> None:
         click.echo(f"{paint(name.ljust(width), 'head')}  {paint(text, _WORDS.get(text, ''))}".rstrip())
 
 
-def table(rows: Iterable[Mapping[str, Any]], columns: Columns) -> list[str]:
-    """Lines of aligned columns."""
+def table(rows: Iterable[Mapping[str, Any]], columns: Columns, *, headed: bool = True) -> list[str]:
+    """Lines of aligned columns, below their headings unless these were shown before."""
     cells = [[cell(row.get(get) if isinstance(get, str) else get(row)) for get in columns.values()] for row in rows]
     heads = [name.upper() for name in columns]
     widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
@@ -81,7 +81,8 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Columns) -> list[str]:
         padded = (word if i == last else word.ljust(widths[i]) for i, word in enumerate(words))
         return "  ".join(paint(text, style(text.strip())) for text in padded).rstrip()
 
-    return [line(heads, lambda _: "head"), *(line(words, lambda text: _WORDS.get(text, "")) for words in cells)]
+    lines = [line(words, lambda text: _WORDS.get(text, "")) for words in cells]
+    return [line(heads, lambda _: "head"), *lines] if headed else lines
 
 
 def cell(value: object) -> str:

@@ -110,6 +110,11 @@ class StateLayout:
         return self.instance(ref) / "snapshot"
 
     @property
+    def audit(self) -> Path:
+        """Audit trails, a directory for each tenant that ever was."""
+        return self.root / "audit"
+
+    @property
     def locks(self) -> Path:
         """Lock files."""
         return self.root / "locks"

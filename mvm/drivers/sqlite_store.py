@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from mvm.domain.audit import Link
 from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
@@ -35,10 +36,14 @@ CREATE INDEX instances_by_tenant ON instances (tenant);
 CREATE TABLE jobs (id TEXT PRIMARY KEY, final INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX jobs_open ON jobs (id) WHERE final = 0;
 """
-# Also made in stores that were written before there were notes.
-_NOTES = """
+# Also made in stores that were written before there were notes and audit trails.
+_LATER = """
 CREATE TABLE IF NOT EXISTS notes (ref TEXT NOT NULL, kind TEXT NOT NULL, doc TEXT NOT NULL,
-    PRIMARY KEY (ref, kind)) WITHOUT ROWID
+    PRIMARY KEY (ref, kind)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS audit_heads (tenant TEXT PRIMARY KEY, seq INTEGER NOT NULL,
+    hash TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS audit_pending (tenant TEXT NOT NULL, seq INTEGER NOT NULL, line TEXT NOT NULL,
+    PRIMARY KEY (tenant, seq)) WITHOUT ROWID
 """
 _BUSY_MS = 10_000
 
@@ -68,7 +73,8 @@ class SqliteStore:
                         hint="use the mvm that wrote it, or another state directory",
                         version=version,
                     )
-                db.execute(_NOTES)
+                for statement in _LATER.split(";"):
+                    db.execute(statement)
 
     def _db(self) -> sqlite3.Connection:
         db: sqlite3.Connection | None = getattr(self._local, "db", None)
@@ -255,6 +261,33 @@ class SqliteStore:
         return [
             Job.from_dict(json.loads(doc)) for (doc,) in self._rows("SELECT doc FROM jobs WHERE final = 0 ORDER BY id")
         ]
+
+    # --- audit trails
+    def audit_head(self, tenant: TenantId) -> Link | None:
+        """See ports/store.py."""
+        rows = self._rows("SELECT seq, hash FROM audit_heads WHERE tenant = ?", tenant)
+        return Link(*rows[0]) if rows else None
+
+    def put_audit(self, tenant: TenantId, line: str, head: Link) -> None:
+        """See ports/store.py."""
+        self._write("INSERT OR REPLACE INTO audit_heads VALUES (?, ?, ?)", tenant, head.seq, head.hash)
+        self._write("INSERT INTO audit_pending VALUES (?, ?, ?)", tenant, head.seq, line)
+
+    def pending_audit(self, tenant: TenantId) -> Sequence[str]:
+        """See ports/store.py."""
+        return [line for (line,) in self._rows("SELECT line FROM audit_pending WHERE tenant = ? ORDER BY seq", tenant)]
+
+    def drop_audit(self, tenant: TenantId, count: int) -> None:
+        """See ports/store.py."""
+        self._write(
+            "DELETE FROM audit_pending WHERE tenant = ? AND seq IN "
+            "(SELECT seq FROM audit_pending WHERE tenant = ? ORDER BY seq LIMIT ?)",
+            tenant, tenant, count,
+        )  # fmt: skip
+
+    def unwritten_trails(self) -> Sequence[TenantId]:
+        """See ports/store.py."""
+        return [TenantId(tenant) for (tenant,) in self._rows("SELECT DISTINCT tenant FROM audit_pending")]
 
     def forget_jobs(self, *, keep: int) -> int:
         """See ports/store.py."""

@@ -57,7 +57,7 @@ def prepare(layout: StateLayout) -> None:
         _write_once(layout.version, f"{STATE_VERSION}\n".encode())
         for path in (
             layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key.parent, layout.images,
-            layout.package_cache, layout.instances, layout.locks,
+            layout.package_cache, layout.instances, layout.locks, layout.audit,
         ):  # fmt: skip
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write_once(layout.flower_password, f"{secrets.token_urlsafe(24)}\n".encode())

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Any, Protocol
 
+from mvm.domain.audit import Link
 from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
@@ -121,6 +122,29 @@ class NodeStore(Protocol):
 
     def unfinished_jobs(self) -> Sequence[Job]:
         """Jobs this node began and did not end, oldest first."""
+        ...
+
+    def audit_head(self, tenant: TenantId) -> Link | None:
+        """The last entry of the tenant's audit trail, pending ones included; kept when the tenant is forgotten."""
+        ...
+
+    def put_audit(self, tenant: TenantId, line: str, head: Link) -> None:
+        """Keep a line that is to be appended to the tenant's trail, whose head it becomes.
+
+        For a transaction in which the head was read that it follows.
+        """
+        ...
+
+    def pending_audit(self, tenant: TenantId) -> Sequence[str]:
+        """Lines still to be appended, in their order."""
+        ...
+
+    def drop_audit(self, tenant: TenantId, count: int) -> None:
+        """The first `count` of them are appended."""
+        ...
+
+    def unwritten_trails(self) -> Sequence[TenantId]:
+        """The tenants with lines still to be appended."""
         ...
 
     def forget_jobs(self, *, keep: int) -> int:

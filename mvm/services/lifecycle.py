@@ -9,13 +9,15 @@ from hashlib import sha256
 from typing import Any
 
 from mvm.domain.addressing import free_offset
-from mvm.domain.ids import InstanceId, InstanceRef, JobId, PoolRef
+from mvm.domain.ids import InstanceId, InstanceRef, PoolRef
 from mvm.domain.instance import InFlight, Instance
+from mvm.domain.job import Job, JobVerb
 from mvm.domain.lifecycle import Status, Verb, landing
 from mvm.errors import Cancelled, InvalidInput, MvmError, NotFound
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.store import NodeStore, Note
+from mvm.services.audit import Audit
 from mvm.services.microvm import MicroVms
 from mvm.services.quotas import admit_instances, admit_running, admit_warm
 from mvm.services.runner import JobContext
@@ -28,11 +30,12 @@ _LOCK_S = 300.0
 class Lifecycle:
     """The one API for instances: the table, the quotas, the locks and the records, around the steps of `MicroVms`."""
 
-    def __init__(self, store: NodeStore, locks: Locks, clock: Clock, microvms: MicroVms) -> None:
+    def __init__(self, store: NodeStore, locks: Locks, clock: Clock, microvms: MicroVms, audit: Audit) -> None:
         self._store = store
         self._locks = locks
         self._clock = clock
         self._microvms = microvms
+        self._audit = audit
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
         """Create ``params.count`` instances in the subject pool and prepare their disks: all of them, or none."""
@@ -40,7 +43,7 @@ class Lifecycle:
         if not isinstance(count, int) or not 1 <= count <= MAX_CREATE:
             raise InvalidInput("instance.invalid_count", f"--count is {count}", hint=f"allowed: 1 to {MAX_CREATE}",
                                field="count", value=count)  # fmt: skip
-        created = self.add(PoolRef.parse(context.job.subject), count, context.job.job_id)
+        created = self.add(PoolRef.parse(context.job.subject), count, context.job)
         network = self._store.tenant(created[0].ref.tenant).network
         try:
             for done, instance in enumerate(created):
@@ -52,14 +55,17 @@ class Lifecycle:
                     self._microvms.remove(instance, network)
                     self._store.delete_instance(instance.ref)
             raise
+        for instance in created:
+            context.found(instance.ref, None)
         return {"instances": [instance_view(network, self._store.instance(i.ref)) for i in created]}
 
-    def add(self, ref: PoolRef, count: int, job_id: JobId) -> list[Instance]:
+    def add(self, ref: PoolRef, count: int, job: Job) -> list[Instance]:
         """Write down `count` new instances of `ref`, if the quota admits them.
 
         Their ids derive from the job's, so that a job delivered again after a crash finds those it made.
         """
-        refs = [ref.instance(InstanceId.from_bytes(sha256(f"{job_id} {n}".encode()).digest())) for n in range(count)]
+        digests = (sha256(f"{job.job_id} {n}".encode()).digest() for n in range(count))
+        refs = [ref.instance(InstanceId.from_bytes(digest)) for digest in digests]
         with self._store.transaction():
             pool, tenant = self._store.pool(ref), self._store.tenant(ref.tenant)
             existing = {i.ref: i for i in self._store.instances(tenant=ref.tenant)}
@@ -72,6 +78,8 @@ class Lifecycle:
                 taken.add(offset)
                 existing[new] = Instance(new, pool.node_id, offset, Status.CREATED, self._clock.now())
                 self._store.insert_instance(existing[new])
+                if job.verb is not JobVerb.INSTANCE_CREATE:  # whose end tells of those that it made
+                    self._audit.changed(job, new, None, why="too few instances")
         return [existing[r] for r in refs]
 
     def _prepare(self, ref: InstanceRef) -> None:
@@ -178,7 +186,7 @@ class Lifecycle:
                 self._store.delete_instance(instance.ref)
         return {}
 
-    def mark_gone(self, seen: Instance, reason: str) -> bool:
+    def mark_gone(self, job: Job, seen: Instance, reason: str) -> bool:
         """Record that a running instance's process was found gone, and clean up; False if it changed meanwhile."""
         with self._locks.hold(f"instance {seen.ref}", deadline_s=0):
             try:
@@ -188,9 +196,10 @@ class Lifecycle:
             if instance.generation != seen.generation:
                 return False
             self._microvms.take_down(instance, self._store.tenant(seen.ref.tenant).network)
-            self._store.save_instance(
-                instance.moved(Status.STOPPED, process=None, last_error=reason, last_stopped_at=self._clock.now())
-            )
+            gone = instance.moved(Status.STOPPED, process=None, last_error=reason, last_stopped_at=self._clock.now())
+            with self._store.transaction():
+                self._store.save_instance(gone)
+                self._audit.changed(job, instance.ref, instance, why=reason, code="vmm.gone")
             return True
 
     def _locked(self, ref: InstanceRef) -> AbstractContextManager[None]:
@@ -220,6 +229,7 @@ class Lifecycle:
         """
         with self._store.transaction():
             instance = self._store.instance(ref)
+            context.found(ref, instance)
             landing(instance.status, verb, ref)
             if verb in (Verb.START, Verb.WAKE):
                 if instance.in_flight:  # a mark that a crash left: the quota must not count this instance twice

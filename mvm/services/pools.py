@@ -105,13 +105,13 @@ class Pools:
                                    hint="allowed in this version: 0", field=name, value=params[name])  # fmt: skip
         with self._store.transaction():
             pool, tenant = self._store.pool(ref), self._store.tenant(ref.tenant)
-            running = params.get("running")
-            if running is None:
-                running = pool.desired.running if pool.desired else 0
+            before = pool.desired.running if pool.desired else 0
+            running = before if params.get("running") is None else params["running"]
             pool = replace(pool, desired=DesiredCounts(running=running))
             others = [i for i in self._store.instances(tenant=ref.tenant) if i.ref.pool_ref != ref]
             admit_counts(tenant, pool, others)
             self._store.put_pool(pool)
+        context.changed(f"running={before}", f"running={running}")
         submitted = self._reconcile.pool(pool, context.job, actor=context.job.actor)
         return {**pool_view(self._store, pool), **submitted.to_dict()}
 

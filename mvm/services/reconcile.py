@@ -71,7 +71,7 @@ class Reconcile:
         for action in actions:
             if isinstance(action, Create):
                 try:
-                    created = self._lifecycle.add(action.pool, action.count, job.job_id)
+                    created = self._lifecycle.add(action.pool, action.count, job)
                 except QuotaExceeded as error:
                     note = error.message
                     log.warning("cannot create", pool=str(pool.ref), error=error.message)

@@ -8,12 +8,15 @@ from typing import Any
 
 import structlog
 
+from mvm.domain.ids import InstanceRef
+from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason
 from mvm.errors import Cancelled, MvmError, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
+from mvm.services.audit import Audit
 from mvm.services.jobs import Jobs
 from mvm.services.precedence import Precedence
 
@@ -31,6 +34,8 @@ class JobContext:
 
     def __init__(self, job: Job, runner: Runner) -> None:
         self.job = job
+        self.touched: dict[str, Instance | None] = {}
+        self.change: tuple[str | None, str | None] = (None, None)
         self._runner = runner
         self._remarks: list[str] = []
 
@@ -38,6 +43,14 @@ class JobContext:
         """What whoever asked should know though the job succeeds; kept as ``remarks`` of its result."""
         self._remarks.append(text)
         log.warning("remark", text=text)
+
+    def found(self, ref: InstanceRef, instance: Instance | None) -> None:
+        """The job is about `instance` (None: to be made), as it is now; for the audit trail."""
+        self.touched[str(ref)] = instance
+
+    def changed(self, before: str, after: str) -> None:
+        """What the job changed, when it is of no instance; for the audit trail."""
+        self.change = (before, after)
 
     def step(self, name: str, done: int = 0, total: int = 0) -> None:
         """Begin step `name`, the `done`-th of `total`; raises `Cancelled` here if somebody asked for it."""
@@ -57,8 +70,7 @@ class JobContext:
             result["remarks"] = self._remarks
         with self._runner.store.transaction():
             yield
-            self.job = self._runner.ended(self.job, JobState.SUCCEEDED, result=result)
-            self._runner.store.put_job(self.job)
+            self._runner.record_end(self, self._runner.ended(self.job, JobState.SUCCEEDED, result=result))
 
 
 class Runner:
@@ -66,7 +78,7 @@ class Runner:
 
     def __init__(
         self, store: NodeStore, registry: Registry, locks: Locks, clock: Clock, jobs: Jobs,
-        precedence: Precedence, observers: tuple[Observer, ...] = (),
+        precedence: Precedence, audit: Audit, observers: tuple[Observer, ...] = (),
     ) -> None:  # fmt: skip
         self.store = store
         self._registry = registry
@@ -74,6 +86,7 @@ class Runner:
         self._clock = clock
         self._jobs = jobs
         self._precedence = precedence
+        self._audit = audit
         self._observers = observers
         self._handlers: dict[JobVerb, Handler] = {}
 
@@ -97,6 +110,8 @@ class Runner:
                 self._publish(known)
                 return known
             final = self._run_once(known or job)
+            if not job.verb.is_sweep:
+                self._audit.soon()
             self._give_way(job)  # it holds no instance any more that a wake could wait for
             self._publish(final)
             if job.verb.is_sweep:
@@ -134,8 +149,14 @@ class Runner:
         return context.job
 
     def _end(self, context: JobContext, state: JobState, error: MvmError) -> None:
-        context.job = self.ended(context.job, state, error=error.to_dict())
-        self.store.put_job(context.job)
+        with self.store.transaction():
+            self.record_end(context, self.ended(context.job, state, error=error.to_dict()))
+
+    def record_end(self, context: JobContext, job: Job) -> None:
+        """Within a transaction: the final record of the context's job, and what the audit trail says of it."""
+        self._audit.job_ended(job, context.touched, context.change)
+        self.store.put_job(job)
+        context.job = job
 
     def ended(self, job: Job, state: JobState, **changes: Any) -> Job:
         """`job` at its end; a finished step count says that all of it is done."""

@@ -21,6 +21,7 @@ from mvm.ports.registry import Registry
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import Presence, Snapshotting, VmmDriver
+from mvm.services.audit import Audit
 from mvm.services.jobs import Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.runner import JobContext
@@ -49,7 +50,7 @@ class Sweeps:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver,
-        network: HostNetwork, storage: NodeStorage, lifecycle: Lifecycle, node_id: NodeId, grace_s: float,
+        network: HostNetwork, storage: NodeStorage, lifecycle: Lifecycle, audit: Audit, node_id: NodeId, grace_s: float,
         keep_jobs: int,
     ) -> None:  # fmt: skip
         self._store = store
@@ -61,6 +62,7 @@ class Sweeps:
         self._network = network
         self._storage = storage
         self._lifecycle = lifecycle
+        self._audit = audit
         self._node_id = node_id
         self._grace_s = grace_s
         self._keep_jobs = keep_jobs
@@ -78,12 +80,13 @@ class Sweeps:
                 continue
             reason = self._reason(instance)
             try:
-                if self._lifecycle.mark_gone(instance, reason):
+                if self._lifecycle.mark_gone(context.job, instance, reason):
                     gone.append({"ref": str(instance.ref), "reason": reason})
                     log.warning("instance gone", instance=str(instance.ref), why=reason)
             except TimedOut:
                 continue  # a job holds it and will see for itself
         self._publish_ends()
+        self._audit.complete()
         self._store.forget_jobs(keep=self._keep_jobs)
         return {"changed": bool(gone), "stopped": gone}
 

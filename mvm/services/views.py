@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from mvm.ports.guest import ExecResult, GuestChannel
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
+from mvm.services.audit import Audit
 from mvm.services.insight import Insight
 from mvm.services.quotas import usage
 from mvm.services.urgent import UrgentWake
@@ -91,7 +92,7 @@ class NodeView:
 
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
-        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight,
+        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, audit: Audit,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -102,6 +103,7 @@ class NodeView:
         self._vmm = vmm
         self._urgent = urgent
         self._insight = insight
+        self._audit = audit
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -170,6 +172,16 @@ class NodeView:
     def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
         """Wake an instance now, past every queue."""
         return self._urgent.wake(ref, actor)
+
+    def audit_tail(
+        self, tenant: TenantId, count: int, *, follow: bool
+    ) -> Generator[Sequence[Mapping[str, Any]], None, None]:
+        """A tenant's last audit entries; with `follow` also what comes."""
+        return self._audit.tail(tenant, count, follow=follow)
+
+    def audit_verify(self, tenant: TenantId) -> dict[str, Any]:
+        """Whether a tenant's audit trail is whole."""
+        return self._audit.verify(tenant)
 
     def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
         """Run a command in a running guest."""

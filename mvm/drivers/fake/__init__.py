@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.fake.machines import FakeGuest, FakeVmm
-from mvm.drivers.fake.resources import FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakeStorage
+from mvm.drivers.fake.resources import FakeAudit, FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakeStorage
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
@@ -32,6 +32,7 @@ class FakeHost(HostState):
         self.images = FakeImages(self)
         self.memory = FakeMemory(self)
         self.locks = FakeLocks(self)
+        self.audit = FakeAudit(self)
 
     def fail(self, point: str, error: MvmError, times: int = 1) -> None:
         """The next `times` calls of `point`, one of `POINTS`, raise `error` and change nothing."""

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mvm.domain.addressing import TenantNetwork
-from mvm.domain.ids import InstanceRef, PoolRef, Revision
+from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake.state import POINTS, Files, Part, point
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
@@ -188,6 +188,48 @@ class FakeMemory(Part):
     def left(self) -> MemoryLeft:
         """See ports/host.py."""
         return self._host.memory_left
+
+
+class FakeAudit(Part):
+    """ports/audit.py in the host's `trails`, each one text."""
+
+    @contextmanager
+    def hold(self, tenant: TenantId) -> Iterator[FakeTrail]:
+        """See ports/audit.py."""
+        with self._host.trail_locks[tenant]:
+            yield FakeTrail(self, tenant, self._host.trails.setdefault(tenant, bytearray()))
+
+    @point("audit.append")
+    def append(self, tenant: TenantId, data: bytes) -> None:
+        """Add `data` behind the last whole line."""
+        text = self._host.trails[tenant]
+        text[text.rfind(b"\n") + 1 :] = data
+
+
+class FakeTrail:
+    """ports/audit.py: one tenant's trail."""
+
+    def __init__(self, audit: FakeAudit, tenant: TenantId, text: bytearray) -> None:
+        self._audit = audit
+        self._tenant = tenant
+        self._text = text
+
+    def append(self, lines: Sequence[str]) -> None:
+        """See ports/audit.py."""
+        self._audit.append(self._tenant, "".join(f"{line}\n" for line in lines).encode("ascii"))
+
+    def tail(self, count: int) -> Sequence[bytes]:
+        """See ports/audit.py."""
+        return bytes(self._text).split(b"\n")[:-1][-count:]
+
+    def half(self) -> bytes:
+        """See ports/audit.py."""
+        return bytes(self._text).rpartition(b"\n")[2]
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """See ports/audit.py."""
+        if self._text:
+            yield "trail", bytes(self._text)
 
 
 class FakeLocks(Part):

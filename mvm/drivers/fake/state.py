@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from functools import wraps
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from threading import Condition, RLock
+from threading import Condition, Lock, RLock
 from typing import Concatenate, ParamSpec, TypeVar
 
-from mvm.domain.ids import InstanceRef, Revision
+from mvm.domain.ids import InstanceRef, Revision, TenantId
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.domain.snapshot import SnapshotManifest
@@ -109,6 +109,8 @@ class HostState:
         self.damaged: set[Revision] = set()
         self.unseen: set[InstanceRef] = set()
         self.held: set[str] = set()
+        self.trail_locks: defaultdict[TenantId, Lock] = defaultdict(Lock)
+        self.trails: dict[TenantId, bytearray] = {}
         self.hangs: Counter[InstanceRef] = Counter()
         self.panics: Counter[InstanceRef] = Counter()
         self._faults: dict[str, deque[MvmError]] = {}
