@@ -219,7 +219,9 @@ def build_node(
         authorized_key=authorized_key,
     )  # fmt: skip
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit)
-    reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
+    reconcile = Reconcile(
+        store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node
+    )
     tenants = Tenants(p.store, p.registry, p.network)
     pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)
     sweeps = Sweeps(
@@ -248,6 +250,7 @@ def build_node(
         JobVerb.INSTANCE_SLEEP: lifecycle.sleep,
         JobVerb.INSTANCE_WAKE: lifecycle.wake,
         JobVerb.INSTANCE_DESTROY: lifecycle.destroy,
+        JobVerb.NODE_RECONCILE: reconcile.sweep,
         JobVerb.SWEEP_STALE_PIDS: sweeps.stale_pids,
         JobVerb.SWEEP_ORPHANS: sweeps.orphans,
         JobVerb.SWEEP_RECONCILE: reconcile.sweep,

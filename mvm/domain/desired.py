@@ -43,7 +43,7 @@ class DesiredPool:
 
 @dataclass(frozen=True, slots=True)
 class DesiredTenant:
-    """One tenant as it should be. The pools of a `pinned` one are pinned, and it is not pruned."""
+    """One tenant as it should be. The pools of a `pinned` one are pinned, and none is pruned."""
 
     id: TenantId
     network: TenantNetwork

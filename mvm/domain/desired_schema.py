@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from ipaddress import IPv4Network
@@ -93,7 +94,7 @@ TENANT = Object({
         name: Field(Integer(0, 1_000_000), about, getattr(_QUOTA, name)) for name, about in _ABOUT_QUOTA.items()
     }, Quota), "upper limits", _QUOTA),
     "secrets_hash": Field(Text(_secrets_hash, _SECRETS_HASH.pattern), "of the secrets it should have", None),
-    "pinned": Field(Boolean(), "all its pools are pinned, and it is never pruned", False),
+    "pinned": Field(Boolean(), "all its pools are pinned, and none is pruned", False),
     "pools": Field(Array(POOL, MAX_POOLS), "its pools", []),
 })  # fmt: skip
 
@@ -108,10 +109,15 @@ SCHEMA = Object({
 
 
 def json_schema() -> dict[str, Any]:
-    """The published JSON schema (docs/desired-state.schema.json)."""
+    """The published JSON schema."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "mvm desired state",
         "description": "What a coordinator asks of one node.",
         **SCHEMA.schema(),
     }
+
+
+def schema_text() -> str:
+    """The content of docs/desired-state.schema.json."""
+    return json.dumps(json_schema(), indent=2) + "\n"

@@ -281,8 +281,8 @@ class Object:
         try:
             return self.make(**values)
         except InvalidInput as error:
-            name = error.fields.get("field")
-            problems.append(Problem(join(path, name) if name in self.fields else path, _words(error)))
+            at = error.fields.get("field")
+            problems.append(Problem(join(path, at) if at in self.fields else path, _words(error)))
             return BAD
 
     def _check_names(self, value: dict[str, Any], path: str, problems: list[Problem]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from typing import Any
 
 from mvm.domain.actions import (
     Action, Build, Change, CreatePool, CreateTenant, DestroyPool, DestroyTenant, Request, UpdatePool, UpdateTenant, Why,
@@ -204,6 +205,11 @@ class _Planning:
             return False
         self.actions.append(DestroyPool(pool.ref))
         return True
+
+
+def as_parameters(pool: DesiredPool) -> dict[str, Any]:
+    """What can be changed of a pool, as JSON values."""
+    return {name: plain(getattr(pool, name)) for name in _CHANGEABLE if name != "source"}
 
 
 def check_possible(desired: DesiredState, observed: Observed) -> None:

@@ -106,6 +106,10 @@ class DesiredCounts:
         """Whether it says where each instance is."""
         return self.warm is not None or self.sleeping is not None
 
+    def __str__(self) -> str:
+        given = {"running": self.running, "warm": self.warm, "sleeping": self.sleeping}
+        return " ".join(f"{name}={count}" for name, count in given.items() if count is not None)
+
     def __post_init__(self) -> None:
         for name in ("running", "warm", "sleeping"):
             value = getattr(self, name)

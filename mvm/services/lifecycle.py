@@ -231,10 +231,14 @@ class Lifecycle:
             instance = self._store.instance(ref)
             context.found(ref, instance)
             landing(instance.status, verb, ref)
+            if verb in (Verb.START, Verb.WAKE, Verb.WARM) and instance.in_flight:
+                # A mark that a crash left: the quota must not count this instance twice.
+                instance = self._store.save_instance(replace(instance, in_flight=None))
             if verb in (Verb.START, Verb.WAKE):
-                if instance.in_flight:  # a mark that a crash left: the quota must not count this instance twice
-                    instance = self._store.save_instance(replace(instance, in_flight=None))
-                admit_running(self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref))
+                admit_running(
+                    self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref),
+                    from_memory=instance.status is Status.WARM,
+                )  # fmt: skip
             if verb is Verb.WARM:
                 admit_warm(self._store, self._store.tenant(ref.tenant))
             context.record()
