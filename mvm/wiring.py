@@ -186,6 +186,7 @@ def build_node(
 ) -> NodeServices:
     """Services over `ports`: the same for real and fake ones."""
     from mvm.services.audit import Audit
+    from mvm.services.desired_states import DesiredStates
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.idle import Idleness
     from mvm.services.insight import Insight
@@ -269,6 +270,7 @@ def build_node(
         urgent=urgent,
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
         audit=audit,
+        desired=DesiredStates(p.store, jobs, reconcile, node),
     )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,

@@ -17,7 +17,8 @@ from mvm.domain.ids import JobId, NodeId
 from mvm.domain.instance import InFlight
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Verb
-from mvm.domain.planner import Observed, as_parameters, decide
+from mvm.domain.planner import Observed, as_parameters
+from mvm.domain.plans import Plan
 from mvm.domain.pool import WorkerPool
 from mvm.domain.room import Room
 from mvm.domain.scaling import PoolNeed, scale
@@ -88,23 +89,27 @@ class Reconcile:
         )
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
-        """One pass over this node; with ``params.prune`` also over what the document does not list."""
+        """One pass over this node; with ``params.prune`` also over what the document does not list.
+
+        With ``params.expect`` it is only done when it is the plan with that fingerprint.
+        """
         desired = self.desired()
         if context.job.params.get("prune"):
             desired = replace(desired, prune_unknown_tenants=True, prune_unknown_pools=True)
         with self._locks.hold("reconcile", deadline_s=_LOCK_S):
-            outcome = decide(desired, self.observe())
-            now = ready(outcome.actions)
+            plan = Plan.make(replace(desired, generation=None), self.observe())
+            if expect := context.job.params.get("expect"):
+                plan.check_current(expect)
+            now = ready(plan.actions)
             actor = "reconcile" if context.job.verb.is_sweep else context.job.actor
             asked, notes = self._asked(now, context.job)
-            notes += [(subject, remark) for subject, remark in outcome.remarks]
-            parent = self._jobs.submit_group(asked, self._node_id, reason=Reason.RECONCILE, actor=actor) if asked else None
+            group = self._jobs.submit_group(asked, self._node_id, reason=Reason.RECONCILE, actor=actor) if asked else None
         if asked:
-            log.info("submitted", jobs=len(asked), waiting=len(outcome.actions) - len(now))
+            log.info("submitted", jobs=len(asked), waiting=len(plan.actions) - len(now))
         return {
-            "changed": bool(asked), "bulk": parent.job_id if parent else None, "jobs": len(asked),
-            "waiting": len(outcome.actions) - len(now),
-            "remarks": [f"{subject}: {remark}" for subject, remark in notes],
+            "changed": bool(asked), "bulk": group.job_id if group else None, "jobs": len(asked),
+            "waiting": len(plan.actions) - len(now),
+            "remarks": [f"{subject}: {remark}" for subject, remark in (*notes, *plan.remarks)],
             "pools": sorted({str(scope(action)) for action in now}),
         }  # fmt: skip
 

@@ -12,7 +12,9 @@ from typing import Any
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
 from mvm.domain.instance import Instance
+from mvm.domain.job import Job
 from mvm.domain.lifecycle import Status
+from mvm.domain.plans import Plan
 from mvm.domain.pool import DesiredCounts, WorkerPool
 from mvm.domain.tenant import Tenant
 from mvm.errors import NotAllowed
@@ -22,6 +24,7 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
 from mvm.services.audit import Audit
+from mvm.services.desired_states import DesiredStates
 from mvm.services.insight import Insight
 from mvm.services.quotas import usage
 from mvm.services.urgent import UrgentWake
@@ -92,7 +95,7 @@ class NodeView:
 
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
-        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, audit: Audit,
+        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, audit: Audit, desired: DesiredStates,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -104,6 +107,7 @@ class NodeView:
         self._urgent = urgent
         self._insight = insight
         self._audit = audit
+        self._desired = desired
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -182,6 +186,14 @@ class NodeView:
     def audit_verify(self, tenant: TenantId) -> dict[str, Any]:
         """Whether a tenant's audit trail is whole."""
         return self._audit.verify(tenant)
+
+    def desired_plan(self, content: bytes, *, prune: bool) -> Plan:
+        """What a desired-state document would do here."""
+        return self._desired.plan(content, prune=prune)
+
+    def desired_apply(self, content: bytes, *, prune: bool, expect: str | None, actor: str) -> tuple[Plan, Job]:
+        """Accept a desired-state document and begin with it."""
+        return self._desired.apply(content, prune=prune, expect=expect, actor=actor)
 
     def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
         """Run a command in a running guest."""

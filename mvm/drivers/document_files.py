@@ -1,0 +1,48 @@
+"""Desired-state documents in files: JSON, or YAML by the name's ending."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mvm.domain.document import MAX_BYTES, check_size, decode_json, decode_text, malformed, pairs
+from mvm.errors import NotFound
+
+
+def read_document(path: Path) -> Any:
+    """The value in a file; raises `InvalidInput` (``desired.*``), and `NotFound` (``desired.not_found``)."""
+    try:
+        if path.is_file():
+            check_size(path.stat().st_size)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise NotFound(
+            "desired.not_found", f"{path} cannot be read: {error.strerror}", hint="see --desired", field="desired"
+        ) from None
+    return decode_yaml(content) if path.suffix in (".yaml", ".yml") else decode_json(content)
+
+
+def decode_yaml(content: bytes) -> Any:
+    """The value in YAML text, as JSON would have it. No aliases: a short text could say endlessly much."""
+    import yaml
+
+    class Loader(yaml.CSafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"an alias, line {self.peek_event().start_mark.line + 1}: write it out")
+            return super().compose_node(parent, index)
+
+    def mapping(loader: Any, node: Any) -> dict[str, Any]:
+        return pairs([(str(loader.construct_object(key)), loader.construct_object(value, deep=True))
+                      for key, value in node.value])  # fmt: skip
+
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
+    text = decode_text(content)
+    try:
+        return yaml.load(text, Loader)  # noqa: S506  it is a safe loader
+    except yaml.YAMLError as error:
+        raise malformed("not YAML", " ".join(str(error).split())[:300]) from None
+    except (RecursionError, ValueError):
+        raise malformed("not YAML", "it is nested too deeply, or a number is too long") from None
