@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mvm.cli.base import Group
-from mvm.cli.errors import show_and_exit
+from mvm.cli.errors import show_and_exit, show_error
 from mvm.cli.fleet import Fleet, ask, gather, named
 from mvm.cli.instance import COLUMNS as INSTANCE_COLUMNS
 from mvm.cli.instance import show_woken, wake_at
@@ -42,8 +42,11 @@ def push(fleet: Fleet, output: str, path: Path, nodes: Sequence[str], more: Sequ
             errors.append(named(error, address))
         else:
             rows.append({"node": address, "actions": len(answer.get("actions", ())), "job_id": answer["job"]["job_id"]})
-    if rows or not errors:
-        show_list(rows, {"node": "node", "actions": "actions", "job": "job_id"}, output, empty="no nodes")
+    if not rows:
+        for error in errors[:-1]:
+            show_error(error)
+        raise errors[-1]
+    show_list(rows, {"node": "node", "actions": "actions", "job": "job_id"}, output, empty="no nodes")
     show_and_exit(errors)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from mvm.domain.document import MAX_BYTES, check_size, decode_json, decode_text, malformed, pairs
 from mvm.errors import NotFound
 
+_DEEPEST = 50
+
 
 def read_document(path: Path) -> Any:
     """The value in a file; raises `InvalidInput` (``desired.*``), and `NotFound` (``desired.not_found``)."""
@@ -28,21 +30,24 @@ def decode_yaml(content: bytes) -> Any:
     import yaml
 
     class Loader(yaml.CSafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError(f"an alias, line {self.peek_event().start_mark.line + 1}: write it out")
-            return super().compose_node(parent, index)
+        """Keeps what JSON has not, dates, as text, and remembers names that are given twice."""
 
     def mapping(loader: Any, node: Any) -> dict[str, Any]:
-        return pairs([(str(loader.construct_object(key)), loader.construct_object(value, deep=True))
-                      for key, value in node.value])  # fmt: skip
+        read = loader.construct_object
+        return pairs([(str(read(name)), read(value, deep=True)) for name, value in node.value])
 
     Loader.add_constructor("tag:yaml.org,2002:map", mapping)
     Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
-    text = decode_text(content)
+    text, depth = decode_text(content), 0
     try:
-        return yaml.load(text, Loader)  # noqa: S506  it is a safe loader
+        for event in yaml.parse(text, Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise malformed("not YAML", "it is nested too deeply")
+            if isinstance(event, yaml.AliasEvent):
+                raise malformed("not YAML", f"an alias in line {event.start_mark.line + 1}: write it out")
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise malformed("not YAML", " ".join(str(error).split())[:300]) from None
-    except (RecursionError, ValueError):
-        raise malformed("not YAML", "it is nested too deeply, or a number is too long") from None
+    except ValueError:
+        raise malformed("not YAML", "a number is too long") from None

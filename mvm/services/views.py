@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
@@ -24,10 +24,12 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
 from mvm.services.audit import Audit
-from mvm.services.desired_states import DesiredStates
 from mvm.services.insight import Insight
 from mvm.services.quotas import usage
 from mvm.services.urgent import UrgentWake
+
+if TYPE_CHECKING:  # it leads back here
+    from mvm.services.desired_states import DesiredStates
 
 _FOLLOW_S = 0.2
 
