@@ -219,7 +219,7 @@ def build_node(
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
-    lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit)
+    lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit, manual_hold_s=settings.manual_hold_s)
     reconcile = Reconcile(
         store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node
     )

@@ -124,7 +124,10 @@ class Reconcile:
                 tenant.quota, tenant.network, shapes, [i for i in observed.instances if i.ref.tenant == tenant.id]
             )
             need = PoolNeed(pool.ref, pool.desired, pool.resources, pool.revision)
-            scaled = scale(need, [i for i in observed.instances if i.ref.pool_ref == pool.ref], room, now=observed.now)
+            there = [
+                replace(i, manual_override_until=None) for i in observed.instances if i.ref.pool_ref == pool.ref
+            ]  # a person has spoken since
+            scaled = scale(need, there, room, now=observed.now)
             if scaled.actions and pool.revision is None:
                 return Submitted(note=f"no image yet: mvm pool build {pool.ref}")
             asked, notes = self._asked(scaled.actions, job)

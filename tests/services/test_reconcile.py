@@ -111,8 +111,33 @@ def test_a_saved_plan_is_refused_once_the_world_has_moved(mvm: CommandLine, node
     node.ok(JobVerb.INSTANCE_STOP, str(node.services.store.instances()[0].ref))
     mvm.fails(4, "desired.plan_outdated", *words, "--expect", plan)
     assert statuses(node) == {"running": 1, "stopped": 1}
+    node.clock.advance(600)
     mvm.ok(*words, "--expect", mvm.json(*words, "--plan")["fingerprint"])
     assert statuses(node) == {"running": 3}
+
+
+def test_what_a_person_does_holds_for_a_while(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    ref = str(node.services.store.instances()[0].ref)
+    node.ok(JobVerb.INSTANCE_STOP, ref)
+    assert mvm.ok(*words) == "nothing to do\n"
+    assert node.sweep(JobVerb.SWEEP_RECONCILE)["changed"] is False
+    node.clock.advance(600)
+    mvm.ok(*words)
+    assert statuses(node) == {"running": 2}
+
+
+def test_a_crash_ends_what_a_person_has_said(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    ref = node.services.store.instances()[0].ref
+    node.ok(JobVerb.INSTANCE_STOP, str(ref))
+    node.ok(JobVerb.INSTANCE_START, str(ref))
+    node.host.vmm.kill(ref, None)
+    node.sweep(JobVerb.SWEEP_STALE_PIDS)
+    mvm.ok(*words)
+    assert statuses(node) == {"running": 2}
 
 
 def test_a_failed_job_ends_the_waiting_and_is_told(mvm: CommandLine, node: Node, file: Path) -> None:
