@@ -224,7 +224,7 @@ def build_node(
         store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node
     )
     tenants = Tenants(p.store, p.registry, p.network)
-    pools = Pools(p.store, p.registry, p.images, p.locks, reconcile)
+    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
         storage=p.storage, lifecycle=lifecycle, audit=audit, node_id=node, grace_s=settings.orphan_grace_s,

@@ -43,7 +43,7 @@ class FileDigest(NamedTuple):
 
 
 class DiskState(NamedTuple):
-    """How an instance's own disk layer was left: a later write makes its snapshot unfit. Bytes and nanoseconds."""
+    """How an instance's own disks were left: a later write makes its snapshot unfit. Bytes and nanoseconds."""
 
     size: int
     mtime_ns: int
@@ -61,7 +61,7 @@ class SnapshotManifest:
     """Everything that must be as it was when the snapshot was taken.
 
     `machine` stands for the virtual hardware (see the driver), `template` is the id of the template a DELTA is to,
-    `guest_protocol` the agent's version, `disk` the state of the instance's own layer (None for a TEMPLATE, whose
+    `guest_protocol` the agent's version, `disk` the state of the instance's own disks (None for a TEMPLATE, whose
     layer is among `files`). Memory in MiB.
     """
 

@@ -24,6 +24,8 @@ from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus, 
 _REPLY_GRACE_S = 5.0  # for a guest to end a late command and to send what it wrote
 _PLAIN = (string.ascii_letters + "+-./:;=@^_,~").encode()  # 64 characters that mean themselves, also after an octal
 _CLOCK_S, _CLOCK_TRIES = 0.005, 4
+_HUGE = 1e18
+_LONGEST_REPLY = 4 << 20  # bytes; a command's two streams are cut at 1 MiB each
 _LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
 
 
@@ -34,7 +36,7 @@ class UnixGuestChannel:
         """See the port."""
         with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
             version, uptime, kernel = call.ask("hello", words=3)
-            return GuestHello(int(version), float(uptime), kernel)
+            return GuestHello(_count(version), _number(uptime), kernel)
 
     def configure(self, ref: InstanceRef, directory: Path, identity: GuestIdentity, *, deadline_s: float) -> None:
         """See the port."""
@@ -64,7 +66,7 @@ class UnixGuestChannel:
         with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
             uptime, worker, ticks, load, received, sent = call.ask("status", words=6)
             return GuestStatus(
-                float(uptime), Worker(worker), int(ticks) / 100, float(load), int(received), int(sent)
+                _number(uptime), Worker(worker), _count(ticks) / 100, _number(load), _count(received), _count(sent)
             )  # fmt: skip
 
     def settle(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
@@ -86,7 +88,7 @@ class UnixGuestChannel:
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:
         """See the port."""
         with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
-            return float(call.ask("ping", words=1)[0])
+            return _number(call.ask("ping", words=1)[0])
 
     def execute(self, ref: InstanceRef, directory: Path, command: str, *, deadline_s: float) -> ExecResult:
         """See the port. Raises `InvalidInput` for a command that no shell can be given."""
@@ -126,8 +128,10 @@ class _Call:
             raise self._gone() from None
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._connection.close()
+        if isinstance(error, ValueError | OverflowError | struct.error):  # its guest says what it likes
+            raise self.refused("unreadable reply") from None
 
     def left(self) -> float:
         """Seconds until the deadline; raises `TimedOut` past it."""
@@ -155,7 +159,7 @@ class _Call:
         best = (float("inf"), 0.0)
         for _ in range(_CLOCK_TRIES):
             before = time.monotonic()
-            told = float(self.ask("time", words=1)[0])
+            told = _number(self.ask("time", words=1)[0])
             after = time.monotonic()
             best = min(best, (after - before, now.timestamp() + (before + after) / 2 - asked - told))
             if best[0] < _CLOCK_S:
@@ -201,6 +205,8 @@ class _Call:
         """Complete lines as they arrive, until the VMM closes the socket."""
         pieces: list[bytes] = []
         while data := self._receive():
+            if sum(map(len, pieces)) > _LONGEST_REPLY:
+                raise self.refused("a reply without end")
             *complete, rest = data.split(b"\n")
             for line in complete:
                 yield b"".join((*pieces, line)).decode("ascii", "replace")
@@ -234,6 +240,17 @@ def _moment(behind_s: float, entropy: bytes) -> str:
 def _escaped(data: bytes) -> str:
     """For the shell's printf; see `mvm.guest`."""
     return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:o}" for byte in data) or "-"
+
+
+def _number(word: str) -> float:
+    number = float(word)
+    if not -_HUGE < number < _HUGE:
+        raise ValueError(word)
+    return number
+
+
+def _count(word: str) -> int:
+    return int(_number(word))
 
 
 def _encode(data: bytes) -> str:

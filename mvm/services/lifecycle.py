@@ -110,6 +110,8 @@ class Lifecycle:
                 instance = self._microvms.bring_up(context, instance, pool, network)
             except Exception:
                 instance = self._store.instance(ref)  # the boot step has written the process since
+                if instance.status is Status.SLEEPING and self._microvms.has_snapshot(instance):
+                    raise  # nothing has begun: it sleeps on
                 self._microvms.take_down(instance, network)
                 # A sleeping one that was to forget its memory has: there is nothing left to wake it from.
                 status = Status.STOPPED if instance.status is Status.SLEEPING else instance.status

@@ -180,6 +180,10 @@ class MicroVms:
             raise
         return replace(instance, process=process)
 
+    def has_snapshot(self, instance: Instance) -> bool:
+        """Whether what it slept in is there."""
+        return self._snapshots.kept(instance.ref)
+
     def forget_snapshot(self, instance: Instance) -> None:
         """What it slept in is of the past."""
         self._snapshots.forget(instance.ref)

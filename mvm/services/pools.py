@@ -13,6 +13,7 @@ from mvm.errors import InvalidInput, NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
+from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.services.quotas import admit_counts, admit_pool
 from mvm.services.reconcile import Reconcile
@@ -43,11 +44,18 @@ class Pools:
     """Pools live on one node, which the registry knows."""
 
     def __init__(
-        self, store: NodeStore, registry: Registry, images: ImageBuilder, locks: Locks, reconcile: Reconcile
+        self,
+        store: NodeStore,
+        registry: Registry,
+        images: ImageBuilder,
+        storage: NodeStorage,
+        locks: Locks,
+        reconcile: Reconcile,
     ) -> None:
         self._store = store
         self._registry = registry
         self._images = images
+        self._storage = storage
         self._locks = locks
         self._reconcile = reconcile
 
@@ -121,10 +129,11 @@ class Pools:
         return {**pool_view(self._store, pool), **submitted.to_dict()}
 
     def destroy(self, context: JobContext) -> Mapping[str, Any]:
-        """Remove a pool that has no instances. Its image stays, others may use it."""
+        """Remove a pool that has no instances, and its templates. Its image stays, others may use it."""
         ref = PoolRef.parse(context.job.subject)
         self._check_empty(ref)
         self._registry.unplace_pool(ref)
+        self._storage.drop_templates(ref)
         with context.ending(ref=str(ref)):
             self._check_empty(ref)
             self._store.delete_pool(ref)

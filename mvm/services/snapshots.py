@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -129,19 +130,23 @@ class Snapshots:
         driver.discard(into)
         context.step("prepare guest", 0, 3)
         paused = driver.paused(ref, process)
-        if not (paused and force):
-            driver.resume(ref, process)  # a warm one too is asked
-            try:
+        try:
+            if not (paused and force):
+                driver.resume(ref, process)  # a warm one too is asked
                 self._ask_to_sleep(instance, force=force)
-            except MvmError:
+            context.step(_SAVING, 1, 3)
+            manifest = driver.save(
+                spec, process, template=self._base(instance, pool), revision=_revision(instance), into=into,
+                compression=pool.compression,
+            )  # fmt: skip
+        except MvmError:
+            with suppress(Unreachable):  # what went wrong may be that it has ended
                 if paused:
                     driver.pause(ref, process)
-                raise
-        context.step(_SAVING, 1, 3)
-        manifest = driver.save(
-            spec, process, template=self._base(instance, pool), revision=_revision(instance), into=into,
-            compression=pool.compression,
-        )  # fmt: skip
+                elif context.job.step == _SAVING:  # it stood still meanwhile
+                    with suppress(TimedOut, Failed):
+                        self._tell_time(instance)
+            raise
         log.info("asleep", bytes=manifest.size)
         return manifest
 
@@ -169,6 +174,10 @@ class Snapshots:
         context.step("tell the time", 2, 3)
         self._tell_time(replace(instance, process=process))
         return process
+
+    def kept(self, ref: InstanceRef) -> bool:
+        """Whether the instance has something to wake from."""
+        return isinstance(self._vmm, Snapshotting) and self._known(self._storage.snapshot(ref)) is not None
 
     def forget(self, ref: InstanceRef) -> None:
         """What the instance slept in is gone."""

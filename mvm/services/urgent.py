@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from mvm.domain.ids import InstanceRef, NodeId
+from mvm.domain.ids import InstanceRef, JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Reason
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, Unreachable, error_from_dict
@@ -70,17 +70,28 @@ class UrgentWake:
 
     def _wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
         ahead = self._store.instance(ref).in_flight
-        final = self._run(
-            self._jobs.new(
-                JobVerb.INSTANCE_WAKE, str(ref), self._node_id, reason=Reason.URGENT, actor=actor, lane=Lane.URGENT
-            )
-        )
+        final = self._run_new(ref, actor)
+        if ahead and final.state is not JobState.SUCCEEDED and self._finish(ahead.job_id):
+            final = self._run_new(ref, actor)
         waited_for = str(ahead.job_id) if ahead else None
         if final.state is JobState.SUCCEEDED:
             return {"job_id": str(final.job_id), "waited_for": waited_for, **(final.result or {})}
         if ahead and self._store.instance(ref).status is Status.RUNNING:  # the job ahead brought it here
             return {"job_id": str(ahead.job_id), "waited_for": waited_for, "ref": str(ref), "status": "running"}
         raise error_from_dict(final.error or Failed("job.failed", "no reason was recorded").to_dict())
+
+    def _finish(self, job_id: JobId) -> bool:
+        """Bring a job to its end whose worker was killed: what it left half done is no state to answer from."""
+        job = self._store.job(job_id)
+        if job is None or job.state.final:
+            return False
+        log.warning("took over what a killed worker left", job_id=job_id, subject=job.subject)
+        self._runner.run(job)
+        return True
+
+    def _run_new(self, ref: InstanceRef, actor: str) -> Job:
+        verb, node = JobVerb.INSTANCE_WAKE, self._node_id
+        return self._run(self._jobs.new(verb, str(ref), node, reason=Reason.URGENT, actor=actor, lane=Lane.URGENT))
 
     def _run(self, job: Job) -> Job:
         with self._precedence.taken():

@@ -19,7 +19,7 @@ import pytest
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.snapshot import Compression
 from mvm.drivers import processes, snapshot_files
-from mvm.drivers.qemu import memory
+from mvm.drivers.qemu import driver, memory
 from mvm.drivers.qemu.qmp import Qmp
 from mvm.errors import Failed, Unreachable
 from mvm.ports.guest import Worker
@@ -358,6 +358,46 @@ def test_a_full_disk_leaves_the_guest_running_and_nothing_else(
         sleep(host, own, process, template)
     own.directory.joinpath("snapshot.new").unlink()
     assert host.vmm.paused(own.ref, process)  # as it was
+
+
+def test_a_save_that_fails_after_its_deadline_leaves_the_guest_running(
+    host: QemuHost, template: Path, own: BootSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = clone(host, template, own)
+
+    def fail(disk: Path) -> None:
+        assert processes.wait_gone(process, 1.2) is False, "the deadline passes"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(driver, "_SAVE_S", 1.0)
+    monkeypatch.setattr(snapshot_files, "sync", fail)
+    with pytest.raises(Failed) as caught:
+        sleep(host, own, process, template)
+    assert caught.value.code == "disk.full"
+    assert not host.vmm.paused(own.ref, process)
+
+
+def test_a_clone_of_a_replaced_template_does_not_sleep_on_the_new_one(
+    host: QemuHost, template: Path, own: BootSpec
+) -> None:
+    process = clone(host, template, own)
+    other = host.template(host.template_spec(92, data_disk_mib=DATA_MIB))
+    with pytest.raises(Failed) as caught:
+        sleep(host, own, process, other)
+    assert caught.value.code == "snapshot.other_base"
+    assert not host.vmm.paused(own.ref, process)
+    sleep(host, own, process, template)
+
+
+def test_a_data_disk_written_since_is_refused(host: QemuHost, template: Path, own: BootSpec) -> None:
+    process = clone(host, template, own)
+    configure(host, own)
+    snapshot = sleep(host, own, process, template)
+    assert own.data_disk is not None
+    os.utime(own.data_disk)
+    with pytest.raises(Failed) as caught:
+        host.vmm.restore(snapshot, template, own, revision=REVISION)
+    assert caught.value.code == "snapshot.other_disk"
 
 
 @pytest.mark.parametrize("step", ["run:stop", "run:add-fd", "run:xen-save-devices-state", "pack", "sync"])

@@ -7,7 +7,7 @@ import pytest
 from mvm.domain.ids import InstanceRef, PoolRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, TimedOut
+from mvm.errors import Failed, NotFound, TimedOut
 from tests.services.conftest import Node
 
 V = JobVerb
@@ -125,6 +125,27 @@ def test_a_full_disk_leaves_the_guest_running(node: Node) -> None:
     node.ok(V.INSTANCE_SLEEP, ref)
 
 
+def test_a_full_disk_leaves_a_warm_guest_warm(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.host.fail("vmm.save", Failed("disk.full", "no space left"))
+    node.fails("disk.full", V.INSTANCE_SLEEP, ref)
+    instance = node.instance(ref)
+    assert instance.status is Status.WARM
+    assert instance.process is not None
+    assert node.host.vmm.paused(instance.ref, instance.process)
+
+
+def test_a_destroyed_pool_leaves_no_template(node: Node) -> None:
+    (ref,) = running(node)
+    pool = node.services.store.pool(PoolRef.parse("acme/web"))
+    assert pool.revision is not None
+    node.ok(V.INSTANCE_DESTROY, ref)
+    node.ok(V.POOL_DESTROY, "acme/web")
+    with pytest.raises(NotFound):
+        node.host.vmm.manifest(node.host.storage.template(pool.ref, pool.revision))
+
+
 def test_what_cannot_be_restored_is_refused_and_can_be_started_anew(node: Node) -> None:
     (ref,) = running(node)
     node.ok(V.INSTANCE_SLEEP, ref)
@@ -135,6 +156,15 @@ def test_what_cannot_be_restored_is_refused_and_can_be_started_anew(node: Node) 
     assert not node.host.network.taps()
     assert not node.host.vmm.processes()
     assert node.ok(V.INSTANCE_START, ref, force=True)["status"] == "running"
+
+
+def test_a_forced_start_that_fails_before_it_begins_forgets_nothing(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    node.host.fail("storage.revision", Failed("revision.damaged", "rootfs is missing"))
+    node.fails("revision.damaged", V.INSTANCE_START, ref, force=True)
+    assert node.instance(ref).status is Status.SLEEPING
+    node.ok(V.INSTANCE_WAKE, ref)
 
 
 @pytest.mark.parametrize("status", [V.INSTANCE_WARM, V.INSTANCE_SLEEP])
@@ -256,6 +286,30 @@ def test_what_a_killed_agent_had_begun_is_finished_when_it_starts(
         node.ok(V.INSTANCE_START, ref, **({"force": True} if status is Status.SLEEPING else {}))
     node.ok(V.INSTANCE_DESTROY, ref)
     assert not node.host.leaks()
+
+
+@pytest.mark.parametrize(("part", "point"), [("guest", "prepare_sleep"), ("vmm", "save")])
+def test_an_urgent_wake_does_not_answer_from_what_a_killed_worker_left(
+    node: Node, part: str, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = running(node)
+    holder = getattr(node.host, part)
+    real = getattr(holder, point)
+
+    def then_die(*args: object, **kwargs: object) -> None:
+        real(*args, **kwargs)
+        raise Killed
+
+    job = node.submit(V.INSTANCE_SLEEP, ref)
+    monkeypatch.setattr(holder, point, then_die)
+    with pytest.raises(Killed):
+        node.drain()
+    monkeypatch.setattr(holder, point, real)
+    answer = node.services.urgent.wake(InstanceRef.parse(ref), "test")
+    assert answer["waited_for"] == job.job_id
+    assert answer["job_id"] != job.job_id, "it slept, and was woken"
+    assert InstanceRef.parse(ref) in node.host.vmm.processes()
+    assert node.instance(ref).status is Status.RUNNING
 
 
 def test_a_warm_guest_is_asked_too_before_it_sleeps(node: Node) -> None:

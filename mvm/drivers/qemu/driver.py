@@ -120,6 +120,12 @@ class QemuDriver(QemuVmms):
         """See the port."""
         base = files.manifest(template).id if template else None
         with self._monitor(spec.ref, process, _SAVE_S) as qmp:
+            # Of a template made anew since it is not known what differs.
+            if base and not memory.has(process, _memory_name(base)):
+                raise Failed(
+                    "snapshot.other_base", f"{spec.ref} cannot sleep: the template it was cloned from is replaced",
+                    hint="it runs on; stop and start it to have it cloned from the new one", subject=str(spec.ref),
+                )  # fmt: skip
             running = qmp.run("query-status")["running"]
             qmp.run("stop")  # which also writes what QEMU holds back of the disks
             try:
@@ -130,11 +136,12 @@ class QemuDriver(QemuVmms):
                             files.sync(disk)
                     made = self._manifest(
                         spec, Kind.DELTA if base else Kind.FULL, saved, qmp.version, revision, base, compression,
-                        _disk_state(spec.overlay),
+                        _disk_state(spec),
                     )  # fmt: skip
                     files.write_manifest(half, made)
             except BaseException:
                 if running:
+                    qmp.extend(_ANSWER_S)  # to save may have taken all of the time
                     with suppress(Unreachable):  # what went wrong may be that it has ended
                         qmp.run("cont")
                 raise
@@ -171,7 +178,7 @@ class QemuDriver(QemuVmms):
         if delta:
             _refuse(snapshot, refusal(
                 said, vmm=self.name, machine=self._machine(spec, accel, _data_bytes(spec)), template=base,
-                revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec.overlay),
+                revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec),
             ))  # fmt: skip
         for process in self._of(spec.ref):
             if self._has_begun(spec, process):
@@ -212,7 +219,7 @@ class QemuDriver(QemuVmms):
     @contextmanager
     def _template_memory(self, template: Path, manifest: SnapshotManifest) -> Iterator[int]:
         """The template's memory, sealed: a running VMM's, or else it is read. One of those who start reads it."""
-        name = manifest.id[:32]
+        name = _memory_name(manifest.id)
         with closing_fd(os.open(template, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             fd = next(self._shared(name), None)
@@ -329,9 +336,14 @@ def _ended(process: ProcessIdentity) -> Unreachable:
     return Unreachable("vmm.gone", f"process {process.pid} has ended", hint="mvm instance info tells its status")
 
 
-def _disk_state(overlay: Path) -> DiskState:
-    found = overlay.stat()
-    return DiskState(found.st_size, found.st_mtime_ns)
+def _memory_name(template: SnapshotId) -> str:
+    return template[:32]
+
+
+def _disk_state(spec: BootSpec) -> DiskState:
+    """Of both its disks: a later write to either is a later time."""
+    found = [disk.stat() for disk in (spec.overlay, spec.data_disk) if disk]
+    return DiskState(sum(each.st_size for each in found), max(each.st_mtime_ns for each in found))
 
 
 def _data_bytes(spec: BootSpec) -> int:

@@ -11,6 +11,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +131,11 @@ def sealed_in(pid: int, name: str) -> int | None:
     return fd
 
 
+def has(process: ProcessIdentity, name: str) -> bool:
+    """Whether the VMM maps the memory that `sealed` made as `name`."""
+    return _descriptor(process.pid, _NAME + name) is not None
+
+
 def use(process: ProcessIdentity) -> MemoryUse:
     """What it uses. Raises `OSError` when it has ended."""
     text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
@@ -139,12 +145,11 @@ def use(process: ProcessIdentity) -> MemoryUse:
 
 def _descriptor(pid: int, prefix: str) -> int | None:
     """The number that `pid` has a memfd under whose name begins so."""
-    try:
+    with suppress(FileNotFoundError):  # it ended
         for number in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
-            if Path(f"/proc/{pid}/fd/{number}").readlink().name.startswith(f"memfd:{prefix}"):
-                return int(number)
-    except FileNotFoundError:  # it ended, or closed this one meanwhile
-        pass
+            with suppress(FileNotFoundError):  # it closed this one meanwhile
+                if Path(f"/proc/{pid}/fd/{number}").readlink().name.startswith(f"memfd:{prefix}"):
+                    return int(number)
     return None
 
 

@@ -55,6 +55,10 @@ class Qmp:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
+    def extend(self, seconds: float) -> None:
+        """Everything else within `seconds` from now, if there is less time."""
+        self._end = max(self._end, time.monotonic() + seconds)
+
     def run(self, command: str, fds: Sequence[int] = (), **arguments: object) -> Any:
         """Run `command`, with descriptors `fds` for it; underscores in `arguments` are hyphens there."""
         request = {"execute": command, "arguments": {name.replace("_", "-"): it for name, it in arguments.items()}}
