@@ -43,9 +43,10 @@ def push(fleet: Fleet, output: str, path: Path, nodes: Sequence[str], more: Sequ
         else:
             rows.append({"node": address, "actions": len(answer.get("actions", ())), "job_id": answer["job"]["job_id"]})
     if not rows:
-        for error in errors[:-1]:
-            show_error(error)
-        raise errors[-1]
+        *others, last = errors
+        for other in others:
+            show_error(other)
+        raise last
     show_list(rows, {"node": "node", "actions": "actions", "job": "job_id"}, output, empty="no nodes")
     show_and_exit(errors)
 

@@ -24,7 +24,9 @@ APPLY_S = 60.0  # reading and planning a large document
 _MOST_ROUNDS = 200
 
 
-def give(agents: NodeAgents, address: str, path: Path, *, prune: bool, expect: str | None, plan: bool) -> dict[str, Any]:
+def give(
+    agents: NodeAgents, address: str, path: Path, *, prune: bool, expect: str | None, plan: bool
+) -> dict[str, Any]:
     """The agent's answer to the document in a file, which is checked here first: a plan, and unless `plan` a job."""
     from mvm.domain.desired import parse
     from mvm.drivers.document_files import read_document
@@ -68,7 +70,9 @@ def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: boo
             JobVerb.NODE_RECONCILE, fleet.node_id, fleet.node_id, params=params, actor=actor()
         ).job_id
     raise Failed(
-        "desired.unsettled", f"there is still something to do after {_MOST_ROUNDS} rounds", hint="see: mvm job list --all"
+        "desired.unsettled",
+        f"there is still something to do after {_MOST_ROUNDS} rounds",
+        hint="see: mvm job list --all",
     )
 
 

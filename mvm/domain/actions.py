@@ -107,9 +107,7 @@ class DestroyTenant:
     tenant: TenantId
 
 
-Action = (
-    CreateTenant | UpdateTenant | CreatePool | UpdatePool | Build | Create | Request | DestroyPool | DestroyTenant
-)
+Action = CreateTenant | UpdateTenant | CreatePool | UpdatePool | Build | Create | Request | DestroyPool | DestroyTenant
 
 _ORDER: Sequence[tuple[Any, ...]] = (
     (CreateTenant,), (UpdateTenant,), (CreatePool,), (UpdatePool,), (Build,),

@@ -18,6 +18,10 @@ from mvm.domain.snapshot import Compression
 from mvm.domain.tenant import Quota
 from mvm.errors import InvalidInput, NotAllowed
 
+_SHAPE = InstanceResources()
+_SLEEP = SleepPolicy()
+_QUOTA = Quota()
+
 
 @dataclass(frozen=True, slots=True)
 class DesiredPool:
@@ -29,10 +33,10 @@ class DesiredPool:
 
     ref: PoolRef
     source: ImageSource
-    resources: InstanceResources = InstanceResources()
+    resources: InstanceResources = _SHAPE
     desired: DesiredCounts | None = None
     compression: Compression = Compression.ZSTD
-    sleep_policy: SleepPolicy = SleepPolicy()
+    sleep_policy: SleepPolicy = _SLEEP
     pinned: bool = False
     critical: bool = False
     seccomp_policy: SeccompPolicy = SeccompPolicy.BASELINE
@@ -47,7 +51,7 @@ class DesiredTenant:
 
     id: TenantId
     network: TenantNetwork
-    quota: Quota = Quota()
+    quota: Quota = _QUOTA
     pools: tuple[DesiredPool, ...] = ()
     secrets_hash: str | None = None
     pinned: bool = False
@@ -206,4 +210,3 @@ def check_for_node(state: DesiredState, node: NodeId, stored: DesiredState | Non
             hint="send the newest document, with a generation that has grown", field="generation",
             value=state.generation, known=known,
         )  # fmt: skip
-

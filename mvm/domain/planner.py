@@ -8,8 +8,19 @@ from datetime import datetime
 from typing import Any
 
 from mvm.domain.actions import (
-    Action, Build, Change, CreatePool, CreateTenant, DestroyPool, DestroyTenant, Request, UpdatePool, UpdateTenant, Why,
-    ordered, plain,
+    Action,
+    Build,
+    Change,
+    CreatePool,
+    CreateTenant,
+    DestroyPool,
+    DestroyTenant,
+    Request,
+    UpdatePool,
+    UpdateTenant,
+    Why,
+    ordered,
+    plain,
 )  # fmt: skip
 from mvm.domain.desired import DesiredPool, DesiredState, DesiredTenant
 from mvm.domain.document import Problem

@@ -9,14 +9,24 @@ from itertools import groupby
 from typing import Any
 
 from mvm.domain.actions import (
-    Action, Build, Change, Create, CreatePool, CreateTenant, DestroyPool, DestroyTenant, Request, UpdatePool,
-    UpdateTenant, plain,
+    Action,
+    Build,
+    Change,
+    Create,
+    CreatePool,
+    CreateTenant,
+    DestroyPool,
+    DestroyTenant,
+    Request,
+    UpdatePool,
+    UpdateTenant,
+    plain,
 )  # fmt: skip
 from mvm.domain.desired import DesiredPool, DesiredState, digest
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import TRANSITIONS
-from mvm.domain.pool import ImageSource
 from mvm.domain.planner import Observed, decide
+from mvm.domain.pool import ImageSource
 from mvm.errors import NotAllowed
 
 _SHOWN = 20  # instances of one pool that are asked for the same

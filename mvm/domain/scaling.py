@@ -44,7 +44,8 @@ class Scaled:
 
 
 def scale(
-    need: PoolNeed, observed: Sequence[Instance], room: Room, *, now: datetime, unhealthy: Set[InstanceRef] = frozenset()
+    need: PoolNeed, observed: Sequence[Instance], room: Room, *, now: datetime,
+    unhealthy: Set[InstanceRef] = frozenset(),
 ) -> Scaled:  # fmt: skip
     """Actions that move `observed` toward `need` within `room`, which they use up. None means converged.
 

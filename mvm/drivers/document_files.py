@@ -37,7 +37,7 @@ def decode_yaml(content: bytes) -> Any:
         return pairs([(str(read(name)), read(value, deep=True)) for name, value in node.value])
 
     Loader.add_constructor("tag:yaml.org,2002:map", mapping)
-    Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", _as_text)
     text, depth = decode_text(content), 0
     try:
         for event in yaml.parse(text, Loader):
@@ -45,9 +45,17 @@ def decode_yaml(content: bytes) -> Any:
             if depth > _DEEPEST:
                 raise malformed("not YAML", "it is nested too deeply")
             if isinstance(event, yaml.AliasEvent):
-                raise malformed("not YAML", f"an alias in line {event.start_mark.line + 1}: write it out")
+                raise malformed("not YAML", f"an alias in line {_line(event)}: write it out")
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise malformed("not YAML", " ".join(str(error).split())[:300]) from None
     except ValueError:
         raise malformed("not YAML", "a number is too long") from None
+
+
+def _as_text(loader: Any, node: Any) -> Any:
+    return loader.construct_scalar(node)
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1

@@ -9,7 +9,7 @@ from typing import Any
 from mvm.domain.ids import PoolRef
 from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, StartMode, WorkerPool
 from mvm.domain.snapshot import Compression
-from mvm.errors import InvalidInput, NotAllowed, NotFound
+from mvm.errors import NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry

@@ -12,6 +12,7 @@ from mvm.domain.room import usage_of
 from mvm.domain.tenant import Limit, Tenant, Usage, check_quota
 from mvm.ports.store import NodeStore
 
+
 def usage(store: NodeStore, tenant: TenantId) -> Usage:
     """What `tenant` holds; an instance on its way counts where it is and where it will land."""
     return usage_of({pool.ref: pool.resources for pool in store.pools(tenant)}, store.instances(tenant=tenant))

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import structlog
 
 from mvm.domain.actions import (
-    Action, Build, Create, CreatePool, CreateTenant, DestroyPool, DestroyTenant, Request, UpdatePool, UpdateTenant,
-    ready, scope,
+    Action,
+    Build,
+    Create,
+    CreatePool,
+    CreateTenant,
+    DestroyPool,
+    DestroyTenant,
+    Request,
+    UpdatePool,
+    UpdateTenant,
+    ready,
+    scope,
 )  # fmt: skip
 from mvm.domain.desired import DesiredState, parse
 from mvm.domain.ids import JobId, NodeId
@@ -103,7 +113,9 @@ class Reconcile:
             now = ready(plan.actions)
             actor = "reconcile" if context.job.verb.is_sweep else context.job.actor
             asked, notes = self._asked(now, context.job)
-            group = self._jobs.submit_group(asked, self._node_id, reason=Reason.RECONCILE, actor=actor) if asked else None
+            group = (
+                self._jobs.submit_group(asked, self._node_id, reason=Reason.RECONCILE, actor=actor) if asked else None
+            )
         if asked:
             log.info("submitted", jobs=len(asked), waiting=len(plan.actions) - len(now))
         return {

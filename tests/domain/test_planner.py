@@ -8,8 +8,20 @@ import pytest
 from hypothesis import given
 
 from mvm.domain.actions import (
-    Build, Change, Create, CreatePool, CreateTenant, DestroyPool, DestroyTenant, Request, UpdatePool, UpdateTenant, Why,
-    rank, ready, scope,
+    Build,
+    Change,
+    Create,
+    CreatePool,
+    CreateTenant,
+    DestroyPool,
+    DestroyTenant,
+    Request,
+    UpdatePool,
+    UpdateTenant,
+    Why,
+    rank,
+    ready,
+    scope,
 )  # fmt: skip
 from mvm.domain.desired import DesiredPool, DesiredState, DesiredTenant
 from mvm.domain.ids import PoolId, PoolRef, TenantId
@@ -227,7 +239,9 @@ def test_a_rollout_halts_when_a_new_one_is_not_well() -> None:
         there.settle()
     assert sum(i.status is S.RUNNING and i.revision == REVISION for i in there.of(WEB)) == 3
     told = decide(state, there.observed()).remarks
-    assert told == ((str(WEB), f"3 keep another revision: {instance_ref(0).instance} with the new revision is not well"),)
+    assert told == (
+        (str(WEB), f"3 keep another revision: {instance_ref(0).instance} with the new revision is not well"),
+    )
 
 
 def test_one_that_is_not_well_is_stopped_and_started_again() -> None:
@@ -265,7 +279,9 @@ def test_more_than_the_quota_is_not_planned_and_told() -> None:
 def test_what_cannot_be_had_is_told_at_once() -> None:
     other = TenantId("other")
     pool = replace(POOL, ref=PoolRef(ACME, PoolId("web")), resources=InstanceResources(mem_mib=512))
-    state = DesiredState(NODE, (DesiredTenant(ACME, network(2), pools=(pool,)), DesiredTenant(TenantId("x"), network(3))))
+    state = DesiredState(
+        NODE, (DesiredTenant(ACME, network(2), pools=(pool,)), DesiredTenant(TenantId("x"), network(3)))
+    )
     there = world(state)
     there.tenants[other] = Tenant(other, network(3), Quota(), START)
     with pytest.raises(NotAllowed) as caught:

@@ -103,7 +103,10 @@ def test_it_converges_within_a_quota_that_gives_just_enough(observed: list[Insta
     pool = replace(need(), counts=wanted)
     in_memory = wanted.running + (wanted.warm or 0)
     quota = Quota(
-        max_running=wanted.running, max_warm=wanted.warm or 0, max_vcpus=in_memory, max_mem_mib=in_memory * SHAPE.mem_mib
+        max_running=wanted.running,
+        max_warm=wanted.warm or 0,
+        max_vcpus=in_memory,
+        max_mem_mib=in_memory * SHAPE.mem_mib,
     )
     observed = [replace(each, status=S.STOPPED) if each.status in UP else each for each in observed]
     for _ in range(30):

@@ -8,7 +8,16 @@ from datetime import timedelta
 from hashlib import sha256
 
 from mvm.domain.actions import (
-    Action, Build, Create, CreatePool, CreateTenant, DestroyPool, DestroyTenant, Request, UpdatePool, UpdateTenant,
+    Action,
+    Build,
+    Create,
+    CreatePool,
+    CreateTenant,
+    DestroyPool,
+    DestroyTenant,
+    Request,
+    UpdatePool,
+    UpdateTenant,
 )  # fmt: skip
 from mvm.domain.desired import DesiredPool, DesiredState
 from mvm.domain.ids import InstanceId, InstanceRef, JobId, PoolRef, Revision, TenantId
@@ -17,8 +26,8 @@ from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb, landing
 from mvm.domain.planner import Observed
 from mvm.domain.pool import ImageSource, WorkerPool
-from mvm.domain.tenant import Tenant, Usage
 from mvm.domain.room import usage_of
+from mvm.domain.tenant import Tenant, Usage
 from tests.support.make import NODE, START
 
 NOW = START

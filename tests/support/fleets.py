@@ -87,7 +87,7 @@ def _fill(draw: st.DrawFn, world: World, wanted: DesiredPool, busy: bool, held: 
         world.instances[ref] = Instance(
             ref, NODE, 3 + number, status, START - timedelta(seconds=draw(st.integers(0, 9))),
             revision=draw(st.sampled_from([revision, revision, OTHER])) if revision else None,
-            in_flight=InFlight(JOB, flight) if flight and (revision or status in DOWN and flight == "destroy") else None,
+            in_flight=InFlight(JOB, flight) if flight and (revision or flight == "destroy") else None,
             last_error="it crashed" if status in DOWN and draw(st.integers(0, 9)) == 0 else None,
             manual_override_until=NOW + timedelta(1) if held and draw(st.integers(0, 7)) == 0 else None,
         )  # fmt: skip
