@@ -1,4 +1,4 @@
-"""Desired-state documents from the command line: shown as a plan, given to nodes, followed until nothing is to be done."""
+"""Desired-state documents from the command line: shown as a plan, given to nodes, followed until all is done."""
 
 from __future__ import annotations
 
