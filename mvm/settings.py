@@ -71,6 +71,7 @@ class Settings(BaseSettings):
     memory_reserve_percent: float = Field(10.0, ge=0, le=90)
     orphan_grace_s: float = Field(60.0, ge=0, le=86400)
     heartbeat_s: float = Field(3.0, ge=0.2, le=60)
+    require_isolation: bool = False
     keep_jobs: int = Field(10_000, ge=100, le=1_000_000)
 
     @field_validator("state_dir")

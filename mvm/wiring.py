@@ -16,6 +16,7 @@ from mvm.domain.layout import StateLayout
 if TYPE_CHECKING:
     from mvm.ports.agents import NodeAgents
     from mvm.ports.audit import AuditLog
+    from mvm.ports.cgroup import Cgroups
     from mvm.ports.clock import Clock
     from mvm.ports.guest import GuestChannel
     from mvm.ports.host import HostMemory
@@ -106,6 +107,7 @@ class NodePorts:
     images: ImageBuilder
     memory: HostMemory
     audit: AuditLog
+    cgroups: Cgroups
 
 
 @dataclass(frozen=True)
@@ -153,31 +155,34 @@ def open_ports(settings: Settings) -> NodePorts:
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
             store, registry, queue, locks, host.clock, host.vmm, host.guest, host.network,
-            host.storage, host.images, host.memory, audit,
+            host.storage, host.images, host.memory, audit, host.cgroups,
         )  # fmt: skip
+    from mvm.drivers.cgroups import LinuxCgroups
     from mvm.drivers.file_storage import FileStorage
     from mvm.drivers.guest_channel import UnixGuestChannel
     from mvm.drivers.host_memory import ProcMemory
     from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.netns import of_parent
+    from mvm.drivers.qemu.argv import marker
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
 
-    shell = LocalShell()
+    shell, cgroups = LocalShell(), LinuxCgroups(marker(layout.root))
     return NodePorts(
         store,
         registry,
         queue,
         locks,
         SystemClock(),
-        QemuDriver(layout, shell),
+        QemuDriver(layout, shell, cgroups, require_isolation=settings.require_isolation),
         UnixGuestChannel(),
         LinuxNetwork(shell),
         FileStorage(layout, shell),
         BuiltinImages(layout, shell, LocalShell(of_parent())),
         ProcMemory(),
         audit,
+        cgroups,
     )
 
 
@@ -215,7 +220,7 @@ def build_node(
     )  # fmt: skip
     microvms = MicroVms(
         store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
-        snapshots=snapshots,
+        snapshots=snapshots, cgroups=p.cgroups,
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
@@ -228,7 +233,7 @@ def build_node(
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
         storage=p.storage, lifecycle=lifecycle, audit=audit, node_id=node, grace_s=settings.orphan_grace_s,
-        keep_jobs=settings.keep_jobs,
+        keep_jobs=settings.keep_jobs, cgroups=p.cgroups,
     )  # fmt: skip
     idleness = Idleness(
         store=p.store, registry=p.registry, jobs=jobs, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,

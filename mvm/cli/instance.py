@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -33,6 +34,7 @@ from mvm.domain.lifecycle import Status, Verb, allowed_verbs
 from mvm.errors import InvalidInput, MvmError
 from mvm.ports.agents import ConnectedAgent
 
+_WAKES_AT_ONCE = 8
 _WAKE_S = 60.0
 
 COLUMNS: Columns = {
@@ -154,6 +156,7 @@ def stop(
 
 @instance.command()
 @_many
+@click.option("--force", is_flag=True, help="Changes nothing: no guest is asked.", expose_value=False)
 @job_options
 @pass_fleet
 def warm(
@@ -177,23 +180,44 @@ def sleep(
 
 
 @instance.command()
-@click.argument("refs", metavar="REF... | POOL --all", type=TARGET, nargs=-1, required=True)
-@click.option("--all", "all_", is_flag=True, help="All that can, of the given pools or tenants.")
+@_many
+@click.option("--force", is_flag=True, help="Start anew, from the disks, what cannot or need not go on where it was.")
+@job_options
 @pass_fleet
-def wake(fleet: Fleet, output: str, refs: Sequence[Target], all_: bool) -> None:
-    """Wake REFs at once, past every queue: their node's agent is asked directly."""
-    answers: list[dict[str, Any]] = []
-    errors: list[MvmError] = []
-    with fleet.agents.connected(fleet.addresses[0]) as agent:
-        for ref in _expand(fleet, refs, all_, Verb.WAKE):
-            try:
-                answers.append(wake_at(agent, ref))
-            except MvmError as error:
-                errors.append(error)
-    if len(errors) == 1 and not answers:
+def wake(
+    fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, force: bool, wait: JobWait
+) -> None:  # fmt: skip
+    """Wake REFs at once, past every queue: their node's agent is asked directly.
+
+    With --force or --no-wait they are jobs in its queue like any other.
+    """
+    found = _expand(fleet, refs, all_, Verb.WAKE)
+    if force or not wait.wait or not found:
+        verb, params = (Verb.START, {"force": True}) if force else (Verb.WAKE, {})
+        _run(fleet, output, verb, found, parallel, wait, params, bulk=all_)
+        return
+    if parallel is not None:
+        counted(parallel, "parallel", "job.invalid_parallel")
+    lanes = min(parallel or len(found), len(found), _WAKES_AT_ONCE)
+
+    def woken(lane: Sequence[InstanceRef]) -> list[dict[str, Any] | MvmError]:
+        with fleet.agents.connected(fleet.addresses[0]) as agent:
+            return [_outcome(agent, ref, wait.timeout_s) for ref in lane]
+
+    with ThreadPoolExecutor(lanes) as threads:
+        outcomes = [each for lane in threads.map(woken, [found[n::lanes] for n in range(lanes)]) for each in lane]
+    errors = [each for each in outcomes if isinstance(each, MvmError)]
+    if len(outcomes) == 1 and errors:
         raise errors[0]
-    show_woken(answers, output)
+    show_woken([each for each in outcomes if not isinstance(each, MvmError)], output)
     show_and_exit(errors)
+
+
+def _outcome(agent: ConnectedAgent, ref: InstanceRef, timeout_s: float | None) -> dict[str, Any] | MvmError:
+    try:
+        return wake_at(agent, ref, timeout_s)
+    except MvmError as error:
+        return error
 
 
 @instance.command()
@@ -213,9 +237,9 @@ def destroy(
     _run(fleet, output, Verb.DESTROY, found, parallel, wait, {"force": force}, bulk=all_)
 
 
-def wake_at(agent: ConnectedAgent, ref: InstanceRef) -> dict[str, Any]:
+def wake_at(agent: ConnectedAgent, ref: InstanceRef, timeout_s: float | None = None) -> dict[str, Any]:
     """What `agent` answers once `ref` runs."""
-    return agent.call("instance.wake", {"ref": str(ref), "actor": actor()}, deadline_s=_WAKE_S)
+    return agent.call("instance.wake", {"ref": str(ref), "actor": actor()}, deadline_s=timeout_s or _WAKE_S)
 
 
 def show_woken(answers: Sequence[Mapping[str, Any]], output: str) -> None:

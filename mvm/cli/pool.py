@@ -17,7 +17,7 @@ from mvm.cli.params import NODE, POOL, TENANT, JobWait, actor, confirm, job_opti
 from mvm.cli.render import Columns, age, show_list, show_one
 from mvm.domain.ids import NodeId, PoolRef, TenantId
 from mvm.domain.job import JobVerb
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SleepPolicy, StartMode
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, SleepPolicy, StartMode
 from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput, NotFound
 
@@ -34,6 +34,9 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--compression", type=click.Choice([c.value for c in Compression]), help="How sleeping memory is packed."
     )
+    @click.option(
+        "--seccomp", type=click.Choice([p.value for p in SeccompPolicy]), help="Which system calls its VMMs may make."
+    )
     @click.option("--pinned/--no-pinned", default=None, help="Its instances are never put away when idle.")
     @click.option("--critical/--no-critical", default=None, help="Nor are these: others depend on them.")
     @click.option("--warm-after", type=int, metavar="S", help="Seconds of idleness until it is paused; 0: never.")
@@ -41,13 +44,14 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--min-running", type=int, metavar="S", help="Seconds that it runs at least before.")
     @functools.wraps(command)
     def wrapper(
-        *args: Any, cold: bool | None, compression: str | None, pinned: bool | None, critical: bool | None,
-        warm_after: int | None, sleep_after: int | None, min_running: int | None, **kwargs: Any,
+        *args: Any, cold: bool | None, compression: str | None, seccomp: str | None, pinned: bool | None,
+        critical: bool | None, warm_after: int | None, sleep_after: int | None, min_running: int | None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         policy = {"warm_after_s": warm_after, "sleep_after_s": sleep_after, "min_running_s": min_running}
         ways = _given(
             start=None if cold is None else StartMode.COLD if cold else StartMode.CLONE,
             compression=compression,
+            seccomp_policy=seccomp,
             pinned=pinned,
             critical=critical,
             sleep_policy=_given(**policy) or None,

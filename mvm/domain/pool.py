@@ -40,6 +40,16 @@ class SeccompPolicy(StrEnum):
     BASELINE = "baseline"
     STRICT = "strict"
 
+    @classmethod
+    def parse(cls, text: object) -> SeccompPolicy:
+        """Raises `InvalidInput` (``pool.invalid_seccomp``)."""
+        if text not in tuple(cls):
+            raise InvalidInput(
+                "pool.invalid_seccomp", f"there is no seccomp policy {str(text)[:80]!r}",
+                hint=f"allowed: {', '.join(cls)}", field="seccomp_policy", value=str(text)[:80],
+            )  # fmt: skip
+        return cls(str(text))
+
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
@@ -168,6 +178,7 @@ class WorkerPool:
     sleep_policy: SleepPolicy = SleepPolicy()
     pinned: bool = False
     critical: bool = False
+    seccomp_policy: SeccompPolicy = SeccompPolicy.BASELINE
     built: ImageSource | None = None
 
     @property
@@ -193,6 +204,7 @@ class WorkerPool:
             "sleep_policy": asdict(self.sleep_policy),
             "pinned": self.pinned,
             "critical": self.critical,
+            "seccomp_policy": self.seccomp_policy.value,
             "built": [self.built.flake_ref, self.built.profile] if self.built else None,
         }
 
@@ -212,5 +224,6 @@ class WorkerPool:
             sleep_policy=SleepPolicy(**data.get("sleep_policy", {})),
             pinned=data.get("pinned", False),
             critical=data.get("critical", False),
+            seccomp_policy=SeccompPolicy(data.get("seccomp_policy", SeccompPolicy.BASELINE)),
             built=ImageSource(*data["built"]) if data.get("built") else None,
         )

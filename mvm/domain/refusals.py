@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mvm.domain.ids import JobId, TenantId
-from mvm.errors import NotAllowed, NotFound
+from mvm.domain.ids import InstanceRef, JobId, TenantId
+from mvm.errors import Failed, NotAllowed, NotFound
 
 _LISTS = {"tenant": "mvm tenant list", "pool": "mvm pool list", "instance": "mvm instance list"}
 
@@ -18,6 +18,14 @@ def not_found(what: str, name: object) -> NotFound:
 def job_not_found(job_id: JobId) -> NotFound:
     """A job nobody knows."""
     return NotFound("job.not_found", f"there is no job {job_id}", hint="see: mvm job list", field="job", value=job_id)
+
+
+def out_of_memory(ref: InstanceRef) -> Failed:
+    """Its VMM wanted more memory than its guest's and its own share, and the host's kernel ended it."""
+    return Failed(
+        "vmm.out_of_memory", f"the VMM of {ref} reached its memory limit and was ended by the host's kernel",
+        hint=f"see: mvm instance explain {ref}", subject=str(ref),
+    )  # fmt: skip
 
 
 def tenant_exists(tenant: TenantId) -> NotAllowed:

@@ -60,12 +60,14 @@ class Refusal(NamedTuple):
 class SnapshotManifest:
     """Everything that must be as it was when the snapshot was taken.
 
-    `machine` stands for the virtual hardware (see the driver), `template` is the id of the template a DELTA is to,
+    `machine` stands for the virtual hardware (see the driver), `owner` is the instance that slept (None for a TEMPLATE,
+    which is everybody's in its pool), `template` is the id of the template a DELTA is to,
     `guest_protocol` the agent's version, `disk` the state of the instance's own disks (None for a TEMPLATE, whose
     layer is among `files`). Memory in MiB.
     """
 
     kind: Kind
+    owner: str | None
     files: Mapping[str, FileDigest]
     vmm: str
     vmm_version: str
@@ -95,6 +97,7 @@ class SnapshotManifest:
         data = {
             "format": self.format,
             "kind": self.kind.value,
+            "owner": self.owner,
             "files": {name: list(file) for name, file in self.files.items()},
             "vmm": self.vmm,
             "vmm_version": self.vmm_version,
@@ -117,6 +120,7 @@ class SnapshotManifest:
             data: dict[str, Any] = json.loads(raw)
             found = cls(
                 kind=Kind(data["kind"]),
+                owner=data["owner"],
                 files={name: FileDigest(*file) for name, file in data["files"].items()},
                 vmm=data["vmm"],
                 vmm_version=data["vmm_version"],
@@ -142,6 +146,7 @@ class SnapshotManifest:
 def refusal(
     manifest: SnapshotManifest,
     *,
+    owner: str | None,
     vmm: str,
     machine: str,
     template: SnapshotManifest | None,
@@ -149,13 +154,14 @@ def refusal(
     guest_protocol: int,
     disk: DiskState | None,
 ) -> Refusal | None:
-    """Why `manifest` cannot be restored to this machine, over this template and disk; None if it can.
+    """Why `manifest` cannot be restored to this instance and machine, over this template and disk; None if it can.
 
-    For the template itself, `template` and `disk` are None.
+    For the template itself, `owner`, `template` and `disk` are None.
     """
     template_id = template.id if template else None
     differences = (
         (manifest.format, FORMAT, "snapshot.other_format", "its format"),
+        (manifest.owner, owner, "snapshot.other_instance", "the instance"),
         (manifest.vmm, vmm, "snapshot.other_vmm", "the VMM"),
         (manifest.revision, revision, "snapshot.other_revision", "the image's revision"),
         (manifest.template, template_id, "snapshot.other_base", "the template"),

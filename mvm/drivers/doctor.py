@@ -24,6 +24,7 @@ _PROGRAMS = {
     "ssh": "openssh-client",
 }
 _LITTLE_GIB = 5
+_TAKEN = {"memory": "memory", "cpu": "CPU time", "pids": "process ids"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def examine(settings: Settings, shell: Shell | None = None) -> list[Check]:
         *(_program(name, package) for name, package in _PROGRAMS.items()),
         _apt_lists(),
         _disk(settings),
-        _cgroups(),
+        *_isolation(settings, shell),
         _state(settings),
     ]
 
@@ -107,9 +108,30 @@ def _disk(settings: Settings) -> Check:
     return Check("disk", "ok", detail)
 
 
-def _cgroups(root: Path = Path("/sys/fs/cgroup")) -> Check:
-    kind = "version 2" if (root / "cgroup.controllers").exists() else "version 1" if root.is_dir() else "none"
-    return Check("cgroups", "ok" if kind != "none" else "warn", f"{kind} (nothing depends on it yet)")
+def _isolation(settings: Settings, shell: Shell) -> list[Check]:
+    from mvm.drivers.cgroups import CONTROLLERS, LinuxCgroups
+    from mvm.drivers.isolation import trial
+    from mvm.drivers.qemu.argv import marker
+
+    if os.geteuid() != 0:
+        return [Check("cage", "warn", "not tried: that needs root", "run mvm doctor as root")]
+    why = trial(shell)
+    hint = "guests cannot be started without it; is this a container?"
+    found = [
+        Check("cage", "fail", why, hint) if why else
+        Check("cage", "ok", "QEMU ran as a user of its own, in namespaces and a root of its own, with filtered calls")
+    ]  # fmt: skip
+    cgroups = LinuxCgroups(marker(settings.layout.root))
+    kinds, missing = cgroups.kinds(), cgroups.missing()
+    cgroups.close()
+    for name in CONTROLLERS:
+        if name in kinds:
+            found.append(Check(f"{name} limit", "ok", f"cgroups {kinds[name]}"))
+        else:
+            result: Literal["fail", "warn"] = "fail" if settings.require_isolation else "warn"
+            hint = f"a guest can take all of the host's {_TAKEN[name]}; mount the {name} cgroup controller"
+            found.append(Check(f"{name} limit", result, f"NO LIMIT: {missing[name]}", hint))
+    return found
 
 
 def _state(settings: Settings) -> Check:

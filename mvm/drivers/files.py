@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Closed at the end of the block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def punch(fd: int, length: int) -> None:

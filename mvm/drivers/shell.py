@@ -58,7 +58,9 @@ class LocalShell:
             )  # fmt: skip
         return Completed(done.stdout, done.stderr)
 
-    def spawn(self, argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = ()) -> ProcessIdentity:
+    def spawn(
+        self, argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = (), program: str | None = None
+    ) -> ProcessIdentity:
         """Start a program that goes on when we end; it keeps the descriptors `pass_fds` under their numbers."""
         with ExitStack() as stack:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -68,7 +70,8 @@ class LocalShell:
             moves = [(null, 0), (output, 1), (output, 2), *((fd, fd) for fd in pass_fds)]  # onto itself: stays open
             try:
                 pid = os.posix_spawnp(
-                    argv[0], list(argv), os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves],
+                    program or argv[0], list(argv), os.environ,
+                    file_actions=[(os.POSIX_SPAWN_DUP2, *move) for move in moves],
                     setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
                 )  # fmt: skip
             except OSError as error:

@@ -118,7 +118,9 @@ def manifest(directory: Path) -> SnapshotManifest:
         if directory.is_dir():
             damaged(directory, MANIFEST, "is missing")
         raise NotFound(
-            "snapshot.not_found", f"there is no snapshot {directory}", hint="start the instance instead"
+            "snapshot.not_found",
+            f"there is no snapshot {directory}",
+            hint="to start the instance anew without what it held in memory: mvm instance start --force",
         ) from None
     except ValueError as error:
         damaged(directory, MANIFEST, f"cannot be read: {error}")

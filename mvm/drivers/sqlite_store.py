@@ -17,7 +17,7 @@ from typing import Any, cast
 from mvm.domain.audit import Link
 from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job
+from mvm.domain.job import Job, JobState
 from mvm.domain.layout import STATE_VERSION
 from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import not_found
@@ -262,9 +262,12 @@ class SqliteStore:
             "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", job.job_id, job.state.final, json.dumps(job.to_dict())
         )
 
-    def last_job(self, subject: str) -> Job | None:
+    def last_job(self, subject: str, *, state: JobState | None = None) -> Job | None:
         """See ports/store.py."""
-        rows = self._rows("SELECT doc FROM jobs WHERE doc ->> 'subject' = ? ORDER BY id DESC LIMIT 1", subject)
+        rows = self._rows(
+            "SELECT doc FROM jobs WHERE doc ->> 'subject' = ? AND doc ->> 'state' = coalesce(?, doc ->> 'state') "
+            "ORDER BY id DESC LIMIT 1", subject, state,
+        )  # fmt: skip
         return Job.from_dict(json.loads(rows[0][0])) if rows else None
 
     def unfinished_jobs(self) -> Sequence[Job]:

@@ -16,8 +16,10 @@ from time import monotonic
 from typing import Any
 
 from mvm.domain.layout import StateLayout
-from mvm.drivers import netns, state_dir, supervisor
+from mvm.drivers import isolation, netns, state_dir, supervisor
+from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.probes import WORKERS, Probes, agent_address
+from mvm.drivers.qemu.argv import marker
 from mvm.drivers.supervisor import Program, Supervisor
 from mvm.errors import Failed, Forbidden, MvmError, NotAllowed, Unreachable
 from mvm.ports.queue import node_queue
@@ -153,6 +155,7 @@ class Stack:
                 raise supervisor.already_up(self._layout)
             self._supervisor.stop()  # what is left of one that was killed
             self._check_ports()
+            self._check_isolation(report)
             try:
                 self._start(report)
                 self._wait_ready(report)
@@ -274,6 +277,17 @@ class Stack:
                         hint=f"choose another with {flag}", port=port,
                     ) from None  # fmt: skip
 
+    def _check_isolation(self, report: Report) -> None:
+        """Loud where guests would not be kept apart as well as they can be; an error where that is required."""
+        if self._settings.driver == "fake":
+            return
+        missing = isolation.lacking(self._shell, LinuxCgroups(marker(self._layout.root)))
+        if self._settings.require_isolation:
+            isolation.check(missing)
+        for name, why in missing.items():
+            report(f"WARNING: guests are not fully isolated: no {name} limit: {why}" if name != "cage" else
+                   f"WARNING: guests will not start, for QEMU cannot be caged: {why}")  # fmt: skip
+
     def _check_external(self) -> None:
         hint = "see MVM_REDIS_URL"
         if self._settings.namespace and not self._settings.redis_url.startswith("unix:"):
@@ -296,6 +310,7 @@ class Stack:
                 return
             netns.delete(self._shell, name)
             mark.unlink()
+        LinuxCgroups(marker(self._layout.root)).close()
 
 
 def _is_used(namespace: str) -> bool:

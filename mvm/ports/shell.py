@@ -37,6 +37,11 @@ class Shell(Protocol):
         """Run to the end and return its output, decoded as UTF-8 with replacement."""
         ...
 
-    def spawn(self, argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = ()) -> ProcessIdentity:
-        """Start a program in a session of its own that goes on when we end; both its streams append to `log`."""
+    def spawn(
+        self, argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = (), program: str | None = None
+    ) -> ProcessIdentity:
+        """Start a program in a session of its own that goes on when we end; both its streams append to `log`.
+
+        `program` is the file to run when that is not the one that `argv` begins with.
+        """
         ...

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from mvm.domain.audit import Link
 from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job
+from mvm.domain.job import Job, JobState
 from mvm.domain.pool import WorkerPool
 from mvm.domain.tenant import Tenant
 
@@ -124,8 +124,8 @@ class NodeStore(Protocol):
         """Insert or replace."""
         ...
 
-    def last_job(self, subject: str) -> Job | None:
-        """The newest job this node took of `subject`, if it remembers one."""
+    def last_job(self, subject: str, *, state: JobState | None = None) -> Job | None:
+        """The newest job this node took of `subject`, if it remembers one; with `state`, of those that are so."""
         ...
 
     def unfinished_jobs(self) -> Sequence[Job]:

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import ProcessIdentity
+from mvm.domain.pool import SeccompPolicy
 from mvm.domain.snapshot import Compression, SnapshotManifest
 
 
@@ -34,7 +35,7 @@ class BootSpec:
     """Everything a cold boot needs. `directory` is the instance's own; sockets and logs go there.
 
     `rootfs` is the revision's read-only image, `overlay` the instance's own writable layer over it, `data_disk`
-    its lasting disk, if it has one. Memory in MiB.
+    its lasting disk, if it has one. Memory in MiB. The VMM runs as user and group `uid`, which is nobody else's.
     """
 
     ref: InstanceRef
@@ -47,6 +48,8 @@ class BootSpec:
     vcpus: int
     mem_mib: int
     nic: Nic
+    uid: int
+    seccomp: SeccompPolicy = SeccompPolicy.BASELINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class TemplateSpec:
     data_disk_mib: int
     vcpus: int
     mem_mib: int
+    uid: int
+    seccomp: SeccompPolicy = SeccompPolicy.BASELINE
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 from mvm.domain.idleness import Candidate, Watch, outlook
 from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job
+from mvm.domain.job import Job, JobState
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
@@ -48,7 +48,7 @@ class Insight:
         return {
             "ref": str(ref),
             "status": instance.status.value,
-            "because": _because(last),
+            "because": _because(self._store.last_job(str(ref), state=JobState.SUCCEEDED)),
             "last_job": _job(last),
             "last_error": instance.last_error,
             "waiting": self._waiting(ref),
@@ -142,11 +142,10 @@ class Insight:
         """Of the node: how many are running, warm and sleeping, the memory they hold, and what is saved, in bytes."""
         instances = self._store.instances()
         counts = Counter(instance.status for instance in instances)
-        ram = {pool.ref: pool.resources.mem_mib << 20 for pool in self._store.pools()}
         slept = self._store.notes(Note.SLEPT)
         uses = [use for use in map(self._use, instances) if use is not None]
         saved = [
-            ram[i.ref.pool_ref] - slept[i.ref]["bytes"]
+            max(0, slept[i.ref]["held"] - slept[i.ref]["bytes"])
             for i in instances
             if i.status is Status.SLEEPING and i.ref in slept
         ]
@@ -180,7 +179,7 @@ class Insight:
 
 def _because(job: Job | None) -> str:
     if job is None:
-        return "no job of it is remembered"
+        return "no job that brought it here is remembered"
     ended = f" at {job.finished_at:%Y-%m-%d %H:%M:%S} UTC" if job.finished_at else ""
     why = f" ({job.params['why']})" if "why" in job.params else ""
     return f"{job.verb} by {job.actor}, reason {job.reason}{why}: {job.state}{ended}"

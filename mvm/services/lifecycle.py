@@ -160,12 +160,13 @@ class Lifecycle:
             _check_run(context, instance)
             ref, began = instance.ref, self._clock.monotonic()
             pool, network = self._store.pool(ref.pool_ref), self._store.tenant(ref.tenant).network
+            held = self._microvms.held(instance)
             manifest = self._microvms.sleep(
                 context, instance, pool, network, force=bool(context.job.params.get("force"))
             )
             asleep = instance.moved(Status.SLEEPING, process=None, last_stopped_at=self._clock.now())
             took = round(self._clock.monotonic() - began, 4)
-            note = {"seconds": took, "bytes": manifest.size, "at": self._clock.now().isoformat()}
+            note = {"seconds": took, "bytes": manifest.size, "held": held, "at": self._clock.now().isoformat()}
             with context.ending(snapshot_bytes=manifest.size, seconds=took, **instance_view(network, asleep)):
                 self._store.save_instance(asleep)
                 self._store.put_note(ref, Note.SLEPT, note)
@@ -240,6 +241,8 @@ class Lifecycle:
             instance = self._store.instance(ref)
             context.found(ref, instance)
             landing(instance.status, verb, ref)
+            left = self._store.job(instance.in_flight.job_id) if instance.in_flight else None
+            context.left_at = left.step if left and left.job_id != context.job.job_id else None
             if verb in (Verb.START, Verb.WAKE, Verb.WARM) and instance.in_flight:
                 # A mark that a crash left: the quota must not count this instance twice.
                 instance = self._store.save_instance(replace(instance, in_flight=None))

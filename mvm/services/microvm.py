@@ -14,12 +14,15 @@ from hashlib import sha256
 
 import structlog
 
-from mvm.domain.addressing import TenantNetwork
+from mvm.domain.addressing import BUILDER_OFFSET, TenantNetwork
+from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
+from mvm.domain.refusals import out_of_memory
 from mvm.domain.snapshot import SnapshotManifest
-from mvm.errors import Failed, MvmError, NotAllowed, TimedOut, Unreachable
+from mvm.errors import Cancelled, Failed, MvmError, NotAllowed, TimedOut, Unreachable
+from mvm.ports.cgroup import Cgroups
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel, GuestIdentity
 from mvm.ports.network import HostNetwork
@@ -50,7 +53,7 @@ class MicroVms:
 
     def __init__(
         self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, network: HostNetwork,
-        storage: NodeStorage, snapshots: Snapshots, limits: Limits, authorized_key: str,
+        storage: NodeStorage, snapshots: Snapshots, cgroups: Cgroups, limits: Limits, authorized_key: str,
     ) -> None:  # fmt: skip
         self._store = store
         self._clock = clock
@@ -58,6 +61,7 @@ class MicroVms:
         self._guest = guest
         self._network = network
         self._storage = storage
+        self._cgroups = cgroups
         self._limits = limits
         self._authorized_key = authorized_key
         self._snapshots = snapshots
@@ -82,12 +86,14 @@ class MicroVms:
         self._storage.revision(pool.revision)
         context.step(_STEPS[1], 1, len(_STEPS))
         self.prepare(instance, pool)
+        if instance.status is Status.SLEEPING:  # and is to forget: also what a killed worker had begun to restore
+            self._vmm.kill(instance.ref, None)
         self._snapshots.forget(instance.ref)
         context.step(_STEPS[2], 2, len(_STEPS))
         self._network.ensure_tap(network, instance.offset)
-        with self._boot_slot(context):
+        with self._telling(instance.ref), self._boot_slot(context):
             if self._snapshots.clones(pool):
-                self._snapshots.template(context, pool, pool.revision)
+                self._snapshots.template(context, pool, pool.revision, uid=network.uid(BUILDER_OFFSET))
             context.step(_STEPS[3], 3, len(_STEPS))
             instance = self._launch(context, instance, pool, network, cold=False)
             try:
@@ -99,7 +105,8 @@ class MicroVms:
                 instance = self._launch(context, instance, pool, network, cold=True)
                 self._await_guest(instance)
         context.step(_STEPS[4], 4, len(_STEPS))
-        self._identify(instance, network)
+        with self._telling(instance.ref):
+            self._identify(instance, network)
         return instance
 
     def _launch(
@@ -148,24 +155,33 @@ class MicroVms:
             vcpus=pool.resources.vcpus,
             mem_mib=pool.resources.mem_mib,
             nic=Nic(network.tap(instance.offset), network.mac(instance.offset)),
+            uid=network.uid(instance.offset),
+            seccomp=pool.seccomp_policy,
         )
 
     # --- warm and sleeping
     def warm(self, instance: Instance) -> None:
         """Its vCPUs stand still; it keeps everything."""
-        self._snapshots.warm(instance)
+        with self._telling(instance.ref):
+            self._snapshots.warm(instance)
 
     def sleep(
         self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, force: bool
     ) -> SnapshotManifest:
         """Its memory is on disk; no process and no TAP are left."""
-        manifest = self._snapshots.sleep(context, instance, pool, self.spec(instance, pool, network), force=force)
+        with self._telling(instance.ref):
+            manifest = self._snapshots.sleep(context, instance, pool, self.spec(instance, pool, network), force=force)
         self._network.remove_taps(frozenset({network.tap(instance.offset)}))
         return manifest
 
+    def held(self, instance: Instance) -> int:
+        """Bytes of memory that its VMM has to itself; 0 when it has ended."""
+        return self._snapshots.held(instance)
+
     def resume(self, instance: Instance) -> Instance:
         """A warm instance runs again."""
-        self._snapshots.resume(instance)
+        with self._telling(instance.ref):
+            self._snapshots.resume(instance)
         return instance
 
     def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
@@ -173,7 +189,8 @@ class MicroVms:
         context.step("connect network", 0, 3)
         self._network.ensure_tap(network, instance.offset)
         try:
-            process = self._snapshots.wake(context, instance, pool, self.spec(instance, pool, network))
+            with self._telling(instance.ref):
+                process = self._snapshots.wake(context, instance, pool, self.spec(instance, pool, network))
         except Exception:
             self._vmm.kill(instance.ref, None)
             self._network.remove_taps(frozenset({network.tap(instance.offset)}))
@@ -187,6 +204,16 @@ class MicroVms:
     def forget_snapshot(self, instance: Instance) -> None:
         """What it slept in is of the past."""
         self._snapshots.forget(instance.ref)
+
+    @contextmanager
+    def _telling(self, ref: InstanceRef) -> Iterator[None]:
+        """What fails since the kernel has ended the VMM for want of memory, says so."""
+        try:
+            yield
+        except MvmError as error:
+            if not isinstance(error, Cancelled) and self._cgroups.out_of_memory(ref):
+                raise out_of_memory(ref) from None
+            raise
 
     @contextmanager
     def _boot_slot(self, context: JobContext) -> Iterator[None]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mvm.domain.ids import PoolRef
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, StartMode, WorkerPool
+from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, StartMode, WorkerPool
 from mvm.domain.snapshot import Compression
 from mvm.errors import NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
@@ -24,8 +24,8 @@ _BUILD_WAIT_S = 1800.0
 
 
 def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
-    """`pool` with what ``params`` has of ``start, compression, sleep_policy`` (in part or whole), ``pinned`` and
-    ``critical``.
+    """`pool` with what ``params`` has of ``start, compression, seccomp_policy, sleep_policy`` (in part or whole),
+    ``pinned`` and ``critical``.
     """
     values: dict[str, Any] = {name: params[name] for name in ("pinned", "critical") if name in params}
     if "start" in params:
@@ -37,6 +37,8 @@ def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
     if "source" in params:
         values["source"] = ImageSource(**params["source"])
         values["built"] = pool.built or (pool.source if pool.revision else None)
+    if "seccomp_policy" in params:
+        values["seccomp_policy"] = SeccompPolicy.parse(params["seccomp_policy"])
     return replace(pool, sleep_policy=replace(pool.sleep_policy, **params.get("sleep_policy", {})), **values)
 
 
@@ -115,6 +117,12 @@ class Pools:
         ``params.running`` stays when it is left out; ``warm`` and ``sleeping`` are then the sleep policy's business.
         """
         ref, params = PoolRef.parse(context.job.subject), context.job.params
+        for name in ("warm", "sleeping"):
+            if params.get(name):
+                raise InvalidInput(
+                    "pool.unsupported_count", f"--{name} is {params[name]}: the sleep policy says which are {name}",
+                    hint="allowed: 0; see: mvm pool update --help", field=name, value=params[name],
+                )  # fmt: skip
         with self._store.transaction():
             pool, tenant = self._store.pool(ref), self._store.tenant(ref.tenant)
             before = pool.desired or DesiredCounts()

@@ -38,6 +38,8 @@ class JobContext:
         self.change: tuple[str | None, str | None] = (None, None)
         self._runner = runner
         self._remarks: list[str] = []
+        self.left_at: str | None = None
+        """The step at which another job left what this one works on, when its worker was killed."""
 
     def remark(self, text: str) -> None:
         """What whoever asked should know though the job succeeds; kept as ``remarks`` of its result."""

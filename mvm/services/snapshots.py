@@ -48,8 +48,11 @@ class Snapshots:
         return pool.start is StartMode.CLONE and isinstance(self._vmm, Snapshotting)
 
     # --- templates
-    def template(self, context: JobContext, pool: WorkerPool, revision: Revision) -> None:
-        """The pool's template at `revision` exists: booted once, to an agent that knows no identity, and saved."""
+    def template(self, context: JobContext, pool: WorkerPool, revision: Revision, *, uid: int) -> None:
+        """The pool's template at `revision` exists: booted once, to an agent that knows no identity, and saved.
+
+        Its VMM runs as `uid`.
+        """
         driver, into = self._driver(), self._storage.template(pool.ref, revision)
         if self._known(into) is not None:
             return
@@ -74,6 +77,8 @@ class Snapshots:
                     data_disk_mib=pool.resources.data_disk_mib,
                     vcpus=pool.resources.vcpus,
                     mem_mib=pool.resources.mem_mib,
+                    uid=uid,
+                    seccomp=pool.seccomp_policy,
                 )
                 process = driver.boot_template(spec)
                 self._guest.hello(ref, spec.directory, deadline_s=self._boot_deadline_s)
@@ -113,6 +118,13 @@ class Snapshots:
         self._driver().resume(instance.ref, _process(instance))
         self._tell_time(instance)
 
+    def held(self, instance: Instance) -> int:
+        """Bytes of memory that its VMM has to itself; 0 when it has ended."""
+        try:
+            return self._driver().memory(_process(instance)).private
+        except Unreachable:
+            return 0
+
     def sleep(
         self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec, *, force: bool
     ) -> SnapshotManifest:
@@ -123,7 +135,10 @@ class Snapshots:
         """
         driver, into, ref = self._driver(), self._storage.snapshot(instance.ref), instance.ref
         if self._vmm.observe(ref, instance.process) is Presence.ABSENT:
-            if context.job.step == _SAVING:  # its worker was killed: what it saved is whole, or is not there
+            if _SAVING in (
+                context.job.step,
+                context.left_at,
+            ):  # a worker was killed: what it saved is whole, or not there
                 return driver.manifest(into)
             raise Unreachable("vmm.gone", f"the VMM of {ref} has ended", hint="a sweep will record it as stopped")
         process = _process(instance)
@@ -135,10 +150,7 @@ class Snapshots:
                 driver.resume(ref, process)  # a warm one too is asked
                 self._ask_to_sleep(instance, force=force)
             context.step(_SAVING, 1, 3)
-            manifest = driver.save(
-                spec, process, template=self._base(instance, pool), revision=_revision(instance), into=into,
-                compression=pool.compression,
-            )  # fmt: skip
+            manifest = self._save(instance, process, pool, spec)
         except MvmError:
             with suppress(Unreachable):  # what went wrong may be that it has ended
                 if paused:
@@ -149,6 +161,12 @@ class Snapshots:
             raise
         log.info("asleep", bytes=manifest.size)
         return manifest
+
+    def _save(self, instance: Instance, process: ProcessIdentity, pool: WorkerPool, spec: BootSpec) -> SnapshotManifest:
+        return self._driver().save(
+            spec, process, template=self._base(instance, pool), revision=_revision(instance),
+            into=self._storage.snapshot(instance.ref), compression=pool.compression,
+        )  # fmt: skip
 
     def _ask_to_sleep(self, instance: Instance, *, force: bool) -> None:
         try:
@@ -164,7 +182,11 @@ class Snapshots:
             log.warning("put to sleep without the guest's consent", why=error.message)
 
     def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec) -> ProcessIdentity:
-        """A sleeping instance runs where it was, and knows what time it is; its snapshot stays for the caller."""
+        """A sleeping instance runs where it was, and knows what time it is; its snapshot stays for the caller.
+
+        One whose guest does not answer has written to its disks meanwhile, which makes what it slept in unfit. So it
+        is put to sleep anew, as it is, and can be woken again.
+        """
         driver = self._driver()
         context.step("verify and restore", 1, 3)
         process = driver.restore(
@@ -172,7 +194,11 @@ class Snapshots:
         )
         driver.resume(instance.ref, process)
         context.step("tell the time", 2, 3)
-        self._tell_time(replace(instance, process=process))
+        try:
+            self._tell_time(replace(instance, process=process))
+        except (TimedOut, Failed):
+            self._save(instance, process, pool, spec)
+            raise
         return process
 
     def kept(self, ref: InstanceRef) -> bool:

@@ -14,6 +14,7 @@ from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, NotFound, TimedOut, Unreachable
+from mvm.ports.cgroup import Cgroups
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.network import HostNetwork
@@ -51,7 +52,7 @@ class Sweeps:
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver,
         network: HostNetwork, storage: NodeStorage, lifecycle: Lifecycle, audit: Audit, node_id: NodeId, grace_s: float,
-        keep_jobs: int,
+        keep_jobs: int, cgroups: Cgroups,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -66,6 +67,7 @@ class Sweeps:
         self._node_id = node_id
         self._grace_s = grace_s
         self._keep_jobs = keep_jobs
+        self._cgroups = cgroups
         self._first_seen: dict[str, float] = {}
 
     def stale_pids(self, context: JobContext) -> Mapping[str, Any]:
@@ -92,6 +94,8 @@ class Sweeps:
 
     def _reason(self, instance: Instance) -> str:
         pid = instance.process.pid if instance.process else "?"
+        if self._cgroups.out_of_memory(instance.ref):
+            return f"VMM process {pid} reached its memory limit and was ended by the host's kernel [vmm.out_of_memory]"
         tail = self._vmm.console_tail(self._storage.directory(instance.ref), lines=3)
         panic = "; the guest panicked" if "Kernel panic" in tail else ""
         return f"VMM process {pid} was found gone{panic} [vmm.gone]"
@@ -107,7 +111,7 @@ class Sweeps:
             return
 
     def orphans(self, context: JobContext) -> Mapping[str, Any]:
-        """Processes, TAPs, bridges, directories and files of a run that no record owns."""
+        """Processes, control groups, TAPs, bridges, directories and files of a run that no record owns."""
         context.step("compare host and store", 0, 1)
         sent = self._send_lost()
         found = self._find_orphans()
@@ -130,6 +134,7 @@ class Sweeps:
     def _find_orphans(self) -> dict[str, Orphan]:
         # The host is read before the store: what is being created is written down first, so it has an owner by then.
         processes, taps, bridges = self._vmm.processes(), self._network.taps(), self._network.bridges()
+        groups = self._cgroups.groups()
         directories, leftovers = self._storage.instances(), self._storage.leftovers()
         instances = {i.ref: i for i in self._store.instances()}
         networks = {t.id: t.network for t in self._store.tenants()}
@@ -155,6 +160,10 @@ class Sweeps:
             Orphan(f"files of {ref}", partial(self._storage.clean_runtime, ref), ref)
             for ref, names in leftovers.items()
             if names and ref in instances and ref not in active and instances[ref].status is not Status.SLEEPING
+        ]
+        orphans += [
+            Orphan(f"control group of {ref}", partial(self._cgroups.remove, ref), ref)
+            for ref in groups - active.keys() - processes.keys()  # else it goes with its process
         ]
         orphans += self._past_snapshots(instances.values())
         return {orphan.name: orphan for orphan in orphans}

@@ -67,6 +67,7 @@ def pool_view(store: NodeStore, pool: WorkerPool) -> dict[str, Any]:
         "resources": asdict(pool.resources),
         "start": pool.start.value,
         "compression": pool.compression.value,
+        "seccomp_policy": pool.seccomp_policy.value,
         "sleep_policy": asdict(pool.sleep_policy),
         "pinned": pool.pinned,
         "critical": pool.critical,

@@ -42,6 +42,7 @@ def spec(host: FakeHost, ref: InstanceRef = REF, offset: int = 3) -> BootSpec:
     return BootSpec(
         ref, host.storage.directory(ref), files.kernel, files.initramfs, files.rootfs,
         host.storage.fresh_overlay(ref, files.rootfs), None, 1, 256, Nic(ACME.tap(offset), ACME.mac(offset)),
+        ACME.uid(offset),
     )  # fmt: skip
 
 
@@ -206,6 +207,8 @@ def test_what_is_left_behind_is_told(host: FakeHost) -> None:
     with host.locks.hold("x", deadline_s=0):
         assert host.leaks() == ["lock x", f"process {REF}"]
     host.kill_process(REF)
+    assert host.leaks() == [f"control group {REF}", "tap tn7i3"]
+    host.vmm.kill(REF, None)
     assert host.leaks() == ["tap tn7i3"]
     host.network.remove_taps(frozenset({"tn7i3"}))
     assert host.leaks() == []

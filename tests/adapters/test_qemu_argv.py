@@ -20,7 +20,7 @@ FDS = argv.Descriptors(tap=10, monitor=11, ports={name: 12 + at for at, name in 
 SPEC = BootSpec(
     ref=ONE, directory=Path("/s/i"), kernel=Path("/s/vmlinux"), initramfs=Path("/s/initramfs"),
     rootfs=Path("/s/rootfs"), overlay=Path("/s/i/overlay"), data_disk=Path("/s/i/data"), vcpus=2, mem_mib=256,
-    nic=Nic("tn1i3", "02:6d:00:01:00:03"),
+    nic=Nic("tn1i3", "02:6d:00:01:00:03"), uid=0x6001_0003,
 )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_other_command_lines_are_nobodys(words: list[str]) -> None:
 # --- templates and what is restored
 TEMPLATE = TemplateSpec(
     ref=ONE, directory=SPEC.directory, kernel=SPEC.kernel, initramfs=SPEC.initramfs, rootfs=SPEC.rootfs,
-    overlay=SPEC.overlay, data_disk_mib=16, vcpus=2, mem_mib=256,
+    overlay=SPEC.overlay, data_disk_mib=16, vcpus=2, mem_mib=256, uid=0x6001_0002,
 )  # fmt: skip
 
 

@@ -450,7 +450,7 @@ def test_a_guest_left_half_restored_is_restored_anew(
     snapshot = sleep(host, own, first, template)
     with monkeypatch.context() as patch:
         patch.setattr(memory, "unpack_into", killed)
-        patch.setattr(host.vmm, "_kill", lambda process: None)
+        patch.setattr(host.vmm, "_end", lambda ref, process: None)
         with pytest.raises(Killed):
             host.vmm.restore(snapshot, template, own, revision=REVISION)
     (half,) = host.vmm.processes()[own.ref]

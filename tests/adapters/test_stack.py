@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mvm.drivers import netns, state_dir
+from mvm.drivers import isolation, netns, state_dir
+from mvm.drivers.qemu import cage
 from mvm.drivers.shell import LocalShell
 from mvm.drivers.stack import Stack, programs, running_settings
 from mvm.drivers.supervisor import Program
@@ -224,3 +225,29 @@ def test_a_namespace_of_somebody_else_is_used_and_kept(settings: Settings) -> No
         assert netns.exists(name)
     finally:
         netns.delete(shell, name)
+
+
+# --- isolation
+def test_up_is_loud_about_what_the_host_lacks_or_refuses(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = {"pids": "no cgroup hierarchy has it", "cage": "unshare its namespaces: Operation not permitted"}
+    monkeypatch.setattr(isolation, "lacking", lambda *_: lacking)
+    real = settings.model_copy(update={"driver": "qemu"})
+    said: list[str] = []
+    redis_only(real)._check_isolation(said.append)
+    assert len(said) == 2
+    assert all(line.startswith("WARNING: ") for line in said)
+    assert "no pids limit: no cgroup hierarchy has it" in said[0]
+    strict = redis_only(real.model_copy(update={"require_isolation": True}))
+    with pytest.raises(Failed, match="pids") as caught:
+        strict.up(said.append)
+    assert caught.value.code == "cage.incomplete"
+    assert [part.answers for part in strict.status()] == [False]
+    redis_only(settings)._check_isolation(said.append)  # a fake host lacks nothing
+    assert len(said) == 2
+
+
+@pytest.mark.root
+def test_this_host_can_cage_a_vmm_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isolation.trial(LocalShell()) is None
+    monkeypatch.setattr(cage, "_LIBRARIES", ())
+    assert isolation.trial(LocalShell()) is not None

@@ -77,7 +77,7 @@ def place(stack: Stack, ref: InstanceRef) -> Iterator[Place]:
                 ref=ref, directory=directory, kernel=image / KERNEL, initramfs=image / INITRAMFS,
                 rootfs=image / ROOTFS, overlay=directory / "overlay.qcow2", data_disk=None,
                 vcpus=pool["resources"]["vcpus"], mem_mib=pool["resources"]["mem_mib"],
-                nic=Nic(_TAP, network.mac(last)),
+                nic=Nic(_TAP, network.mac(last)), uid=0,
             )  # fmt: skip
             address = f"{network.ip(last)}/{network.subnet.prefixlen}"
             who = identity("by-hand", address, mac=network.mac(last), gateway=str(network.gateway))

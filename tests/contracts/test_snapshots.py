@@ -82,11 +82,21 @@ def _fake() -> Host:
         return BootSpec(
             ref, host.storage.directory(ref), files.kernel, files.initramfs, files.rootfs,
             host.storage.fresh_overlay(ref, files.rootfs), None, 1, 192, Nic(NETWORK.tap(number), NETWORK.mac(number)),
+            NETWORK.uid(number),
         )  # fmt: skip
 
     own = spec(9)
     template = TemplateSpec(
-        own.ref, own.directory, own.kernel, own.initramfs, own.rootfs, own.overlay, 0, own.vcpus, own.mem_mib
+        own.ref,
+        own.directory,
+        own.kernel,
+        own.initramfs,
+        own.rootfs,
+        own.overlay,
+        0,
+        own.vcpus,
+        own.mem_mib,
+        own.uid,
     )
     process = host.vmm.boot_template(template)
     host.guest.settle(own.ref, own.directory, deadline_s=ANSWER_S)

@@ -43,7 +43,7 @@ def fake_side() -> Side:
         return BootSpec(
             ref=ref, directory=host.storage.directory(ref), kernel=files.kernel, initramfs=files.initramfs,
             rootfs=files.rootfs, overlay=host.storage.fresh_overlay(ref, files.rootfs), data_disk=None, vcpus=1,
-            mem_mib=192, nic=Nic(NETWORK.tap(number + 2), NETWORK.mac(number + 2)),
+            mem_mib=192, nic=Nic(NETWORK.tap(number + 2), NETWORK.mac(number + 2)), uid=NETWORK.uid(number + 2),
         )  # fmt: skip
 
     return Side(host.vmm, host.guest, spec)

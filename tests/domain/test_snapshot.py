@@ -29,7 +29,8 @@ SIZES = st.integers(0, 2**62)
 
 def make(kind: Kind = Kind.TEMPLATE, **changes: object) -> SnapshotManifest:
     made = SnapshotManifest(
-        kind=kind, files={"memory": FileDigest("0" * 64, 4096)}, vmm="qemu", vmm_version="7.2.22", machine="m" * 64,
+        kind=kind, owner=None, files={"memory": FileDigest("0" * 64, 4096)}, vmm="qemu", vmm_version="7.2.22",
+        machine="m" * 64,
         mem_mib=256, vcpus=1, revision=Revision("1" * 64), template=None, compression=Compression.NONE,
         guest_protocol=2, disk=None, taken_at=datetime(2026, 1, 1, tzinfo=UTC),
     )  # fmt: skip
@@ -38,14 +39,15 @@ def make(kind: Kind = Kind.TEMPLATE, **changes: object) -> SnapshotManifest:
 
 TEMPLATE = make()
 DISK = DiskState(65536, 17)
-DELTA = make(Kind.DELTA, template=TEMPLATE.id, disk=DISK, compression=Compression.ZSTD)
-HERE = {"vmm": "qemu", "machine": "m" * 64, "revision": Revision("1" * 64), "guest_protocol": 2}
+DELTA = make(Kind.DELTA, owner="acme/web/i-00000001", template=TEMPLATE.id, disk=DISK, compression=Compression.ZSTD)
+HERE = {"owner": DELTA.owner, "vmm": "qemu", "machine": "m" * 64, "revision": Revision("1" * 64), "guest_protocol": 2}
 
 
 @st.composite
 def manifests(draw: st.DrawFn) -> SnapshotManifest:
     return SnapshotManifest(
         kind=draw(st.sampled_from(Kind)),
+        owner=draw(st.none() | st.text()),
         files=draw(st.dictionaries(st.text(), st.builds(FileDigest, HEX, SIZES))),
         vmm=draw(st.text()),
         vmm_version=draw(st.text()),
@@ -93,7 +95,7 @@ def test_another_form_of_the_same_is_no_manifest() -> None:
 
 
 def test_what_fits_is_not_refused() -> None:
-    assert refusal(TEMPLATE, **HERE, template=None, disk=None) is None  # type: ignore[arg-type]
+    assert refusal(TEMPLATE, **HERE | {"owner": None}, template=None, disk=None) is None  # type: ignore[arg-type]
     assert refusal(DELTA, **HERE, template=TEMPLATE, disk=DISK) is None  # type: ignore[arg-type]
     assert other_version(DELTA, "7.2.22") is None
 
@@ -101,6 +103,7 @@ def test_what_fits_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
+        ({"owner": "acme/web/i-00000002"}, "snapshot.other_instance", "i-00000001 and is acme/web/i-00000002"),
         ({"vmm": "other"}, "snapshot.other_vmm", "the VMM was qemu and is other"),
         ({"machine": "n" * 64}, "snapshot.other_machine", "was mmmmmmmmmmmm and is nnnnnnnnnnnn"),
         ({"revision": Revision("2" * 64)}, "snapshot.other_revision", "was 111111111111 and is 222222222222"),

@@ -19,6 +19,7 @@ from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.layout import StateLayout
 from mvm.domain.lifecycle import Status
 from mvm.drivers import netns
+from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.clock import SystemClock
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.linux_network import LinuxNetwork
@@ -26,6 +27,7 @@ from mvm.drivers.memory_queue import MemoryQueue
 from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.drivers.qemu import driver as qemu
 from mvm.drivers.qemu import memory
+from mvm.drivers.qemu.argv import marker
 from mvm.drivers.qemu.driver import QemuDriver
 from mvm.drivers.qemu.qmp import Qmp
 from mvm.drivers.shell import LocalShell
@@ -131,6 +133,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             finally:
                 for ref in opened.driver.processes():
                     opened.driver.kill(ref, None)
+                LinuxCgroups(marker(layout.root)).close()
     finally:
         netns.delete(shell, name)
 

@@ -97,7 +97,7 @@ def node(tmp_path: Path, settings: Settings) -> Iterator[Node]:
     store = SqliteStore(tmp_path / "node.db")
     ports = NodePorts(
         store, registry, queue, host.locks, clock, host.vmm, host.guest, host.network, host.storage, host.images,
-        host.memory, host.audit,
+        host.memory, host.audit, host.cgroups,
     )  # fmt: skip
     yield Node(host, clock, queue, registry, build_node(ports, settings, authorized_key="ssh-ed25519 AAAA test"))
     store.close()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status
+from mvm.domain.pool import SeccompPolicy
 from mvm.errors import Failed, Unreachable
+from mvm.ports.guest import GuestHello
 from tests.services.conftest import NODE, Node
 
 V = JobVerb
@@ -35,6 +39,7 @@ V = JobVerb
         ("pool.exists", V.POOL_CREATE, "acme/web", {"flake_ref": "builtin:", "profile": "minimal"}),
         ("pool.unknown_profile", V.POOL_CREATE, "acme/p", {"flake_ref": "builtin:", "profile": "none"}),
         ("pool.unsupported_flake", V.POOL_CREATE, "acme/p", {"flake_ref": "github:x/y", "profile": "minimal"}),
+        ("pool.invalid_seccomp", V.POOL_UPDATE, "acme/web", {"seccomp_policy": "none"}),
         ("pool.not_empty", V.POOL_DESTROY, "acme/web", {}),
         ("tenant.not_empty", V.TENANT_DESTROY, "acme", {}),
         ("instance.invalid_count", V.INSTANCE_CREATE, "acme/web", {"count": 0}),
@@ -183,6 +188,64 @@ def test_a_dead_process_is_found_and_its_pool_brought_back(node: Node) -> None:
     assert not node.host.leaks()
     assert node.sweep(V.SWEEP_RECONCILE)["changed"] is True
     assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
+
+
+def test_a_vmm_that_reached_its_memory_limit_is_told_as_such(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    instance = InstanceRef.parse(ref)
+    node.ok(V.INSTANCE_START, ref)
+    node.host.exhaust(instance)
+    job = node.fails("vmm.out_of_memory", V.INSTANCE_SLEEP, ref)
+    assert job.error is not None
+    assert "memory limit" in job.error["message"]
+    node.sweep(V.SWEEP_STALE_PIDS)
+    assert node.instance(ref).status is Status.STOPPED
+    told = node.services.view.explain(instance)["last_error"]
+    assert "reached its memory limit" in told
+    assert "[vmm.out_of_memory]" in told
+    node.ok(V.INSTANCE_START, ref)  # the next run has a count of its own
+    node.ok(V.INSTANCE_STOP, ref)
+    assert not node.host.leaks()
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_start_that_runs_out_of_memory_says_so(node: Node, monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
+    node.pool(cold=cold)
+    (ref,) = node.create()
+    hello = node.host.guest.hello
+
+    def exhausting(of: InstanceRef, *args: Any, **kwargs: Any) -> GuestHello:
+        if str(of) == ref:
+            node.host.exhaust(of)
+        return hello(of, *args, **kwargs)
+
+    monkeypatch.setattr(node.host.guest, "hello", exhausting)
+    node.fails("vmm.out_of_memory", V.INSTANCE_START, ref)
+    assert "[vmm.out_of_memory]" in str(node.instance(ref).last_error)
+    assert not node.host.leaks()
+
+
+def test_a_control_group_that_nobody_owns_is_an_orphan(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.host.groups.add(InstanceRef.parse(ref))
+    assert node.sweep(V.SWEEP_ORPHANS)["found"] == [f"control group of {ref}"]
+    node.clock.advance(61)
+    assert node.sweep(V.SWEEP_ORPHANS)["removed"] == [f"control group of {ref}"]
+    assert node.sweep(V.SWEEP_ORPHANS)["found"] == []
+
+
+def test_a_pool_has_a_seccomp_policy_and_its_vmms_users_of_their_own(node: Node) -> None:
+    node.pool()
+    node.ok(V.POOL_UPDATE, "acme/web", seccomp_policy="strict")
+    assert node.services.view.pools(None)[0]["seccomp_policy"] == "strict"
+    refs = node.create(2)
+    for ref in refs:
+        node.ok(V.INSTANCE_START, ref)
+    specs = [node.host.machines[InstanceRef.parse(ref)].spec for ref in refs]
+    assert {spec.seccomp for spec in specs} == {SeccompPolicy.STRICT}
+    assert len({spec.uid for spec in specs}) == 2
 
 
 def test_a_process_that_cannot_be_seen_is_not_gone(node: Node) -> None:

@@ -332,3 +332,14 @@ def test_quota_of_warm_ones(node: Node) -> None:
     assert job.error is not None
     assert job.error["fields"]["field"] == "max_warm"
     assert node.instance(second).status is Status.RUNNING
+
+
+def test_a_wake_whose_guest_does_not_answer_sleeps_anew_and_can_be_woken(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    node.host.fail("guest.wake", TimedOut("guest.silent", "it did not answer in time"))
+    node.fails("guest.silent", V.INSTANCE_WAKE, ref)
+    assert node.instance(ref).status is Status.SLEEPING
+    assert not node.host.vmm.processes()
+    node.ok(V.INSTANCE_WAKE, ref)
+    assert not node.host.leaks()

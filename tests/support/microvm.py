@@ -15,12 +15,15 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mvm.domain.addressing import TenantNetwork, parse_subnet
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.layout import StateLayout
-from mvm.domain.pool import ImageSource
+from mvm.domain.pool import ImageSource, SeccompPolicy
 from mvm.drivers import netns
+from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.images_builtin import BuiltinImages
+from mvm.drivers.qemu import argv
 from mvm.drivers.qemu.driver import QemuDriver
 from mvm.drivers.shell import LocalShell
 from mvm.ports.guest import GuestIdentity
@@ -31,6 +34,7 @@ BOOT_S = 60.0
 ANSWER_S = 20.0
 REVISION = Revision("5" * 64)
 GUEST_IP = "10.240.1.3"
+NETWORK = TenantNetwork(1, parse_subnet("10.240.1.0/24"))
 _serial = count(1)
 
 
@@ -95,7 +99,8 @@ class QemuHost:
     def __init__(self, layout: StateLayout) -> None:
         self.layout = layout
         self.shell = LocalShell()
-        self.vmm = QemuDriver(layout, self.shell)
+        self.cgroups = LinuxCgroups(argv.marker(layout.root))
+        self.vmm = QemuDriver(layout, self.shell, self.cgroups)
         self.guest = UnixGuestChannel()
 
     def spec(self, number: int = 1, *, data_disk: Path | None = None, mem_mib: int = 192) -> BootSpec:
@@ -109,13 +114,24 @@ class QemuHost:
             ref=ref, directory=directory, kernel=image / "vmlinux", initramfs=image / "initramfs.cpio", rootfs=rootfs,
             overlay=overlay, data_disk=data_disk, vcpus=1, mem_mib=mem_mib,
             nic=Nic(self._tap(number), f"02:6d:00:01:00:{number + 2:02x}"),
+            uid=NETWORK.uid(number + 2), seccomp=SeccompPolicy.STRICT,
         )  # fmt: skip
 
     def template_spec(self, number: int = 9, *, data_disk_mib: int = 0, mem_mib: int = 192) -> TemplateSpec:
         """What is needed to boot a template: its directory and overlay exist."""
         own = self.spec(number, mem_mib=mem_mib)
         return TemplateSpec(
-            own.ref, own.directory, own.kernel, own.initramfs, own.rootfs, own.overlay, data_disk_mib, 1, mem_mib
+            own.ref,
+            own.directory,
+            own.kernel,
+            own.initramfs,
+            own.rootfs,
+            own.overlay,
+            data_disk_mib,
+            1,
+            mem_mib,
+            own.uid,
+            own.seccomp,
         )
 
     def template(self, spec: TemplateSpec) -> Path:
@@ -136,6 +152,9 @@ class QemuHost:
     def end_all(self) -> None:
         for ref in self.vmm.processes():
             self.vmm.kill(ref, None)
+        for ref in self.cgroups.groups():
+            self.cgroups.remove(ref)
+        self.cgroups.close()
 
     def _tap(self, number: int) -> str:
         name = f"tn1i{number + 2}"

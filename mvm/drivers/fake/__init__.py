@@ -11,7 +11,15 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.fake.machines import FakeGuest, FakeVmm
-from mvm.drivers.fake.resources import FakeAudit, FakeImages, FakeLocks, FakeMemory, FakeNetwork, FakeStorage
+from mvm.drivers.fake.resources import (
+    FakeAudit,
+    FakeCgroups,
+    FakeImages,
+    FakeLocks,
+    FakeMemory,
+    FakeNetwork,
+    FakeStorage,
+)
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
@@ -31,6 +39,7 @@ class FakeHost(HostState):
         self.storage = FakeStorage(self)
         self.images = FakeImages(self)
         self.memory = FakeMemory(self)
+        self.cgroups = FakeCgroups(self)
         self.locks = FakeLocks(self)
         self.audit = FakeAudit(self)
 
@@ -69,5 +78,6 @@ class FakeHost(HostState):
                 [f"tap {tap}" for tap in self.taps if tap not in used]
                 + [f"file {r}/{n}" for r, f in self.files.items() if r not in known for n in f.runtime]
                 + [f"process {ref}" for ref in self.machines if ref not in self.files]
+                + [f"control group {ref}" for ref in self.groups - set(self.machines)]
                 + [f"lock {name}" for name in self.held]
             )

@@ -53,7 +53,7 @@ class FakeVmm(FakeSnapshots):
     @point("vmm.kill")
     def kill(self, ref: InstanceRef, process: ProcessIdentity | None) -> None:
         """See ports/vmm.py."""
-        self._host.kill_process(ref)
+        self._host.drop_group(ref)
 
     @point("vmm.processes")
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:

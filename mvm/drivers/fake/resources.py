@@ -13,6 +13,7 @@ from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake.state import POINTS, Files, Part, point
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
+from mvm.ports.cgroup import GroupLimits
 from mvm.ports.host import MemoryLeft
 from mvm.ports.images import ProgressReport
 from mvm.ports.storage import InstanceKeys, RevisionFiles
@@ -188,6 +189,40 @@ class FakeMemory(Part):
     def left(self) -> MemoryLeft:
         """See ports/host.py."""
         return self._host.memory_left
+
+
+class FakeCgroups(Part):
+    """ports/cgroup.py. There is nothing to join: machines are in the groups of their instances."""
+
+    @point("cgroups.missing")
+    def missing(self) -> Mapping[str, str]:
+        """See ports/cgroup.py."""
+        return {}
+
+    @contextmanager
+    def joining(self, ref: InstanceRef, limits: GroupLimits) -> Iterator[Sequence[int]]:
+        """See ports/cgroup.py."""
+        with self._host.lock:
+            if ref in self._host.machines:
+                raise Failed("cgroup.failed", f"the control group of {ref} still has processes")
+            self._host.drop_group(ref)
+            self._host.groups.add(ref)
+        yield ()
+
+    @point("cgroups.remove")
+    def remove(self, ref: InstanceRef) -> None:
+        """See ports/cgroup.py."""
+        self._host.drop_group(ref)
+
+    @point("cgroups.out_of_memory")
+    def out_of_memory(self, ref: InstanceRef) -> int:
+        """See ports/cgroup.py."""
+        return self._host.out_of_memory[ref]
+
+    @point("cgroups.groups")
+    def groups(self) -> frozenset[InstanceRef]:
+        """See ports/cgroup.py."""
+        return frozenset(self._host.groups)
 
 
 class FakeAudit(Part):

@@ -11,7 +11,8 @@ from pathlib import Path
 from mvm.drivers.fake import FakeHost
 from mvm.ports.clock import Clock
 
-_KEPT = ("machines", "consoles", "taps", "bridges", "files", "saved", "spoilt", "revisions", "last_pid")
+_KEPT = ("machines", "consoles", "taps", "bridges", "files", "saved", "spoilt", "revisions", "groups",
+         "out_of_memory", "last_pid")  # fmt: skip
 
 
 class SharedFakeHost(FakeHost):

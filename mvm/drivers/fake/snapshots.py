@@ -41,6 +41,7 @@ class FakeSnapshots(Part):
         machine = Machine(spec, host.next_process(), host.clock.monotonic(), hung=host.hangs[ref] > 0, paused=paused)
         host.hangs[ref] -= machine.hung
         host.machines[ref] = machine
+        host.groups.add(ref)
         files.runtime |= {"agent.sock", "qmp.sock", "vmm.pid"}
         return machine
 
@@ -51,8 +52,9 @@ class FakeSnapshots(Part):
         if spec.ref not in host.machines:
             same = BootSpec(
                 spec.ref, spec.directory, spec.kernel, spec.initramfs, spec.rootfs, spec.overlay, None, spec.vcpus,
-                spec.mem_mib, Nic("", ""),
+                spec.mem_mib, Nic("", ""), spec.uid, spec.seccomp,
             )  # fmt: skip
+            host.groups.add(spec.ref)
             hung = host.hangs[spec.ref] > 0
             host.hangs[spec.ref] -= hung
             host.machines[spec.ref] = Machine(same, host.next_process(), host.clock.monotonic(), hung=hung)
@@ -72,7 +74,7 @@ class FakeSnapshots(Part):
         self._host.spoilt.discard(into)
         if spec.ref in self._host.files:
             self._host.files[spec.ref].runtime.clear()
-        self._host.kill_process(spec.ref)
+        self._host.drop_group(spec.ref)
         return made
 
     @point("vmm.clone")
@@ -122,7 +124,7 @@ class FakeSnapshots(Part):
         self._host.saved[into] = Saved(made, machine)
         self._host.spoilt.discard(into)
         self._host.files[spec.ref].runtime &= {spec.overlay.name}
-        self._host.kill_process(spec.ref)
+        self._host.drop_group(spec.ref)
         return made
 
     @point("vmm.manifest")
@@ -160,8 +162,9 @@ class FakeSnapshots(Part):
         said = self.manifest(snapshot)
         clones = snapshot == template
         why = refusal(
-            said, vmm=self.name, machine=_machine(spec), template=None if clones else base, revision=revision,
-            guest_protocol=guest.PROTOCOL_VERSION, disk=None if clones else self._disk(spec.ref),
+            said, owner=None if clones else str(spec.ref), vmm=self.name, machine=_machine(spec),
+            template=None if clones else base, revision=revision, guest_protocol=guest.PROTOCOL_VERSION,
+            disk=None if clones else self._disk(spec.ref),
         ) or other_version(said, host.version)  # fmt: skip
         if why is None and (snapshot in host.spoilt or template in host.spoilt):
             why = Refusal("snapshot.damaged", "memory differs from its manifest")
@@ -183,7 +186,8 @@ class FakeSnapshots(Part):
     ) -> SnapshotManifest:  # fmt: skip
         size = (8 if kind is Kind.TEMPLATE else 1) << 20
         return SnapshotManifest(
-            kind=kind, files={"memory": FileDigest(sha256(str(spec.ref).encode()).hexdigest(), size)}, vmm=self.name,
+            kind=kind, owner=None if kind is Kind.TEMPLATE else str(spec.ref),
+            files={"memory": FileDigest(sha256(str(spec.ref).encode()).hexdigest(), size)}, vmm=self.name,
             vmm_version=self._host.version, machine=_machine(spec), mem_mib=spec.mem_mib, vcpus=spec.vcpus,
             revision=revision, template=template, compression=compression, guest_protocol=guest.PROTOCOL_VERSION,
             disk=disk, taken_at=self._host.clock.now(),

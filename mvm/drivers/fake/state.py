@@ -115,6 +115,8 @@ class HostState:
         self.panics: Counter[InstanceRef] = Counter()
         self._faults: dict[str, deque[MvmError]] = {}
         self.memory_left = MemoryLeft(total_mib=16384, available_mib=8192)
+        self.groups: set[InstanceRef] = set()
+        self.out_of_memory: Counter[InstanceRef] = Counter()
         self.last_pid = 999
 
     def turn(self) -> AbstractContextManager[object]:
@@ -141,6 +143,19 @@ class HostState:
         """The VMM process ends at once and leaves everything else as it was."""
         with self.lock:
             self.machines.pop(ref, None)
+
+    def drop_group(self, ref: InstanceRef) -> None:
+        """Its processes have ended and nothing is remembered of them."""
+        with self.lock:
+            self.kill_process(ref)
+            self.groups.discard(ref)
+            self.out_of_memory.pop(ref, None)
+
+    def exhaust(self, ref: InstanceRef) -> None:
+        """The VMM reaches its memory limit, and the kernel ends it."""
+        with self.lock:
+            self.out_of_memory[ref] += 1
+            self.kill_process(ref)
 
     def panic_guest(self, ref: InstanceRef, times: int = 1) -> None:
         """The guest's kernel panics, which ends its VMM; if it does not run, in its next `times` boots."""

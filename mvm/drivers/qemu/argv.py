@@ -30,11 +30,15 @@ _ACCEL: Mapping[AccelName, Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What QEMU inherits open: the TAP, and listening sockets for its monitor and per guest port."""
+    """What QEMU inherits open: the TAP, and listening sockets for its monitor and per guest port.
+
+    `console` is where the console's log is when that is not in the instance's directory.
+    """
 
     tap: int
     monitor: int
     ports: Mapping[str, int]
+    console: Path | None = None
 
 
 def marker(state_dir: Path) -> str:
@@ -118,6 +122,7 @@ def machine(spec: BootSpec | TemplateSpec, accel: AccelName, *, data_bytes: int,
     same = BootSpec(
         ref=spec.ref, directory=Path(), kernel=Path(), initramfs=Path(), rootfs=Path(), overlay=Path(),
         data_disk=Path() if data_bytes else None, vcpus=spec.vcpus, mem_mib=spec.mem_mib, nic=Nic("", TEMPLATE_MAC),
+        uid=0, seccomp=spec.seccomp,
     )  # fmt: skip
     fds = Descriptors(0, 0, dict.fromkeys(guest.PORTS, 0))
     data = _data_file(Path()) if data_bytes else None
@@ -131,7 +136,7 @@ def _hardware(
 ) -> list[str]:  # fmt: skip
     words = [
         *base(accel), "-smp", str(spec.vcpus), "-m", f"{spec.mem_mib}M",
-        "-chardev", f"file,id=console,path={_value(spec.directory / CONSOLE_LOG)},append=on",
+        "-chardev", f"file,id=console,path={_value(fds.console or spec.directory / CONSOLE_LOG)},append=on",
         "-serial", "chardev:console",
         "-chardev", f"socket,id=monitor,fd={fds.monitor},server=on,wait=off", "-mon", "chardev=monitor,mode=control",
         "-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng",

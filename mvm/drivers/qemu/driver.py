@@ -34,12 +34,14 @@ from mvm.domain.snapshot import (
 )
 from mvm.drivers import snapshot_files as files
 from mvm.drivers import tap
+from mvm.drivers.files import closing_fd
 from mvm.drivers.qemu import argv, memory
 from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker
 from mvm.drivers.qemu.qmp import CommandFailed, Qmp
 from mvm.drivers.qemu.tsc import host_tsc_khz
-from mvm.drivers.qemu.vmms import QemuVmms, closing_fd
+from mvm.drivers.qemu.vmms import QemuVmms
 from mvm.errors import Failed, Unreachable
+from mvm.ports.cgroup import Cgroups
 from mvm.ports.shell import Shell
 from mvm.ports.vmm import BootSpec, MemoryUse, TemplateSpec
 
@@ -51,8 +53,11 @@ _SAVE_S = 60.0
 class QemuDriver(QemuVmms):
     """`VmmDriver` and `Snapshotting` on QEMU."""
 
-    def __init__(self, layout: StateLayout, shell: Shell) -> None:
-        super().__init__(layout, shell)
+    def __init__(
+        self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, require_isolation: bool = False,
+        caged: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(layout, shell, cgroups, require_isolation=require_isolation, caged=caged)
         self._verified = files.Verified()
 
     def boot_template(self, spec: TemplateSpec) -> ProcessIdentity:
@@ -62,9 +67,8 @@ class QemuDriver(QemuVmms):
         accel = self._probe.choose(lambda: (spec.kernel, spec.initramfs)).name
         with closing_fd(tap.nowhere()) as card:
             return self._launch(
-                spec.ref, spec.directory, card,
-                lambda fds: argv.template(spec, fds, accel, host_tsc_khz(), self._mark),
-            )  # fmt: skip
+                spec, card, accel, lambda inside, fds, _: argv.template(inside, fds, accel, host_tsc_khz(), self._mark)
+            )
 
     def save_template(
         self, spec: TemplateSpec, process: ProcessIdentity, *, revision: Revision, into: Path
@@ -75,7 +79,7 @@ class QemuDriver(QemuVmms):
                 qmp.run("stop")
                 saved = _write_state(qmp, process, spec.mem_mib, half, Compression.NONE)
                 version = qmp.version
-            self._kill(process)  # which closes the overlay
+            self._end(spec.ref, process)  # which closes the overlay
             spec.overlay.chmod(0o400)
             files.sync(spec.overlay)
             spec.overlay.rename(half / DISK)
@@ -145,7 +149,7 @@ class QemuDriver(QemuVmms):
                     with suppress(Unreachable):  # what went wrong may be that it has ended
                         qmp.run("cont")
                 raise
-        self._kill(process)
+        self._end(spec.ref, process)
         return made
 
     def manifest(self, snapshot: Path) -> SnapshotManifest:
@@ -170,20 +174,20 @@ class QemuDriver(QemuVmms):
         if template and base:
             machine = self._machine(spec, accel, _data_bytes(spec))
             _refuse(template, refusal(
-                base, vmm=self.name, machine=machine, template=None, revision=revision,
+                base, owner=None, vmm=self.name, machine=machine, template=None, revision=revision,
                 guest_protocol=guest.PROTOCOL_VERSION, disk=None,
             ))  # fmt: skip
         delta = snapshot != template
         said = files.manifest(snapshot) if delta or base is None else base
         if delta:
             _refuse(snapshot, refusal(
-                said, vmm=self.name, machine=self._machine(spec, accel, _data_bytes(spec)), template=base,
-                revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec),
+                said, owner=str(spec.ref), vmm=self.name, machine=self._machine(spec, accel, _data_bytes(spec)),
+                template=base, revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec),
             ))  # fmt: skip
         for process in self._of(spec.ref):
             if self._has_begun(spec, process):
                 return process
-            self._kill(process)  # left half restored by a worker that was killed
+            self._end(spec.ref, process)  # left half restored by a worker that was killed
         devices = files.read(snapshot, DEVICES, said.files)
         pages = _pages(snapshot, said) if delta else None
         disk = None
@@ -211,9 +215,9 @@ class QemuDriver(QemuVmms):
             shared = stack.enter_context(self._template_memory(template, base)) if template and base else None
             inherited = [state, *([shared] if shared is not None else [])]
             return self._launch(
-                spec.ref, spec.directory, card,
-                lambda fds: argv.restored(spec, disk, fds, shared, accel, self._mark),
-                pass_fds=inherited, new_run=not delta, small_pages=accel == "tcg", then=load,
+                spec, card, accel,
+                lambda inside, fds, layer: argv.restored(inside, layer, fds, shared, accel, self._mark),
+                template_disk=disk, pass_fds=inherited, new_run=not delta, then=load,
             )  # fmt: skip
 
     @contextmanager
@@ -266,7 +270,8 @@ class QemuDriver(QemuVmms):
         accel = self._probe.choose(lambda: None).name
         data_bytes = spec.data_disk_mib << 20 if isinstance(spec, TemplateSpec) else _data_bytes(spec)
         return SnapshotManifest(
-            kind=kind, files=saved, vmm=self.name, vmm_version=version,
+            kind=kind, owner=None if kind is Kind.TEMPLATE else str(spec.ref), files=saved, vmm=self.name,
+            vmm_version=version,
             machine=self._machine(spec, accel, data_bytes), mem_mib=spec.mem_mib, vcpus=spec.vcpus, revision=revision,
             template=template, compression=compression, guest_protocol=guest.PROTOCOL_VERSION, disk=disk,
             taken_at=datetime.now(UTC),

@@ -128,6 +128,7 @@ class Qmp:
 
     def _silent(self) -> TimedOut:
         return TimedOut(
-            "vmm.silent", f"the VMM of {self._ref} does not answer", hint="is the host overloaded? try again",
+            "vmm.silent", f"the VMM of {self._ref} does not answer",
+            hint="is the host overloaded? try again; if it hangs: mvm instance stop --force",
             subject=str(self._ref),
         )  # fmt: skip

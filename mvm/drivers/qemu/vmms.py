@@ -7,24 +7,34 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
-from mvm.drivers import files, processes, tap
+from mvm.domain.refusals import out_of_memory
+from mvm.drivers import files, isolation, processes, tap
+from mvm.drivers.cgroups import LinuxCgroups
+from mvm.drivers.files import closing_fd
 from mvm.drivers.instance_sockets import listen
-from mvm.drivers.qemu import argv, pages
-from mvm.drivers.qemu.accel import Accelerator, AcceleratorProbe
+from mvm.drivers.qemu import argv, cage, pages
+from mvm.drivers.qemu.accel import KVM, Accelerator, AcceleratorProbe
+from mvm.drivers.qemu.handover import Handover, readable
 from mvm.drivers.qemu.qmp import MONITOR, CommandFailed, Qmp
+from mvm.drivers.qemu.seccomp import QEMUS_OWN
 from mvm.drivers.qemu.tsc import host_tsc_khz
+from mvm.drivers.syscalls import failure
 from mvm.errors import Failed, TimedOut, Unreachable
+from mvm.ports.cgroup import Cgroups
 from mvm.ports.shell import Shell
-from mvm.ports.vmm import BootSpec, Presence
+from mvm.ports.vmm import BootSpec, Presence, TemplateSpec
+
+Spec = TypeVar("Spec", bound=BootSpec | TemplateSpec)
 
 _VMM_LOG = "vmm.log"
 _UP_DEADLINE_S = 15.0
@@ -41,10 +51,16 @@ class QemuVmms:
 
     name: ClassVar[str] = "qemu"
 
-    def __init__(self, layout: StateLayout, shell: Shell) -> None:
+    def __init__(
+        self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, require_isolation: bool = False,
+        caged: bool = True,
+    ) -> None:  # fmt: skip
         self._layout = layout
         self._shell = shell
+        self._require_isolation = require_isolation
+        self._caged = caged  # not so only to measure what the cage costs
         self._mark = argv.marker(layout.root)
+        self._cgroups = cgroups or LinuxCgroups(self._mark)
         self._probe = AcceleratorProbe(shell, layout.run / "accelerator.json")
         self._lock = threading.Lock()
         self._children: set[ProcessIdentity] = set()
@@ -71,26 +87,30 @@ class QemuVmms:
         accel = self._probe.choose(lambda: (spec.kernel, spec.initramfs)).name
         with closing_fd(tap.attach(spec.nic.tap)) as card:
             return self._launch(
-                spec.ref, spec.directory, card,
-                lambda fds: argv.command(spec, fds, accel, host_tsc_khz(), self._mark),
-            )  # fmt: skip
+                spec, card, accel, lambda inside, fds, _: argv.command(inside, fds, accel, host_tsc_khz(), self._mark)
+            )
 
     def _launch(
-        self, ref: InstanceRef, directory: Path, card: int, command: Callable[[argv.Descriptors], list[str]],
-        *, pass_fds: Sequence[int] = (), new_run: bool = True, small_pages: bool = False,
+        self, spec: Spec, card: int, accel: argv.AccelName,
+        command: Callable[[Spec, argv.Descriptors, Path | None], list[str]],
+        *, template_disk: Path | None = None, pass_fds: Sequence[int] = (), new_run: bool = True,
         then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
     ) -> ProcessIdentity:  # fmt: skip
         """Start QEMU and let `then` speak to it; it returns, or QEMU is ended."""
+        ref, directory = spec.ref, spec.directory
         log = directory / _VMM_LOG
         for path in (log, directory / argv.CONSOLE_LOG) if new_run else (log,):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
         with ExitStack() as stack:
+            handed = Handover(stack)
+            console = handed.file(directory / argv.CONSOLE_LOG, os.O_WRONLY | os.O_APPEND)
             monitor = stack.enter_context(listen(directory, MONITOR)).fileno()
             ports = {name: stack.enter_context(listen(directory, name)).fileno() for name in guest.PORTS}
-            fds = argv.Descriptors(card, monitor, ports)
-            arguments, inherited = command(fds), (fds.tap, fds.monitor, *fds.ports.values(), *pass_fds)
-            with pages.small() if small_pages else nullcontext():
-                process = self._shell.spawn(arguments, log=log, pass_fds=inherited)
+            fds = argv.Descriptors(card, monitor, ports, console)
+            layer = handed.file(template_disk, os.O_RDONLY) if template_disk else None
+            words = command(self._inside(spec, handed), fds, layer)
+            inherited = (card, monitor, *ports.values(), *handed.fds, *pass_fds)
+            process = self._start(spec, [*words, *handed.words(), "-sandbox", QEMUS_OWN], log, inherited, accel)
         with self._lock:
             self._children.add(process)
         try:
@@ -98,14 +118,51 @@ class QemuVmms:
                 then(qmp, process)
         except (CommandFailed, Unreachable, TimedOut) as error:
             self._kill(process)
-            words = log.read_text(errors="replace").replace(f"{argv.BINARY}: ", "").strip() or str(error)
+            raw = log.read_text(errors="replace")
+            said = raw.replace(f"{argv.BINARY}: ", "").strip() or str(error)
+            exhausted = self._cgroups.out_of_memory(ref)
+            self._cgroups.remove(ref)
+            if exhausted:
+                raise out_of_memory(ref) from None
+            if failed := failure(raw):
+                raise Failed(
+                    "cage.failed", f"the cage of {ref} could not be built: {failed}",
+                    hint="see: mvm doctor", subject=str(ref),
+                ) from None  # fmt: skip
             raise Failed(
-                "vmm.start_failed", f"QEMU ended at once: {words[-1000:]}", hint=f"see {log}", subject=str(ref)
+                "vmm.start_failed", f"QEMU ended at once: {said[-1000:]}", hint=f"see {log}", subject=str(ref)
             ) from None
         except BaseException:
-            self._kill(process)
+            self._end(ref, process)
             raise
         return process
+
+    def _inside(self, spec: Spec, handed: Handover) -> Spec:
+        """`spec` as the VMM sees it: disks that it has open, the kernel where its cage shows it."""
+        seen = replace(spec, rootfs=handed.file(spec.rootfs, os.O_RDONLY), overlay=handed.file(spec.overlay, os.O_RDWR))
+        if isinstance(seen, BootSpec) and seen.data_disk:
+            seen = replace(seen, data_disk=handed.file(seen.data_disk, os.O_RDWR))
+        return replace(seen, kernel=cage.KERNEL, initramfs=cage.INITRAMFS) if self._caged else seen
+
+    def _start(
+        self, spec: Spec, words: Sequence[str], log: Path, inherited: Sequence[int], accel: argv.AccelName
+    ) -> ProcessIdentity:
+        with pages.small() if accel == "tcg" and "-incoming" in words else nullcontext():
+            if not self._caged:
+                return self._shell.spawn(words, log=log, pass_fds=inherited)
+            shown = {cage.KERNEL: spec.kernel, cage.INITRAMFS: spec.initramfs} if "-kernel" in words else {}
+            if self._require_isolation:
+                isolation.check(self._cgroups.missing())
+            with self._cgroups.joining(spec.ref, cage.limits(spec.mem_mib, spec.vcpus)) as join:
+                made = cage.Cage(
+                    uid=spec.uid, policy=spec.seccomp, vcpus=spec.vcpus,
+                    files={inside: readable(path) for inside, path in shown.items()}, join=join,
+                    devices={"kvm": KVM.stat().st_rdev} if accel == "kvm" else {},
+                )  # fmt: skip
+                with closing_fd(cage.executable(made)) as program, cage.alone():
+                    return self._shell.spawn(
+                        words, log=log, pass_fds=[*inherited, *join], program=f"/proc/self/fd/{program}"
+                    )
 
     def wait_gone(self, process: ProcessIdentity, *, deadline_s: float) -> bool:
         """See the port."""
@@ -118,6 +175,7 @@ class QemuVmms:
             found.add(process)
         for one in found:
             self._kill(one)
+        self._cgroups.remove(ref)
 
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
         """See the port."""
@@ -167,6 +225,10 @@ class QemuVmms:
     def _of(self, ref: InstanceRef) -> tuple[ProcessIdentity, ...]:
         return self.processes().get(ref, ())
 
+    def _end(self, ref: InstanceRef, process: ProcessIdentity) -> None:
+        self._kill(process)
+        self._cgroups.remove(ref)
+
     def _kill(self, process: ProcessIdentity) -> None:
         processes.kill(process)
         if not processes.wait_gone(process, _KILL_DEADLINE_S):
@@ -178,12 +240,3 @@ class QemuVmms:
     def _newest_image(self) -> tuple[Path, Path] | None:
         kernels = sorted(self._layout.images.glob("[0-9a-f]*/vmlinux"), key=lambda path: path.stat().st_mtime)
         return (kernels[-1], kernels[-1].with_name("initramfs.cpio")) if kernels else None
-
-
-@contextmanager
-def closing_fd(fd: int) -> Iterator[int]:
-    """Closed at the end of the block."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
