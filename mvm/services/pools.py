@@ -117,12 +117,6 @@ class Pools:
         ``params.running`` stays when it is left out; ``warm`` and ``sleeping`` are then the sleep policy's business.
         """
         ref, params = PoolRef.parse(context.job.subject), context.job.params
-        for name in ("warm", "sleeping"):
-            if params.get(name):
-                raise InvalidInput(
-                    "pool.unsupported_count", f"--{name} is {params[name]}: the sleep policy says which are {name}",
-                    hint="allowed: 0; see: mvm pool update --help", field=name, value=params[name],
-                )  # fmt: skip
         with self._store.transaction():
             pool, tenant = self._store.pool(ref), self._store.tenant(ref.tenant)
             before = pool.desired or DesiredCounts()
