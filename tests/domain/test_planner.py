@@ -28,7 +28,7 @@ from mvm.domain.ids import PoolId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status, Verb
 from mvm.domain.planner import check_possible, decide, plan
-from mvm.domain.pool import DesiredCounts, InstanceResources
+from mvm.domain.pool import DesiredCounts, InstanceResources, SeccompPolicy, SleepPolicy
 from mvm.domain.room import Room
 from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import NotAllowed
@@ -228,6 +228,13 @@ def test_an_image_is_built_when_the_profile_changes_and_then_rolled_through_the_
     assert max(down) == 1
     assert {i.revision for i in there.of(WEB)} == {revision_of(SOURCES[1])}
     assert len(there.of(WEB)) == 2
+
+
+def test_rules_that_change_are_updated_and_nothing_else_is_done() -> None:
+    state = with_pool(seccomp_policy=SeccompPolicy.STRICT, sleep_policy=SleepPolicy(0, 0, 0))
+    before, after = asdict(SleepPolicy()), {"warm_after_s": 0, "sleep_after_s": 0, "min_running_s": 0}
+    changes = (Change("sleep_policy", before, after), Change("seccomp_policy", "baseline", "strict"))
+    assert plan(state, world(state).observed()) == (UpdatePool(WEB, changes),)
 
 
 def test_a_rollout_halts_when_a_new_one_is_not_well() -> None:
