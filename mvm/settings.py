@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import tomllib
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from mvm.domain.firewall import Plan, parse_host_ports
 from mvm.domain.ids import NodeId, node_id_from_hostname
 from mvm.domain.layout import DEFAULT_STATE_DIR, StateLayout
 from mvm.errors import InvalidInput
@@ -56,6 +58,9 @@ class Settings(BaseSettings):
     agent_port: int = Field(4433, ge=1, le=65535)
     flower_port: int = Field(5555, ge=1, le=65535)
     metrics_port: int = Field(9464, ge=1, le=65535)
+    uplink: str = Field("", max_length=15, pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$")
+    host_ports: str = ""
+    egress_never: str = ""
     worker_threads: int = Field(16, ge=1, le=256)
     urgent_threads: int = Field(4, ge=1, le=64)
     parallel_boots: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
@@ -90,6 +95,29 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """What `load_settings` passes (command-line flags) over the environment over the TOML file."""
         return init_settings, env_settings, _TomlFile(settings_cls)
+
+    @field_validator("uplink")
+    @classmethod
+    def _not_ours(cls, value: str) -> str:
+        if value.startswith(("br-tenant-", "tn", "mvmtmpl")):
+            raise ValueError("this name is kept for guests' interfaces")
+        return value
+
+    @field_validator("host_ports")
+    @classmethod
+    def _ports(cls, value: str) -> str:
+        return ",".join(map(str, parse_host_ports(value)))
+
+    @field_validator("egress_never")
+    @classmethod
+    def _networks(cls, value: str) -> str:
+        return ",".join(str(IPv4Network(word)) for word in value.replace(",", " ").split())
+
+    @property
+    def plan(self) -> Plan:
+        """What the node's packet filter is made from."""
+        never = tuple(IPv4Network(word) for word in self.egress_never.split(",") if word)
+        return Plan(self.uplink, parse_host_ports(self.host_ports), never)
 
     @property
     def layout(self) -> StateLayout:

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from mvm.ports.audit import AuditLog
     from mvm.ports.cgroup import Cgroups
     from mvm.ports.clock import Clock
+    from mvm.ports.firewall import PacketFilter
     from mvm.ports.guest import GuestChannel
     from mvm.ports.host import HostMemory
     from mvm.ports.images import ImageBuilder
     from mvm.ports.locks import Locks
     from mvm.ports.network import HostNetwork
+    from mvm.ports.probing import Probing
     from mvm.ports.queue import JobQueue
     from mvm.ports.registry import Registry
     from mvm.ports.storage import NodeStorage
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mvm.ports.vmm import VmmDriver
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.jobs import Jobs
+    from mvm.services.networks import Networks
     from mvm.services.runner import Observer, Runner
     from mvm.services.urgent import UrgentWake
     from mvm.services.views import NodeView
@@ -103,6 +106,8 @@ class NodePorts:
     vmm: VmmDriver
     guest: GuestChannel
     network: HostNetwork
+    packets: PacketFilter
+    probing: Probing | None
     storage: NodeStorage
     images: ImageBuilder
     memory: HostMemory
@@ -121,6 +126,7 @@ class NodeServices:
     heartbeat: Heartbeat
     urgent: UrgentWake
     view: NodeView
+    networks: Networks
 
 
 def open_node(settings: Settings) -> NodeServices:
@@ -155,7 +161,7 @@ def open_ports(settings: Settings) -> NodePorts:
         host = SharedFakeHost(SystemClock(), layout.root / "fake-host")
         return NodePorts(
             store, registry, queue, locks, host.clock, host.vmm, host.guest, host.network,
-            host.storage, host.images, host.memory, audit, host.cgroups,
+            host.packets, None, host.storage, host.images, host.memory, audit, host.cgroups,
         )  # fmt: skip
     from mvm.drivers.cgroups import LinuxCgroups
     from mvm.drivers.file_storage import FileStorage
@@ -164,9 +170,11 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.images_builtin import BuiltinImages
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.netns import of_parent
+    from mvm.drivers.nftables import Nftables
     from mvm.drivers.qemu.argv import marker
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
+    from mvm.drivers.veth_probes import VethProbes
 
     shell, cgroups = LocalShell(), LinuxCgroups(marker(layout.root))
     return NodePorts(
@@ -178,6 +186,8 @@ def open_ports(settings: Settings) -> NodePorts:
         QemuDriver(layout, shell, cgroups, require_isolation=settings.require_isolation),
         UnixGuestChannel(),
         LinuxNetwork(shell),
+        Nftables(shell, layout.uplink_mark),
+        VethProbes(shell),
         FileStorage(layout, shell),
         BuiltinImages(layout, shell, LocalShell(of_parent())),
         ProcMemory(),
@@ -198,6 +208,9 @@ def build_node(
     from mvm.services.jobs import Jobs
     from mvm.services.lifecycle import Lifecycle
     from mvm.services.microvm import Limits, MicroVms
+    from mvm.services.network_check import NetworkCheck
+    from mvm.services.network_proof import NetworkProof
+    from mvm.services.networks import Networks
     from mvm.services.pools import Pools
     from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
@@ -218,8 +231,9 @@ def build_node(
         locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
     )  # fmt: skip
+    networks = Networks(p.store, p.locks, p.network, p.packets, settings.plan)
     microvms = MicroVms(
-        store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
+        store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, networks=networks, storage=p.storage,
         snapshots=snapshots, cgroups=p.cgroups,
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
@@ -228,12 +242,12 @@ def build_node(
     reconcile = Reconcile(
         store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node
     )
-    tenants = Tenants(p.store, p.registry, p.network)
-    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile)
+    tenants = Tenants(p.store, p.registry, networks)
+    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
-        storage=p.storage, lifecycle=lifecycle, audit=audit, node_id=node, grace_s=settings.orphan_grace_s,
-        keep_jobs=settings.keep_jobs, cgroups=p.cgroups,
+        networks=networks, storage=p.storage, lifecycle=lifecycle, audit=audit, node_id=node,
+        grace_s=settings.orphan_grace_s, keep_jobs=settings.keep_jobs, cgroups=p.cgroups,
     )  # fmt: skip
     idleness = Idleness(
         store=p.store, registry=p.registry, jobs=jobs, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
@@ -264,6 +278,14 @@ def build_node(
     }.items():
         runner.register(verb, handler)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
+    proof = NetworkProof(
+        store=p.store, clock=p.clock, network=p.network, networks=networks, probing=p.probing, guest=p.guest,
+        storage=p.storage,
+    )  # fmt: skip
+    network_check = NetworkCheck(
+        store=p.store, registry=p.registry, clock=p.clock, network=p.network, packets=p.packets, networks=networks,
+        proof=proof, node_id=node,
+    )  # fmt: skip
     view = NodeView(
         store=p.store,
         storage=p.storage,
@@ -274,6 +296,7 @@ def build_node(
         address=address,
         urgent=urgent,
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
+        network_check=network_check,
         audit=audit,
         desired=DesiredStates(p.store, jobs, reconcile, node),
     )
@@ -281,4 +304,4 @@ def build_node(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,
         facts={"driver": p.vmm.name},
     )  # fmt: skip
-    return NodeServices(runner, jobs, p.registry, p.store, heartbeat, urgent, view)
+    return NodeServices(runner, jobs, p.registry, p.store, heartbeat, urgent, view, networks)

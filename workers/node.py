@@ -31,6 +31,7 @@ def _ready(**_: Any) -> None:
     # What a killed predecessor had taken and not noted is in no queue any more.
     threading.Thread(target=_send_lost, name="send lost", daemon=True).start()
     if role == "main":
+        threading.Thread(target=_rule, name="rules", daemon=True).start()
         threading.Thread(target=_beat, name="heartbeat", daemon=True).start()
 
 
@@ -42,6 +43,17 @@ def _send_lost() -> None:
         return
     if lost:
         log.warning("sent again what was lost", jobs=[str(job.job_id) for job in lost])
+
+
+def _rule() -> None:
+    """The packet filter is as it should be from the start; a namespace that was just made has none."""
+    try:
+        lines = services().networks.repair()
+    except MvmError as error:  # every start of an instance says so, too
+        log.error("no packet filter", code=error.code, error=error.message)
+        return
+    if lines:
+        log.info("packet filter set up", lines=len(lines))
 
 
 def _beat() -> None:

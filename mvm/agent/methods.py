@@ -39,6 +39,10 @@ class NodeApi(Protocol):
         """Load, memory, disk and counts, now."""
         ...
 
+    def verify_network(self, *, active: bool) -> Mapping[str, Any]:
+        """A report for each tenant's bridge, the node's findings and, with `active`, a table of probes."""
+        ...
+
     def tenants(self) -> Sequence[Mapping[str, Any]]:
         """All tenants on this node."""
         ...
@@ -106,6 +110,10 @@ class _Params(BaseModel):
 
 class _Nothing(_Params):
     pass
+
+
+class _Verify(_Params):
+    active: bool = False
 
 
 class _Pools(_Params):
@@ -221,6 +229,7 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "node.ping": Method(coordinator, _Nothing, one(lambda _: {})),
         "node.info": Method(frozenset(Role), _Nothing, one(lambda _: api.node_info())),
         "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats())),
+        "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), long=True),
         "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
         "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
         "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),
@@ -248,6 +257,15 @@ def _instances(api: NodeApi, params: _Instances) -> Sequence[Mapping[str, Any]]:
     return api.instances(
         _maybe(TenantId, params.tenant), _maybe(PoolRef.parse, params.pool), _maybe(Status, params.status)
     )
+
+
+def _verified(api: NodeApi, params: _Verify) -> Parts:
+    report = dict(api.verify_network(active=params.active))
+    lists = {name: report.pop(name) for name in ("bridges", "findings", "probes")}
+    yield {**report, **{name: [] for name in lists}}
+    for name, items in lists.items():
+        for start in range(0, len(items), _ITEMS):
+            yield {name: items[start : start + _ITEMS]}
 
 
 def _items(items: Sequence[Mapping[str, Any]]) -> Parts:

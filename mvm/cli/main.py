@@ -19,6 +19,7 @@ _COMMANDS = {
     "instance": ("mvm.cli.instance:instance", "Instances of a pool: one microVM each."),
     "job": ("mvm.cli.job:job", "What was asked, and how it went."),
     "node": ("mvm.cli.node:node", "Nodes, asked through their agents."),
+    "net": ("mvm.cli.net:net", "The tenants' networks, looked at and proven."),
     "audit": ("mvm.cli.audit:audit", "Who changed what of a tenant, and why."),
     "coordinator": ("mvm.cli.coordinator:coordinator", "Ask agents anywhere, by address."),
     "agent": ("mvm.cli.agent:agent", "This node's agent and its certificates."),

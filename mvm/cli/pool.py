@@ -15,6 +15,7 @@ from mvm.cli.fleet import Fleet
 from mvm.cli.following import finish, show_job, show_result
 from mvm.cli.params import NODE, POOL, TENANT, JobWait, actor, confirm, job_options, pass_fleet, yes_option
 from mvm.cli.render import Columns, age, show_list, show_one
+from mvm.domain.egress import Egress, EgressPolicy
 from mvm.domain.ids import NodeId, PoolRef, TenantId
 from mvm.domain.job import JobVerb
 from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, SleepPolicy, StartMode
@@ -28,7 +29,10 @@ def pool() -> None:
 
 
 def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How the pool's instances start and sleep, passed as ``ways: dict``: what of it is given, ready for a job."""
+    """How the pool's instances start and sleep and what they reach, passed as ``ways: dict``.
+
+    Only what of it is given, ready for a job.
+    """
 
     @click.option("--cold/--no-cold", default=None, help="Boot each instance instead of cloning a template.")
     @click.option(
@@ -42,10 +46,15 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--warm-after", type=int, metavar="S", help="Seconds of idleness until it is paused; 0: never.")
     @click.option("--sleep-after", type=int, metavar="S", help="Seconds of idleness until it sleeps; 0: never.")
     @click.option("--min-running", type=int, metavar="S", help="Seconds that it runs at least before.")
+    @click.option(
+        "--egress", type=click.Choice([e.value for e in Egress]), help="What they reach outside; default: none."
+    )
+    @click.option("--allow", multiple=True, metavar="CIDR[:PORT[/PROTO]]", help="For --egress allow; repeatable.")
     @functools.wraps(command)
     def wrapper(
         *args: Any, cold: bool | None, compression: str | None, seccomp: str | None, pinned: bool | None,
-        critical: bool | None, warm_after: int | None, sleep_after: int | None, min_running: int | None, **kwargs: Any,
+        critical: bool | None, warm_after: int | None, sleep_after: int | None, min_running: int | None,
+        egress: str | None, allow: tuple[str, ...], **kwargs: Any,
     ) -> Any:  # fmt: skip
         policy = {"warm_after_s": warm_after, "sleep_after_s": sleep_after, "min_running_s": min_running}
         ways = _given(
@@ -55,10 +64,18 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
             pinned=pinned,
             critical=critical,
             sleep_policy=_given(**policy) or None,
+            egress=_egress(egress, allow),
         )
         return command(*args, ways=ways, **kwargs)
 
     return wrapper
+
+
+def _egress(kind: str | None, allow: tuple[str, ...]) -> dict[str, Any] | None:
+    """A policy whole, checked here before a job is made of it; ``--allow`` alone means ``--egress allow``."""
+    if kind is None and not allow:
+        return None
+    return EgressPolicy.from_dict({"policy": kind or Egress.ALLOW, "allow": allow}).to_dict()
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -128,7 +145,7 @@ def info(fleet: Fleet, output: str, ref: PoolRef) -> None:
 @job_options
 @pass_fleet
 def update(fleet: Fleet, output: str, ref: PoolRef, ways: dict[str, Any], wait: JobWait) -> None:
-    """Change how the instances of pool T/P start and sleep, from now on."""
+    """Change how the instances of pool T/P start and sleep from now on, and what they reach at once."""
     if not ways:
         raise InvalidInput("pool.nothing_to_update", "nothing to change is given", hint="see: mvm pool update --help")
     job = fleet.jobs.submit(JobVerb.POOL_UPDATE, str(ref), fleet.pool_route(ref), params=ways, actor=actor())

@@ -10,7 +10,7 @@ from mvm.errors import InvalidInput, NotAllowed, QuotaExceeded
 
 CLUSTER = IPv4Network("10.240.0.0/12")
 NET_IDS = range(4096)
-BUILDER_OFFSET = 2  # of what is made for the tenant, such as templates; .1 is the gateway
+BUILDER_OFFSET = 2  # of what is made for the tenant, such as templates and probes; .1 is the gateway
 FIRST_OFFSET = 3
 DEFAULT_PREFIX = 24  # 4096 of them fill the cluster's /12 exactly
 LONGEST_PREFIX = 29  # gateway, builder and three guests

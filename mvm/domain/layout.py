@@ -125,6 +125,11 @@ class StateLayout:
         return self.run / "metrics"
 
     @property
+    def uplink_mark(self) -> Path:
+        """Which uplink forwards because of us."""
+        return self.root / "uplink-forwards"
+
+    @property
     def default_netns(self) -> str:
         """``mvm`` for the default state directory, else ``mvm-`` and 8 hex digits of its path's hash."""
         if self.root == DEFAULT_STATE_DIR:

@@ -8,6 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from mvm.domain.egress import NO_EGRESS, EgressPolicy
 from mvm.domain.ids import NodeId, PoolRef, Revision
 from mvm.domain.snapshot import Compression
 from mvm.errors import InvalidInput
@@ -179,6 +180,7 @@ class WorkerPool:
     pinned: bool = False
     critical: bool = False
     seccomp_policy: SeccompPolicy = SeccompPolicy.BASELINE
+    egress: EgressPolicy = NO_EGRESS
     built: ImageSource | None = None
 
     @property
@@ -205,6 +207,7 @@ class WorkerPool:
             "pinned": self.pinned,
             "critical": self.critical,
             "seccomp_policy": self.seccomp_policy.value,
+            "egress": self.egress.to_dict(),
             "built": [self.built.flake_ref, self.built.profile] if self.built else None,
         }
 
@@ -225,5 +228,6 @@ class WorkerPool:
             pinned=data.get("pinned", False),
             critical=data.get("critical", False),
             seccomp_policy=SeccompPolicy(data.get("seccomp_policy", SeccompPolicy.BASELINE)),
+            egress=EgressPolicy.from_dict(data.get("egress", {})),
             built=ImageSource(*data["built"]) if data.get("built") else None,
         )

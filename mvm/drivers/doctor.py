@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from mvm.domain.firewall import Plan
 from mvm.drivers import state_dir
 from mvm.drivers.shell import LocalShell
 from mvm.errors import MvmError
@@ -20,6 +21,7 @@ _PROGRAMS = {
     "ip": "iproute2",
     "nsenter": "util-linux",
     "mkfs.ext4": "e2fsprogs",
+    "nft": "nftables",
     "lz4": "lz4",
     "ssh": "openssh-client",
 }
@@ -50,6 +52,7 @@ def examine(settings: Settings, shell: Shell | None = None) -> list[Check]:
         _qemu(shell),
         _accelerator(settings, shell),
         *(_program(name, package) for name, package in _PROGRAMS.items()),
+        _packet_filter(shell),
         _apt_lists(),
         _disk(settings),
         *_isolation(settings, shell),
@@ -89,6 +92,16 @@ def _accelerator(settings: Settings, shell: Shell) -> Check:
 def _program(name: str, package: str) -> Check:
     where = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     return Check(name, "ok", where) if where else Check(name, "fail", "is missing", f"apt-get install {package}")
+
+
+def _packet_filter(shell: Shell) -> Check:
+    """Whether the kernel takes rules such as ours, tried where nobody is."""
+    rules = "\n".join(Plan("uplink").commands())
+    try:
+        shell.run(["unshare", "--net", "nft", "-f", "-"], stdin=rules, timeout_s=10)
+    except MvmError as error:
+        return Check("packet filter", "fail", error.message, "modprobe nf_tables; are you root, and is nftables there?")
+    return Check("packet filter", "ok", "nftables takes our rules")
 
 
 def _apt_lists(directory: Path = Path("/var/lib/apt/lists")) -> Check:

@@ -6,14 +6,18 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from mvm.domain.addressing import TenantNetwork
 from mvm.errors import Failed, NotAllowed
+from mvm.ports.network import BridgeState
 from mvm.ports.shell import Shell
 
 _TAP = re.compile(r"tn[0-9]+i[0-9]+")
 _BRIDGE = re.compile(r"br-tenant-[0-9]+")
+_CONF = Path("/proc/sys/net/ipv4/conf")
+_OWN_ADDRESSES = "1"  # else a bridge answers ARP for every other tenant's gateway, too
 _TRIES = 4
 _BRIDGE_PORTS = 1023  # the kernel numbers them in 10 bits, and 0 is none
 _GATEWAY_OFFSET = 1
@@ -39,15 +43,15 @@ class LinuxNetwork:
         """See ports/network.py. A TAP that cannot become a port is removed again."""
         tap = network.tap(offset)
         try:
-            self._ensure(network, tap)
+            self._ensure(network, tap, network.uid(offset))
         except Failed:
             if self.taps().get(tap, network.bridge) is None:
                 self.remove_taps(frozenset({tap}))
             raise
 
-    def _ensure(self, network: TenantNetwork, tap: str | None) -> None:
+    def _ensure(self, network: TenantNetwork, tap: str | None, owner: int = 0) -> None:
         attach = [f"link set dev {tap} master {network.bridge} addrgenmode none up"] if tap else []
-        create = [f"tuntap add dev {tap} mode tap"] if tap else []
+        create = [f"tuntap add dev {tap} mode tap user {owner} group {owner}"] if tap else []
 
         def missing(links: Links) -> list[str]:
             bridge_there, tap_there = network.bridge in links, tap in links
@@ -57,10 +61,12 @@ class LinuxNetwork:
             bridge = [] if bridge_there else [f"link add {network.bridge} type bridge"]
             return [*bridge, *_bridge_up(network), *([] if tap_there else create), *attach]
 
-        with suppress(_KernelSaid):
+        try:
             self._batch([*_bridge_up(network), *create, *attach])  # fails before it touches what is not ours
-            return
-        self._apply(missing)
+        except _KernelSaid:
+            self._apply(missing)
+        with suppress(FileNotFoundError):  # removed meanwhile
+            (_CONF / network.bridge / "arp_ignore").write_text(_OWN_ADDRESSES)
 
     def remove_bridges(self, names: frozenset[str]) -> None:
         """See ports/network.py."""
@@ -89,9 +95,31 @@ class LinuxNetwork:
         """See ports/network.py."""
         return frozenset(name for name in self._links("type", "bridge") if _BRIDGE.fullmatch(name))
 
-    def _links(self, *which: str) -> Links:
+    def states(self) -> Mapping[str, BridgeState]:
+        """See ports/network.py."""
+        links = self._links(kind="addr")
+        return {
+            name: BridgeState(
+                "UP" in link.get("flags", ()),
+                tuple(f"{a['local']}/{a['prefixlen']}" for a in link.get("addr_info", ()) if a["family"] == "inet"),
+                tuple(sorted(port for port, other in links.items() if other.get("master") == name)),
+            )
+            for name, link in links.items()
+            if _BRIDGE.fullmatch(name) and _is_bridge(link)
+        }
+
+    def addresses(self) -> frozenset[str]:
+        """See ports/network.py."""
+        links = self._links(kind="addr").values()
+        return frozenset(a["local"] for link in links for a in link.get("addr_info", ()) if a["family"] == "inet")
+
+    def has(self, interface: str) -> bool:
+        """See ports/network.py."""
+        return interface in self._links()
+
+    def _links(self, *which: str, kind: str = "link") -> Links:
         try:
-            text = self._shell.run(["ip", "-j", "-d", "link", "show", *which]).stdout
+            text = self._shell.run(["ip", "-j", "-d", kind, "show", *which]).stdout
         except Failed as error:
             raise _network_failed(error) from None
         return {link["ifname"]: link for link in json.loads(text or "[]") if link}  # ip prints {} for what it left out

@@ -36,6 +36,14 @@ def exists(name: str) -> bool:
     return os.path.ismount(path_of(name))
 
 
+def names(prefix: str) -> list[str]:
+    """Those there are whose names begin so."""
+    try:
+        return sorted(path.name for path in _DIRECTORY.iterdir() if path.name.startswith(prefix))
+    except FileNotFoundError:
+        return []
+
+
 def create(shell: Shell, name: str) -> bool:
     """The namespace `name` exists and its loopback is up; returns whether it was made here and now.
 

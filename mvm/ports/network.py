@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from mvm.domain.addressing import TenantNetwork
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeState:
+    """A bridge as it is: its addresses with their prefixes, and its ports."""
+
+    up: bool
+    addresses: tuple[str, ...]
+    ports: tuple[str, ...]
 
 
 class HostNetwork(Protocol):
@@ -33,6 +43,18 @@ class HostNetwork(Protocol):
 
     def taps(self) -> Mapping[str, str | None]:
         """Every TAP named as ours are (``tn<net>i<offset>``), with the bridge it is a port of."""
+        ...
+
+    def states(self) -> Mapping[str, BridgeState]:
+        """Every bridge named as ours are, as it is."""
+        ...
+
+    def has(self, interface: str) -> bool:
+        """Whether there is an interface of that name."""
+        ...
+
+    def addresses(self) -> frozenset[str]:
+        """Every IPv4 address of the node, whatever interface has it."""
         ...
 
     def bridges(self) -> frozenset[str]:

@@ -25,10 +25,10 @@ from mvm.errors import Cancelled, Failed, MvmError, NotAllowed, TimedOut, Unreac
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel, GuestIdentity
-from mvm.ports.network import HostNetwork
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import BootSpec, Nic, VmmDriver
+from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
 from mvm.services.snapshots import Snapshots, damaged, unusable
 
@@ -52,14 +52,14 @@ class MicroVms:
     """The steps, over the node's ports. The caller holds the instance's lock."""
 
     def __init__(
-        self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, network: HostNetwork,
+        self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, networks: Networks,
         storage: NodeStorage, snapshots: Snapshots, cgroups: Cgroups, limits: Limits, authorized_key: str,
     ) -> None:  # fmt: skip
         self._store = store
         self._clock = clock
         self._vmm = vmm
         self._guest = guest
-        self._network = network
+        self._networks = networks
         self._storage = storage
         self._cgroups = cgroups
         self._limits = limits
@@ -90,7 +90,7 @@ class MicroVms:
             self._vmm.kill(instance.ref, None)
         self._snapshots.forget(instance.ref)
         context.step(_STEPS[2], 2, len(_STEPS))
-        self._network.ensure_tap(network, instance.offset)
+        self._networks.connect(instance, network)
         with self._telling(instance.ref), self._boot_slot(context):
             if self._snapshots.clones(pool):
                 self._snapshots.template(context, pool, pool.revision, uid=network.uid(BUILDER_OFFSET))
@@ -171,7 +171,7 @@ class MicroVms:
         """Its memory is on disk; no process and no TAP are left."""
         with self._telling(instance.ref):
             manifest = self._snapshots.sleep(context, instance, pool, self.spec(instance, pool, network), force=force)
-        self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+        self._networks.disconnect(instance, network)
         return manifest
 
     def held(self, instance: Instance) -> int:
@@ -187,13 +187,13 @@ class MicroVms:
     def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
         """A sleeping instance runs again; on failure it has no process and no TAP, and its snapshot stays."""
         context.step("connect network", 0, 3)
-        self._network.ensure_tap(network, instance.offset)
+        self._networks.connect(instance, network)
         try:
             with self._telling(instance.ref):
                 process = self._snapshots.wake(context, instance, pool, self.spec(instance, pool, network))
         except Exception:
             self._vmm.kill(instance.ref, None)
-            self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+            self._networks.disconnect(instance, network)
             raise
         return replace(instance, process=process)
 
@@ -275,7 +275,7 @@ class MicroVms:
     def take_down(self, instance: Instance, network: TenantNetwork) -> None:
         """No process, no TAP, no files of the run."""
         self._vmm.kill(instance.ref, instance.process)
-        self._network.remove_taps(frozenset({network.tap(instance.offset)}))
+        self._networks.disconnect(instance, network)
         self._snapshots.forget(instance.ref)
         self._storage.clean_runtime(instance.ref)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mvm.domain.egress import EgressPolicy
 from mvm.domain.ids import PoolRef
 from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, StartMode, WorkerPool
 from mvm.domain.snapshot import Compression
@@ -15,6 +16,7 @@ from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
+from mvm.services.networks import Networks
 from mvm.services.quotas import admit_counts, admit_pool
 from mvm.services.reconcile import Reconcile
 from mvm.services.runner import JobContext
@@ -24,8 +26,8 @@ _BUILD_WAIT_S = 1800.0
 
 
 def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
-    """`pool` with what ``params`` has of ``start, compression, seccomp_policy, sleep_policy`` (in part or whole),
-    ``pinned`` and ``critical``.
+    """`pool` with what ``params`` has of ``start, compression, seccomp_policy, egress, pinned, critical`` and
+    ``sleep_policy``, which may be a part of one.
     """
     values: dict[str, Any] = {name: params[name] for name in ("pinned", "critical") if name in params}
     if "start" in params:
@@ -39,6 +41,8 @@ def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
         values["built"] = pool.built or (pool.source if pool.revision else None)
     if "seccomp_policy" in params:
         values["seccomp_policy"] = SeccompPolicy.parse(params["seccomp_policy"])
+    if "egress" in params:
+        values["egress"] = EgressPolicy.from_dict(params["egress"])
     return replace(pool, sleep_policy=replace(pool.sleep_policy, **params.get("sleep_policy", {})), **values)
 
 
@@ -46,20 +50,16 @@ class Pools:
     """Pools live on one node, which the registry knows."""
 
     def __init__(
-        self,
-        store: NodeStore,
-        registry: Registry,
-        images: ImageBuilder,
-        storage: NodeStorage,
-        locks: Locks,
-        reconcile: Reconcile,
-    ) -> None:
+        self, store: NodeStore, registry: Registry, images: ImageBuilder, storage: NodeStorage, locks: Locks,
+        reconcile: Reconcile, networks: Networks,
+    ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
         self._images = images
         self._storage = storage
         self._locks = locks
         self._reconcile = reconcile
+        self._networks = networks
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
         """Create the subject pool from ``params.flake_ref``, ``profile``, ``resources`` and what `update` takes."""
@@ -74,6 +74,7 @@ class Pools:
             ),
             params,
         )
+        self._networks.check(pool.egress)
         with self._store.transaction():
             tenant = self._store.tenant(pool.ref.tenant)
             try:
@@ -90,14 +91,21 @@ class Pools:
                         field="pool",
                         value=str(pool.ref),
                     )
+        self._networks.redirect(None, pool)
         self._registry.place_pool(pool.ref, pool.node_id)
         return pool_view(self._store, pool)
 
     def update(self, context: JobContext) -> Mapping[str, Any]:
-        """Change how the subject pool's instances start and sleep; what is not in ``params`` stays."""
+        """Change how the subject pool's instances start and sleep and what they reach; the rest stays."""
         with self._store.transaction():
-            pool = changed(self._store.pool(PoolRef.parse(context.job.subject)), context.job.params)
+            before = self._store.pool(PoolRef.parse(context.job.subject))
+            pool = changed(before, context.job.params)
+            if pool.egress != before.egress:
+                self._networks.check(pool.egress)
             self._store.put_pool(pool)
+        if pool.egress == before.egress and "egress" in context.job.params:
+            self._networks.repair()  # perhaps this job's own, delivered again
+        self._networks.redirect(before, pool)
         return pool_view(self._store, pool)
 
     def build(self, context: JobContext) -> Mapping[str, Any]:
@@ -135,6 +143,7 @@ class Pools:
         ref = PoolRef.parse(context.job.subject)
         self._check_empty(ref)
         self._registry.unplace_pool(ref)
+        self._networks.redirect(self._store.pool(ref), None)
         self._storage.drop_templates(ref)
         with context.ending(ref=str(ref)):
             self._check_empty(ref)

@@ -25,6 +25,7 @@ from mvm.ports.vmm import Presence, Snapshotting, VmmDriver
 from mvm.services.audit import Audit
 from mvm.services.jobs import Jobs
 from mvm.services.lifecycle import Lifecycle
+from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.sweeps")
@@ -33,6 +34,8 @@ _LOST_S = 30.0
 """How long a job may wait in no queue: longer than sending it takes."""
 
 _CONSOLE_BYTES = 1 << 20  # of a running guest's console that are kept
+
+_REPAIRED = 20  # lines of rules that a result names
 
 _UP = (Status.RUNNING, Status.WARM)
 
@@ -51,8 +54,8 @@ class Sweeps:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver,
-        network: HostNetwork, storage: NodeStorage, lifecycle: Lifecycle, audit: Audit, node_id: NodeId, grace_s: float,
-        keep_jobs: int, cgroups: Cgroups,
+        network: HostNetwork, networks: Networks, storage: NodeStorage, lifecycle: Lifecycle, audit: Audit,
+        node_id: NodeId, grace_s: float, keep_jobs: int, cgroups: Cgroups,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -61,6 +64,7 @@ class Sweeps:
         self._clock = clock
         self._vmm = vmm
         self._network = network
+        self._networks = networks
         self._storage = storage
         self._lifecycle = lifecycle
         self._audit = audit
@@ -111,7 +115,7 @@ class Sweeps:
             return
 
     def orphans(self, context: JobContext) -> Mapping[str, Any]:
-        """Processes, control groups, TAPs, bridges, directories and files of a run that no record owns."""
+        """Processes, control groups, TAPs, bridges, directories, files that no record owns; rules changed by hand."""
         context.step("compare host and store", 0, 1)
         sent = self._send_lost()
         found = self._find_orphans()
@@ -122,7 +126,13 @@ class Sweeps:
             if now - self._first_seen[name] >= self._grace_s and self._remove(orphan):
                 removed.append(name)
                 log.warning("orphan removed", orphan=name)
-        return {"changed": bool(removed or sent), "found": sorted(found), "removed": removed, "sent_again": sent}
+        repaired = list(self._networks.repair())
+        if repaired:
+            log.warning("rules repaired", lines=len(repaired), first=repaired[0])
+        return {
+            "changed": bool(removed or sent or repaired), "found": sorted(found), "removed": removed,
+            "sent_again": sent, "repaired": repaired[:_REPAIRED],
+        }  # fmt: skip
 
     def _send_lost(self) -> list[str]:
         try:

@@ -10,9 +10,9 @@ from mvm.domain.addressing import parse_net_id, parse_subnet
 from mvm.domain.ids import TenantId
 from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import InvalidInput, NotAllowed, NotFound
-from mvm.ports.network import HostNetwork
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
+from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
 from mvm.services.views import tenant_view
 
@@ -20,10 +20,10 @@ from mvm.services.views import tenant_view
 class Tenants:
     """The registry gives a tenant its network; the node keeps a copy."""
 
-    def __init__(self, store: NodeStore, registry: Registry, network: HostNetwork) -> None:
+    def __init__(self, store: NodeStore, registry: Registry, networks: Networks) -> None:
         self._store = store
         self._registry = registry
-        self._network = network
+        self._networks = networks
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
         """Create the subject tenant with ``params.net_id``, ``subnet`` and ``quota``, each optional."""
@@ -44,7 +44,7 @@ class Tenants:
                 job.submitted_at,
             )
         context.step("create bridge", 1, 2)
-        self._network.ensure_bridge(known.network)
+        self._networks.open(known.network)
         with context.ending(**tenant_view(self._store, known)):
             self._store.put_tenant(known)
         return {}
@@ -68,12 +68,12 @@ class Tenants:
             if ghost is None:
                 raise
             # A heartbeat reminded the registry of it in the very moment it was destroyed.
-            self._network.remove_bridges(frozenset({ghost.network.bridge}))
+            self._networks.close(ghost.network)
             self._registry.remove_tenant(tenant_id)
             return {"tenant_id": str(tenant_id)}
         self._check_empty(tenant)
         context.step("remove bridge", 0, 1)
-        self._network.remove_bridges(frozenset({tenant.network.bridge}))
+        self._networks.close(tenant.network)
         self._registry.remove_tenant(tenant.id)
         with context.ending(tenant_id=str(tenant.id)):
             self._check_empty(tenant)

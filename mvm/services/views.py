@@ -25,6 +25,7 @@ from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
 from mvm.services.audit import Audit
 from mvm.services.insight import Insight
+from mvm.services.network_check import NetworkCheck
 from mvm.services.quotas import usage
 from mvm.services.urgent import UrgentWake
 
@@ -71,6 +72,7 @@ def pool_view(store: NodeStore, pool: WorkerPool) -> dict[str, Any]:
         "sleep_policy": asdict(pool.sleep_policy),
         "pinned": pool.pinned,
         "critical": pool.critical,
+        "egress": pool.egress.to_dict(),
         "desired": asdict(pool.desired or DesiredCounts()),
         "counts": dict(sorted(counts.items())),
         "revision": pool.revision,
@@ -98,7 +100,8 @@ class NodeView:
 
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
-        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, audit: Audit, desired: DesiredStates,
+        node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, audit: Audit, network_check: NetworkCheck,
+        desired: DesiredStates,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -109,6 +112,7 @@ class NodeView:
         self._vmm = vmm
         self._urgent = urgent
         self._insight = insight
+        self._network_check = network_check
         self._audit = audit
         self._desired = desired
 
@@ -143,6 +147,10 @@ class NodeView:
             "jobs_running": len(self._store.unfinished_jobs()),
             "load": list(os.getloadavg()),
         }
+
+    def verify_network(self, *, active: bool) -> Mapping[str, Any]:
+        """The tenants' networks as they are against as they should be; with `active` proven with traffic."""
+        return self._network_check.verify(active=active)
 
     def tenants(self) -> list[dict[str, Any]]:
         """All tenants."""

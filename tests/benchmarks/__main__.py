@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from tests.benchmarks import cage, commands, sleep, start
+from tests.benchmarks import cage, commands, net, sleep, start
 from tests.benchmarks.bench_stack import Bench
 from tests.benchmarks.result import Result, table
 
@@ -31,6 +31,7 @@ BENCHMARKS: Mapping[str, Callable[[Bench], Result]] = {
     "sleep.time": sleep.sleep_time,
     "clone.pss": sleep.clone_pss,
     "cage.start": cage.start,
+    "net.apply": net.apply,
     "cli.help": commands.cli_help,
     "cli.list": commands.cli_list,
     "enqueue.single": commands.enqueue_single,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from mvm.drivers import netns
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.linux_network import LinuxNetwork
 from mvm.errors import Failed, NotAllowed
-from mvm.ports.network import HostNetwork
+from mvm.ports.network import BridgeState, HostNetwork
 from tests.support.namespace import own_namespace
 from tests.support.shell import RecordingShell
 
@@ -152,7 +153,35 @@ def test_a_full_bridge_takes_no_more(side: Side) -> None:
     assert side.network.taps() == before
 
 
+def test_it_says_what_it_has(side: Side) -> None:
+    assert side.network.states() == {}
+    side.network.ensure_bridge(BETA)
+    side.network.ensure_tap(ACME, 3)
+    side.network.ensure_tap(ACME, 254)
+    assert side.network.states() == {
+        "br-tenant-7": BridgeState(up=True, addresses=("10.240.7.1/24",), ports=("tn7i254", "tn7i3")),
+        "br-tenant-4095": BridgeState(up=True, addresses=("10.241.0.1/16",), ports=()),
+    }
+    assert side.network.addresses() >= {"10.240.7.1", "10.241.0.1"}
+    assert [side.network.has(name) for name in ("tn7i3", "br-tenant-7", "tn7i4")] == [True, True, False]
+
+
 # --- the kernel's side
+
+
+@pytest.mark.root
+def test_a_tap_is_owned_by_its_places_uid(linux: Side) -> None:
+    linux.network.ensure_tap(BETA, 65534)
+    data = linux.show("tn4095i65534")["linkinfo"]["info_data"]
+    assert (data["user"], data["group"]) == (BETA.uid(65534), BETA.uid(65534))
+
+
+@pytest.mark.root
+def test_a_bridge_answers_for_its_own_address_alone(linux: Side) -> None:
+    linux.network.ensure_tap(ACME, 3)
+    linux.network.ensure_bridge(BETA)
+    for bridge in (ACME.bridge, BETA.bridge):
+        assert Path(f"/proc/sys/net/ipv4/conf/{bridge}/arp_ignore").read_text().strip() == "1"
 
 
 @pytest.mark.root

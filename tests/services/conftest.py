@@ -96,8 +96,8 @@ def node(tmp_path: Path, settings: Settings) -> Iterator[Node]:
     registry, queue = MemoryRegistry(clock), MemoryQueue(clock)
     store = SqliteStore(tmp_path / "node.db")
     ports = NodePorts(
-        store, registry, queue, host.locks, clock, host.vmm, host.guest, host.network, host.storage, host.images,
-        host.memory, host.audit, host.cgroups,
+        store, registry, queue, host.locks, clock, host.vmm, host.guest, host.network, host.packets, None,
+        host.storage, host.images, host.memory, host.audit, host.cgroups,
     )  # fmt: skip
     yield Node(host, clock, queue, registry, build_node(ports, settings, authorized_key="ssh-ed25519 AAAA test"))
     store.close()

@@ -18,6 +18,7 @@ from mvm.drivers.fake.resources import (
     FakeLocks,
     FakeMemory,
     FakeNetwork,
+    FakePackets,
     FakeStorage,
 )
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
@@ -36,6 +37,7 @@ class FakeHost(HostState):
         self.vmm = FakeVmm(self)
         self.guest = FakeGuest(self)
         self.network = FakeNetwork(self)
+        self.packets = FakePackets(self)
         self.storage = FakeStorage(self)
         self.images = FakeImages(self)
         self.memory = FakeMemory(self)

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mvm.domain.addressing import TenantNetwork
+from mvm.domain.firewall import Change, Ruleset
 from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake.state import POINTS, Files, Part, point
@@ -16,6 +17,7 @@ from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.cgroup import GroupLimits
 from mvm.ports.host import MemoryLeft
 from mvm.ports.images import ProgressReport
+from mvm.ports.network import BridgeState
 from mvm.ports.storage import InstanceKeys, RevisionFiles
 
 BRIDGE_PORTS = 1023
@@ -36,13 +38,14 @@ class FakeNetwork(Part):
     def ensure_bridge(self, network: TenantNetwork) -> None:
         """See ports/network.py."""
         self._check(network.bridge)
-        self._host.bridges.add(network.bridge)
+        self._host.bridges[network.bridge] = (f"{network.gateway}/{network.subnet.prefixlen}",)
 
     @point("network.remove_bridges")
     def remove_bridges(self, names: frozenset[str]) -> None:
         """See ports/network.py."""
         self._check(*names)
-        self._host.bridges -= names
+        for name in names:
+            self._host.bridges.pop(name, None)
         for tap, bridge in self._host.taps.items():
             self._host.taps[tap] = None if bridge in names else bridge
 
@@ -51,7 +54,7 @@ class FakeNetwork(Part):
         """See ports/network.py."""
         taps, tap, bridge = self._host.taps, network.tap(offset), network.bridge
         self._check(bridge, tap)
-        self._host.bridges.add(bridge)
+        self._host.bridges[bridge] = (f"{network.gateway}/{network.subnet.prefixlen}",)
         if taps.get(tap) != bridge and sum(master == bridge for master in taps.values()) >= BRIDGE_PORTS:
             raise Failed(
                 "network.failed", f"bridge {bridge} is full: Exchange full",
@@ -71,10 +74,67 @@ class FakeNetwork(Part):
         """See ports/network.py."""
         return dict(self._host.taps)
 
+    @point("network.states")
+    def states(self) -> Mapping[str, BridgeState]:
+        """See ports/network.py. Addresses are those that were given when it was made."""
+        return {
+            bridge: BridgeState(True, addresses, tuple(sorted(t for t, b in self._host.taps.items() if b == bridge)))
+            for bridge, addresses in self._host.bridges.items()
+        }
+
+    def addresses(self) -> frozenset[str]:
+        """See ports/network.py."""
+        return frozenset(a.split("/")[0] for each in self._host.bridges.values() for a in each)
+
+    def has(self, interface: str) -> bool:
+        """See ports/network.py."""
+        return interface in {*self._host.bridges, *self._host.taps, *self._host.foreign}
+
     @point("network.bridges")
     def bridges(self) -> frozenset[str]:
         """See ports/network.py."""
         return frozenset(self._host.bridges)
+
+
+class FakePackets(Part):
+    """ports/firewall.py. Lines in the host's `tampered` were put there by somebody else."""
+
+    @point("packets.apply")
+    def apply(self, rules: Ruleset) -> None:
+        """See ports/firewall.py."""
+        self._host.rules = rules
+        self._host.tampered.clear()
+
+    @point("packets.change")
+    def change(self, change: Change) -> None:
+        """See ports/firewall.py."""
+        rules = self._host.rules
+        if rules is None:
+            raise Failed("firewall.refused", "nft refused the rules: No such file or directory", hint="apply all")
+        self._host.rules = rules.changed_by(change)
+
+    @point("packets.remove")
+    def remove(self) -> None:
+        """See ports/firewall.py."""
+        self._host.rules = None
+        self._host.tampered.clear()
+
+    @point("packets.differences")
+    def differences(self, rules: Ruleset) -> Sequence[str]:
+        """See ports/firewall.py."""
+        wanted, found = set(rules.commands()), set(self._host.rules.commands()) if self._host.rules else set()
+        missing = [f"missing: {line}" for line in sorted(wanted - found)]
+        return missing + [f"not ours: {line}" for line in [*sorted(found - wanted), *self._host.tampered]]
+
+    @point("packets.forward")
+    def forward(self, bridges: frozenset[str], uplink: str) -> None:
+        """See ports/firewall.py."""
+        self._host.forwards = bridges | ({uplink} if uplink else set())
+
+    @point("packets.forwarding")
+    def forwarding(self) -> frozenset[str]:
+        """See ports/firewall.py."""
+        return self._host.forwards
 
 
 class FakeStorage(Part):

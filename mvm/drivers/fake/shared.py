@@ -12,7 +12,7 @@ from mvm.drivers.fake import FakeHost
 from mvm.ports.clock import Clock
 
 _KEPT = ("machines", "consoles", "taps", "bridges", "files", "saved", "spoilt", "revisions", "groups",
-         "out_of_memory", "last_pid")  # fmt: skip
+         "out_of_memory", "last_pid", "rules", "tampered", "forwards")  # fmt: skip
 
 
 class SharedFakeHost(FakeHost):

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Condition, Lock, RLock
 from typing import Concatenate, ParamSpec, TypeVar
 
+from mvm.domain.firewall import Ruleset
 from mvm.domain.ids import InstanceRef, Revision, TenantId
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
@@ -99,8 +100,11 @@ class HostState:
         self.machines: dict[InstanceRef, Machine] = {}
         self.consoles: dict[Path, deque[str]] = {}
         self.taps: dict[str, str | None] = {}
-        self.bridges: set[str] = set()
+        self.bridges: dict[str, tuple[str, ...]] = {}
         self.foreign: set[str] = set()
+        self.rules: Ruleset | None = None
+        self.tampered: list[str] = []
+        self.forwards: frozenset[str] = frozenset()
         self.files: dict[InstanceRef, Files] = {}
         self.saved: dict[Path, Saved] = {}
         self.spoilt: set[Path] = set()

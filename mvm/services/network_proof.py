@@ -1,0 +1,202 @@
+"""The proof of ``net verify``: traffic from guests' places, and by the guests that run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import structlog
+
+from mvm.domain.addressing import BUILDER_OFFSET
+from mvm.domain.egress import NO_EGRESS, Egress
+from mvm.domain.firewall import METADATA, GuestPort
+from mvm.domain.ids import InstanceRef
+from mvm.domain.isolation import calls, greetings, probes, ways_out
+from mvm.domain.lifecycle import Status
+from mvm.domain.probes import (
+    PORT,
+    STRAY,
+    STRAY_MAC,
+    TEMPLATE,
+    TEMPLATE_MAC,
+    TEMPLATE_NEAR,
+    Call,
+    Party,
+    Probe,
+    Stand,
+    Tokens,
+)
+from mvm.errors import MvmError, NotAllowed, QuotaExceeded
+from mvm.ports.clock import Clock
+from mvm.ports.guest import GuestChannel
+from mvm.ports.network import HostNetwork
+from mvm.ports.probing import ProbePort, Probing, Wire
+from mvm.ports.storage import NodeStorage
+from mvm.ports.store import NodeStore
+from mvm.services.networks import Networks
+
+log = structlog.get_logger("mvm.network_proof")
+
+_SETTLE_S = 0.5  # what was not heard by then did not pass
+_PATIENCE_S = 5.0
+_GUESTS_AT_ONCE = 8
+_INSIDE_S = 30.0
+_WIDEST = (Egress.NAT, Egress.ALLOW, Egress.NONE)
+
+
+class NetworkProof:
+    """Two places in each tenant, and what may be sent and received there. Nothing of it stays."""
+
+    def __init__(
+        self, *, store: NodeStore, clock: Clock, network: HostNetwork, networks: Networks, probing: Probing | None,
+        guest: GuestChannel, storage: NodeStorage,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._clock = clock
+        self._network = network
+        self._networks = networks
+        self._probing = probing
+        self._guest = guest
+        self._storage = storage
+
+    def table(self) -> list[dict[str, Any]]:
+        """The table of probes: every tenant from two places of its own, against itself, the host, and all others."""
+        if self._probing is None:
+            raise NotAllowed("net.no_probes", "this driver has no real network to try", hint="leave --active out")
+        with self._networks.proving():
+            return self._prove(self._probing)
+
+    def _prove(self, probing: Probing) -> list[dict[str, Any]]:
+        parties = self.parties()
+        if not parties:
+            return []
+        plan, tokens = self._networks.plan, Tokens(self._clock.random(16))
+        rounds = max(len(party.policies) for party in parties) if plan.uplink else 1
+        rows: list[dict[str, Any]] = []
+        with ExitStack() as stack:
+            stack.enter_context(self._networks.probing([GuestPort(p.two.network, p.two.offset) for p in parties]))
+            wires: Mapping[str, Wire] = {}
+            for number in range(rounds):
+                turns = [(p, *p.policies[min(number, len(p.policies) - 1)]) for p in parties]
+                places = [GuestPort(p.one.network, p.one.offset, pool, policy) for p, pool, policy in turns]
+                with self._networks.probing(places):
+                    if not wires:
+                        wires = stack.enter_context(probing.attached(probe_ports(parties), self._uplink_there()))
+                        rows += run(self._clock, probing, wires, list(greetings(parties, tokens)))
+                        metadata = METADATA in self._network.addresses()
+                        rows += run(self._clock, probing, wires, list(probes(parties, plan, tokens, metadata=metadata)))
+                        rows += [called(probing, party.name, party.one) for party in parties]
+                        rows += self._from_inside(parties)
+                    if plan.uplink in wires:
+                        taken = [party.one.network for party in parties]
+                        out = [x for party, _, policy in turns for x in ways_out(party, policy, plan, tokens, taken)]
+                        rows += run(self._clock, probing, wires, out)
+        return rows
+
+    def parties(self) -> list[Party]:
+        """Every tenant whose bridge is there; raises `QuotaExceeded` when one has no place left for a probe."""
+        bridges, instances = self._network.bridges(), self._store.instances()
+        pools = self._store.pools()
+        parties = []
+        for tenant in self._store.tenants():
+            if tenant.network.bridge not in bridges:
+                continue
+            own = [i for i in instances if i.ref.tenant == tenant.id]
+            used = {i.offset for i in own}
+            free = next((offset for offset in reversed(tenant.network.offsets) if offset not in used), None)
+            if free is None:
+                raise QuotaExceeded(
+                    "tenant.subnet_full", f"subnet {tenant.network.subnet} has no free address for a probe",
+                    hint="destroy instances that are not needed", subnet=str(tenant.network.subnet),
+                )  # fmt: skip
+            guests = {str(i.ref): Stand(tenant.network, i.offset) for i in own if i.status is Status.RUNNING}
+            different = {p.egress: p.ref.pool for p in pools if p.ref.tenant == tenant.id}
+            # The widest first: with it everything else is tried.
+            order = sorted(different.items(), key=lambda item: _WIDEST.index(item[0].kind))
+            policies = tuple((pool, egress) for egress, pool in order) or ((None, NO_EGRESS),)
+            parties.append(Party(
+                str(tenant.id), Stand(tenant.network, BUILDER_OFFSET), Stand(tenant.network, free), guests, policies,
+                f"{STRAY}{tenant.network.net_id}",
+            ))  # fmt: skip
+        return parties
+
+    def _from_inside(self, parties: Sequence[Party]) -> list[dict[str, Any]]:
+        """What the guests that run reach themselves."""
+        asked = [(ref, party) for party in parties for ref in party.guests]
+        with ThreadPoolExecutor(_GUESTS_AT_ONCE) as pool:
+            answers = pool.map(lambda each: self._ask(each[0], calls(parties)), asked)
+            return [
+                _row(f"{call.kind} from inside", ref, call.target, call.tenant == party.name, call.word in answer,
+                     (party.name, call.tenant))
+                for (ref, party), answer in zip(asked, answers, strict=True)
+                for call in calls(parties)
+            ]  # fmt: skip
+
+    def _ask(self, ref: str, all_calls: Sequence[Call]) -> set[str]:
+        """The words of those calls that were answered; a guest that cannot be asked reaches nothing."""
+        instance, tried = InstanceRef.parse(ref), [f"({c.command} && echo {c.word}) &" for c in all_calls]
+        command = f"{{ {' '.join(tried)} wait; }} 2>/dev/null"
+        try:
+            done = self._guest.execute(instance, self._storage.directory(instance), command, deadline_s=_INSIDE_S)
+        except MvmError as error:
+            log.warning("guest not asked", instance=ref, why=error.message)
+            return set()
+        return set(done.stdout.decode(errors="replace").split())
+
+    def _uplink_there(self) -> str:
+        uplink = self._networks.plan.uplink
+        return uplink if uplink and self._network.has(uplink) else ""
+
+
+def run(
+    clock: Clock, probing: Probing, wires: Mapping[str, Wire], wanted: Sequence[Probe], *, settle_s: float = _SETTLE_S,
+    patience_s: float = _PATIENCE_S,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Send everything, then listen: until all that is wanted was heard, and long enough for what is not."""
+    seen: set[int] = set()
+    waiting: dict[str, list[int]] = {}
+    for number, probe in enumerate(wanted):
+        waiting.setdefault(probe.at, []).append(number)
+    for probe in wanted:
+        wires[probe.source].send(probe.frame)
+    began = clock.monotonic()
+    missing = {number for number, probe in enumerate(wanted) if probe.wanted}
+    while (passed := clock.monotonic() - began) < patience_s and (missing - seen or passed < settle_s):
+        probing.wait([wires[at] for at in waiting], settle_s / 5)
+        for at, numbers in waiting.items():
+            for frame in wires[at].heard():
+                seen |= {number for number in numbers if wanted[number].seen_in(frame)}
+    return [_row(p.kind, p.source, p.target, p.wanted, number in seen, p.pair) for number, p in enumerate(wanted)]
+
+
+def called(probing: Probing, name: str, stand: Stand) -> dict[str, Any]:
+    """The node reaches a guest, and hears its answer."""
+    return _row("tcp", "node", f"{name} {stand.ip}", True, probing.reaches(str(stand.ip), PORT, _PATIENCE_S / 5))
+
+
+def _row(
+    kind: str, source: str, target: str, wanted: bool, seen: bool, pair: tuple[str, str] = ("", "")
+) -> dict[str, Any]:
+    return {
+        "kind": kind, "source": source, "target": target, "expected": _word(wanted), "seen": _word(seen),
+        "ok": wanted == seen, "from": pair[0], "to": pair[1],
+    }  # fmt: skip
+
+
+def _word(passes: bool) -> str:
+    return "passes" if passes else "blocked"
+
+
+def probe_ports(parties: Sequence[Party]) -> list[ProbePort]:
+    """What probes stand on: two places in each tenant, a port that is nobody's, and a template's TAP."""
+    ports = [ProbePort(TEMPLATE, "", TEMPLATE_MAC, near_mac=TEMPLATE_NEAR)]
+    for party in parties:
+        for stand in (party.one, party.two):
+            network = stand.network
+            address = f"{stand.ip}/{network.subnet.prefixlen}"
+            ports.append(ProbePort(stand.wire, network.bridge, stand.mac, address, str(network.gateway)))
+        if party.stray:
+            ports.append(ProbePort(party.stray, party.one.network.bridge, STRAY_MAC))
+    return ports

@@ -1,0 +1,52 @@
+"""Each line of the rules is there for a reason that traffic shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mvm.errors import Failed
+from tests.support.apart import Trial, apart
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
+
+POLICIES = (
+    {"policy": "nat"},
+    {"policy": "allow", "allow": ["192.0.2.0/24:443/tcp", "203.0.113.5"]},
+    {"policy": "none"},
+)
+TABLE = Path(__file__).parents[2] / "build" / "mutation-table.txt"
+
+
+def reason(trial: Trial, lines: list[str]) -> str:
+    """What goes wrong with `lines`; empty if nothing does."""
+    text = "\n".join(lines) + "\n"
+    try:
+        trial.node.packets.remove()
+        trial.node.nft(text)
+    except Failed:
+        return "nft refuses the rest, and nothing changes"
+    wrong = [row for row in trial.rows() if not row["ok"]]
+    if wrong:
+        first = wrong[0]
+        return (
+            f"{first['kind']}: {first['source']} to {first['target']} {first['seen']} ({len(wrong)} probes)"
+        )  # fmt: skip
+    before = trial.node.packets.differences(trial.rules)
+    trial.node.nft(text)
+    return "" if trial.node.packets.differences(trial.rules) == before else "applied again, it adds up"
+
+
+def test_without_any_line_a_probe_fails(tmp_path: Path) -> None:
+    with apart(tmp_path, host_ports="8443", never="198.18.0.0/15") as node:
+        node.tenants(3, POLICIES)
+        with node.trial() as trial:
+            lines = trial.rules.commands()
+            assert reason(trial, lines) == "", "all lines: nothing is wrong"
+            found = [(line, reason(trial, lines[:n] + lines[n + 1 :])) for n, line in enumerate(lines)]
+            assert reason(trial, lines) == ""
+            node.packets.apply(trial.rules)
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("".join(f"{line}\n    {why or 'NOTHING'}\n" for line, why in found))
+    assert [line for line, why in found if not why] == [], "a line that nothing needs is to go"
