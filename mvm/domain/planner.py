@@ -95,7 +95,7 @@ class _Planning:
         listed = {tenant.id for tenant in self.desired.tenants}
         for wanted in self.desired.tenants:
             self._listed_tenant(wanted)
-        for known in self.observed.tenants:
+        for known in self.tenants.values():
             if known.id not in listed and not self.jobs.get(known.id):
                 if self.desired.prune_unknown_tenants:
                     self._prune_tenant(known)
@@ -110,7 +110,7 @@ class _Planning:
             self.tenants[tenant.id] = tenant
         for pool in sorted(self.observed.pools, key=lambda p: p.ref):
             self.pools[pool.ref.tenant][pool.ref] = pool
-        for instance in self.observed.instances:
+        for instance in sorted(self.observed.instances, key=lambda i: (i.created_at, i.ref)):
             self.instances[instance.ref.pool_ref].append(instance)
         for verb, subject in self.observed.jobs:
             self.jobs[subject].add(verb)
