@@ -71,6 +71,7 @@ class Settings(BaseSettings):
     stale_pid_sweep_s: float = Field(10.0, ge=0.5, le=86400)
     orphan_sweep_s: float = Field(60.0, ge=0.5, le=86400)
     reconcile_sweep_s: float = Field(15.0, ge=0.5, le=86400)
+    manual_hold_s: float = Field(600.0, ge=0, le=31_536_000)
     idleness_sweep_s: float = Field(30.0, ge=0.5, le=86400)
     memory_reserve_percent: float = Field(10.0, ge=0, le=90)
     orphan_grace_s: float = Field(60.0, ge=0, le=86400)

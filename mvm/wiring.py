@@ -217,6 +217,7 @@ def build_node(
 ) -> NodeServices:
     """Services over `ports`: the same for real and fake ones."""
     from mvm.services.audit import Audit
+    from mvm.services.desired_states import DesiredStates
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.idle import Idleness
     from mvm.services.insight import Insight
@@ -257,8 +258,10 @@ def build_node(
         limits=Limits(settings.parallel_boots, settings.boot_deadline_s, settings.stop_grace_s),
         authorized_key=authorized_key,
     )  # fmt: skip
-    lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit)
-    reconcile = Reconcile(p.store, p.registry, jobs, lifecycle, node)
+    lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit, manual_hold_s=settings.manual_hold_s)
+    reconcile = Reconcile(
+        store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node
+    )
     tenants = Tenants(p.store, p.registry, networks, secrets)
     pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks)
     sweeps = Sweeps(
@@ -288,6 +291,7 @@ def build_node(
         JobVerb.INSTANCE_SLEEP: lifecycle.sleep,
         JobVerb.INSTANCE_WAKE: lifecycle.wake,
         JobVerb.INSTANCE_DESTROY: lifecycle.destroy,
+        JobVerb.NODE_RECONCILE: reconcile.sweep,
         JobVerb.SWEEP_STALE_PIDS: sweeps.stale_pids,
         JobVerb.SWEEP_ORPHANS: sweeps.orphans,
         JobVerb.SWEEP_RECONCILE: reconcile.sweep,
@@ -316,6 +320,7 @@ def build_node(
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
         network_check=network_check,
         audit=audit,
+        desired=DesiredStates(p.store, jobs, reconcile, node),
     )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,

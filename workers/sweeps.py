@@ -1,4 +1,4 @@
-"""Sweep tasks."""
+"""Sweep tasks, and the one pass of reconcile that a person asks for."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def orphans(self: JobTask, **job: Any) -> str:
 
 @app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_RECONCILE.task_name)
 def reconcile(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.NODE_RECONCILE.task_name)
+def node_reconcile(self: JobTask, **job: Any) -> str:
     """See the service."""
     return self.run_job(job)
 

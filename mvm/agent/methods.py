@@ -11,8 +11,11 @@ from typing import Annotated, Any, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mvm.domain.ids import InstanceRef, PoolRef, TenantId
+from mvm.domain.job import Job
 from mvm.domain.lifecycle import Status
+from mvm.domain.plans import Plan
 from mvm.domain.secrets import MAX_BYTES
+from mvm.drivers.packed import unpacked
 from mvm.drivers.quic.frames import CHUNK
 from mvm.drivers.quic.identity import Peer, Role
 from mvm.errors import Forbidden, InvalidInput
@@ -97,6 +100,14 @@ class NodeApi(Protocol):
         """Whether a tenant's audit trail is whole, and in ``findings`` what is not."""
         ...
 
+    def desired_plan(self, content: bytes, *, prune: bool) -> Plan:
+        """What a desired-state document would do here."""
+        ...
+
+    def desired_apply(self, content: bytes, *, prune: bool, expect: str | None, actor: str) -> tuple[Plan, Job]:
+        """Accept a desired-state document and begin with it."""
+        ...
+
 
 class _Params(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -148,6 +159,16 @@ class _Tenant(_Params):
 class _Tail(_Tenant):
     count: Annotated[int, Field(ge=1, le=10_000)]
     follow: bool = False
+
+
+class _Desired(_Params):
+    document: str  # JSON, packed by zlib, in base64
+    prune: bool = False
+
+
+class _Apply(_Desired):
+    expect: Annotated[str, Field(max_length=64)] | None = None
+    actor: Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class _Request(_Params):
@@ -234,6 +255,8 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), long=True),
         "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), long=True),
         "audit.tail": Method(coordinator, _Tail, lambda p: _tail(api, p), long=True),
+        "desired.plan": Method(coordinator, _Desired, lambda p: _plan(api, p), long=True),
+        "desired.apply": Method(coordinator, _Apply, lambda p: _apply(api, p), long=True),
         "audit.verify": Method(coordinator, _Tenant, lambda p: _verify(api, p), long=True),
     }
 
@@ -297,6 +320,28 @@ def _verify(api: NodeApi, params: _Tenant) -> Parts:
     yield verdict
     for part in _items(findings):
         yield {"findings": part["items"]}
+
+
+def _plan(api: NodeApi, params: _Desired) -> Parts:
+    yield from _told(api.desired_plan(unpacked(params.document), prune=params.prune))
+
+
+def _apply(api: NodeApi, params: _Apply) -> Parts:
+    plan, job = api.desired_apply(
+        unpacked(params.document), prune=params.prune, expect=params.expect, actor=params.actor
+    )
+    yield from _told(plan)
+    yield {"job": job.to_dict()}
+
+
+def _told(plan: Plan) -> Parts:
+    told, text = plan.to_dict(), plan.to_text()
+    yield {"fingerprint": told["fingerprint"]}
+    for name in ("actions", "remarks"):
+        for part in _items(told[name]):
+            yield {name: part["items"]}
+    for start in range(0, len(text), _CHARACTERS):
+        yield {"text": text[start : start + _CHARACTERS]}
 
 
 def _maybe(parse: Callable[[str], T], text: str | None) -> T | None:

@@ -11,8 +11,9 @@ import click
 from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet
-from mvm.cli.params import pass_fleet
-from mvm.cli.render import Columns, show_list
+from mvm.cli.params import JobWait, job_options, pass_fleet
+from mvm.cli.render import Columns, emit, show_list
+from mvm.domain.ids import JobId
 from mvm.errors import Failed
 
 _COLUMNS: Columns = {
@@ -36,6 +37,29 @@ def serve(fleet: Fleet, _output: str) -> None:
     """Serve requests until ended; `mvm up` does this by itself."""
     os.environ["MVM_STATE_DIR"] = str(fleet.layout.root)
     os.execv(sys.executable, [sys.executable, "-m", "mvm.agent"])
+
+
+@agent.command()
+@click.option("--desired", "path", metavar="F", required=True, type=click.Path(path_type=Path),
+              help="The desired state: a JSON file, or YAML by its ending.")  # fmt: skip
+@click.option("--prune", is_flag=True, help="Destroy what it does not list.")
+@click.option("--plan", is_flag=True, help="Show what would be done, and do nothing.")
+@click.option("--expect", metavar="FINGERPRINT", help="Only if this is still the plan.")
+@job_options
+@pass_fleet
+def reconcile(
+    fleet: Fleet, output: str, path: Path, prune: bool, plan: bool, expect: str | None, wait: JobWait
+) -> None:
+    """Make F this node's desired state, and bring the node there."""
+    from mvm.cli.desired import give, settle, show_plan
+
+    answer = give(fleet.agents, fleet.addresses[0], path, prune=prune, expect=expect, plan=plan)
+    if plan:
+        show_plan(answer, output)
+    elif wait.wait:
+        settle(fleet, output, JobId(answer["job"]["job_id"]), wait, prune=prune)
+    else:
+        emit(answer["job"], output) if output != "table" else click.echo(answer["job"]["job_id"])
 
 
 @agent.group()

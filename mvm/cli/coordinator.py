@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from mvm.cli.base import Group
-from mvm.cli.errors import show_and_exit
-from mvm.cli.fleet import Fleet, ask, gather
+from mvm.cli.errors import show_and_exit, show_error
+from mvm.cli.fleet import Fleet, ask, gather, named
 from mvm.cli.instance import COLUMNS as INSTANCE_COLUMNS
 from mvm.cli.instance import show_woken, wake_at
 from mvm.cli.node import COLUMNS as NODE_COLUMNS
 from mvm.cli.params import TENANT, pass_fleet
 from mvm.cli.render import show_list
 from mvm.domain.ids import InstanceId, InstanceRef, PoolId, TenantId
+from mvm.errors import MvmError
 
 
 @click.group(cls=Group)
 def coordinator() -> None:
     """Ask agents anywhere, by address."""
+
+
+@coordinator.command()
+@click.option("--desired", "path", metavar="F", required=True, type=click.Path(path_type=Path),
+              help="The desired state: a JSON file, or YAML by its ending.")  # fmt: skip
+@click.option("--node", "nodes", metavar="ADDR...", multiple=True, required=True, help="HOST:PORT of agents.")
+@click.argument("more", metavar="", nargs=-1)
+@pass_fleet
+def push(fleet: Fleet, output: str, path: Path, nodes: Sequence[str], more: Sequence[str]) -> None:
+    """Give F to the nodes at these addresses; the one that it is for takes it, any other refuses."""
+    from mvm.cli.desired import give
+
+    rows, errors = [], []
+    for address in dict.fromkeys([*nodes, *more]):
+        try:
+            answer = give(fleet.distant_agents, address, path, prune=False, expect=None, plan=False)
+        except MvmError as error:
+            errors.append(named(error, address))
+        else:
+            rows.append({"node": address, "actions": len(answer.get("actions", ())), "job_id": answer["job"]["job_id"]})
+    if not rows:
+        *others, last = errors
+        for other in others:
+            show_error(other)
+        raise last
+    show_list(rows, {"node": "node", "actions": "actions", "job": "job_id"}, output, empty="no nodes")
+    show_and_exit(errors)
 
 
 @coordinator.command()

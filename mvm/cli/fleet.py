@@ -153,7 +153,7 @@ def gather(agents: NodeAgents, addresses: Sequence[str], method: str, **params: 
         except NotFound as error:
             unknown.append(error)
         except (Unreachable, TimedOut, Forbidden) as error:
-            errors.append(_named(error, address))
+            errors.append(named(error, address))
     if answers:
         return Gathered(answers, errors)
     *others, last = [*unknown[:1], *errors]
@@ -162,7 +162,8 @@ def gather(agents: NodeAgents, addresses: Sequence[str], method: str, **params: 
     raise last
 
 
-def _named(error: MvmError, address: str) -> MvmError:
+def named(error: MvmError, address: str) -> MvmError:
+    """`error`, with the address of the node that it is about."""
     if address not in error.message:
         error.message = f"node {address}: {error.message}"
     error.fields.setdefault("node", address)

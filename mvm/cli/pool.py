@@ -209,7 +209,9 @@ def scale(
     job = fleet.jobs.submit(JobVerb.POOL_SCALE, str(ref), fleet.pool_route(ref), params=params, actor=actor())
 
     def text(scaled: Any) -> str:
-        return f"{ref}  " + " ".join(f"{name}={count}" for name, count in scaled["desired"].items())
+        return f"{ref}  " + " ".join(
+            f"{name}={count}" for name, count in scaled["desired"].items() if count is not None
+        )
 
     finish(fleet, output, job, wait, show_result(output, text))
 

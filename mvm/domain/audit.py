@@ -125,7 +125,7 @@ def tenant_of(job: Job) -> TenantId | None:
         return None
 
 
-_NOT_CONFIGURED = {"ref", "node_id", "created_at", "desired", "revision"}
+_NOT_CONFIGURED = {"ref", "node_id", "created_at", "desired", "revision", "built"}
 
 
 def config_hash(owner: Tenant | WorkerPool) -> str:

@@ -34,7 +34,8 @@ class Instance:
 
     `generation` grows by one with every write; a write names the generation it read (compare-and-set).
     `offset` is its place in the tenant's subnet; addresses derive from it. `cloned` says that it began as a clone of
-    its pool's template at `revision`, and not by a boot.
+    its pool's template at `revision`, and not by a boot. Until `manual_override_until` it stays as a person left it:
+    reconcile does not touch it.
     """
 
     ref: InstanceRef
@@ -50,6 +51,7 @@ class Instance:
     last_error: str | None = None
     last_started_at: datetime | None = None
     last_stopped_at: datetime | None = None
+    manual_override_until: datetime | None = None
 
     @property
     def lands_on(self) -> Status:
@@ -82,6 +84,7 @@ class Instance:
             "last_error": self.last_error,
             "last_started_at": _iso(self.last_started_at),
             "last_stopped_at": _iso(self.last_stopped_at),
+            "manual_override_until": _iso(self.manual_override_until),
         }
 
     @classmethod
@@ -102,6 +105,7 @@ class Instance:
             last_error=data["last_error"],
             last_started_at=_time(data["last_started_at"]),
             last_stopped_at=_time(data["last_stopped_at"]),
+            manual_override_until=_time(data.get("manual_override_until")),
         )
 
 

@@ -30,6 +30,7 @@ class JobVerb(StrEnum):
     INSTANCE_SLEEP = "instance.sleep"
     INSTANCE_WAKE = "instance.wake"
     INSTANCE_DESTROY = "instance.destroy"
+    NODE_RECONCILE = "node.reconcile"
     SWEEP_STALE_PIDS = "sweep.stale_pids"
     SWEEP_ORPHANS = "sweep.orphans"
     SWEEP_RECONCILE = "sweep.reconcile"

@@ -1,54 +1,262 @@
-"""What to do so that a pool has what was asked of it. Pure: values in, values out."""
+"""What to do so that a node has what was asked of it. Pure: values in, values out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import Any
 
-from mvm.domain.ids import InstanceRef, PoolRef
+from mvm.domain.actions import (
+    Action,
+    Build,
+    Change,
+    CreatePool,
+    CreateTenant,
+    DestroyPool,
+    DestroyTenant,
+    Request,
+    UpdatePool,
+    UpdateTenant,
+    Why,
+    ordered,
+    plain,
+)  # fmt: skip
+from mvm.domain.desired import DesiredPool, DesiredState, DesiredTenant
+from mvm.domain.document import Problem
+from mvm.domain.ids import InstanceRef, PoolRef, TenantId
 from mvm.domain.instance import Instance
+from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb
-from mvm.domain.pool import WorkerPool
+from mvm.domain.pool import InstanceResources, WorkerPool
+from mvm.domain.room import Room
+from mvm.domain.scaling import PoolNeed, scale
+from mvm.domain.tenant import Tenant
+from mvm.errors import NotAllowed
+
+_CHANGEABLE = tuple(
+    name for name in (f.name for f in fields(DesiredPool))
+    if name in {f.name for f in fields(WorkerPool)} - {"ref", "resources"}
+)  # fmt: skip
+"""What a document says of a pool that a pool has, and that can be changed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Create:
-    """Create `count` instances in `pool` and start them."""
+class Observed:
+    """What a node has. Instances have their queued jobs marked as in flight.
 
-    pool: PoolRef
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Ask `verb` of one instance."""
-
-    ref: InstanceRef
-    verb: Verb
-
-
-Action = Create | Request
-
-_STARTABLE = (Status.STOPPED, Status.READY, Status.CREATED)  # in the order they are taken
-_UP = (Status.SLEEPING, Status.WARM, Status.RUNNING)  # in the order they are stopped: the coldest first
-
-
-def plan(pool: WorkerPool, observed: Sequence[Instance]) -> tuple[Action, ...]:
-    """Actions that move `observed` toward `pool.desired`. Empty means converged.
-
-    An instance with a job in flight is counted where it will land, so a second pass adds nothing, and is left
-    alone. Warm and sleeping ones count as running: the sleep policy put them there, and they wake when somebody asks.
-    What exists is started before more is created, oldest first; of too many the coldest are stopped, newest first.
+    `jobs` are those that are queued or run for tenants and pools: what is changing is left alone until it has changed.
+    `unhealthy` are running instances whose guests are not well.
     """
-    if pool.desired is None:
-        return ()
-    free = sorted((i for i in observed if i.in_flight is None), key=lambda i: (i.created_at, i.ref))
-    missing = pool.desired.running - sum(i.lands_on in _UP for i in observed)
-    if missing < 0:
-        up = sorted((i for i in reversed(free) if i.status in _UP), key=lambda i: _UP.index(i.status))
-        surplus = up[:-missing]
-        return tuple(Request(i.ref, Verb.STOP) for i in surplus)
-    startable = sorted((i for i in free if i.status in _STARTABLE), key=lambda i: _STARTABLE.index(i.status))[:missing]
-    starts: tuple[Action, ...] = tuple(Request(i.ref, Verb.START) for i in startable)
-    create = missing - len(startable)
-    return (*starts, Create(pool.ref, create)) if create else starts
+
+    now: datetime
+    tenants: tuple[Tenant, ...] = ()
+    pools: tuple[WorkerPool, ...] = ()
+    instances: tuple[Instance, ...] = ()
+    jobs: frozenset[tuple[JobVerb, str]] = frozenset()
+    unhealthy: frozenset[InstanceRef] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The actions, and by tenant or pool what people should know of what is not done."""
+
+    actions: tuple[Action, ...] = ()
+    remarks: tuple[tuple[str, str], ...] = ()
+
+
+def plan(desired: DesiredState, observed: Observed) -> tuple[Action, ...]:
+    """Actions that move `observed` toward `desired`, in the order of `actions.rank`. Empty means converged."""
+    return decide(desired, observed).actions
+
+
+def decide(desired: DesiredState, observed: Observed) -> Outcome:
+    """`plan`, with remarks.
+
+    The whole way is told, though only `actions.ready` can be done at once. Pools that the document does not list
+    keep the counts to which they were scaled by hand, unless it says that they be destroyed.
+    """
+    return _Planning(desired, observed).decide()
+
+
+@dataclass(slots=True)
+class _Planning:
+    desired: DesiredState
+    observed: Observed
+    actions: list[Action] = field(default_factory=list)
+    remarks: list[tuple[str, str]] = field(default_factory=list)
+    tenants: dict[TenantId, Tenant] = field(default_factory=dict)
+    pools: dict[TenantId, dict[PoolRef, WorkerPool]] = field(default_factory=lambda: defaultdict(dict))
+    instances: dict[PoolRef, list[Instance]] = field(default_factory=lambda: defaultdict(list))
+    jobs: dict[str, set[JobVerb]] = field(default_factory=lambda: defaultdict(set))
+
+    def decide(self) -> Outcome:
+        self._index()
+        listed = {tenant.id for tenant in self.desired.tenants}
+        for wanted in self.desired.tenants:
+            self._listed_tenant(wanted)
+        for known in self.tenants.values():
+            if known.id not in listed and not self.jobs.get(known.id):
+                if self.desired.prune_unknown_tenants:
+                    self._prune_tenant(known)
+                else:
+                    room = self._room(known, known)
+                    for pool in self.pools[known.id].values():
+                        self._unlisted_pool(pool, room)
+        return Outcome(ordered(self.actions), tuple(self.remarks))
+
+    def _index(self) -> None:
+        for tenant in sorted(self.observed.tenants, key=lambda t: t.id):
+            self.tenants[tenant.id] = tenant
+        for pool in sorted(self.observed.pools, key=lambda p: p.ref):
+            self.pools[pool.ref.tenant][pool.ref] = pool
+        for instance in sorted(self.observed.instances, key=lambda i: (i.created_at, i.ref)):
+            self.instances[instance.ref.pool_ref].append(instance)
+        for verb, subject in self.observed.jobs:
+            self.jobs[subject].add(verb)
+
+    def _room(self, tenant: Tenant | DesiredTenant, known: Tenant | None) -> Room:
+        shapes = {ref: pool.resources for ref, pool in self.pools[tenant.id].items()} if known else {}
+        there = [instance for ref in shapes for instance in self.instances[ref]]
+        return Room.of(tenant.quota, tenant.network, shapes, there)
+
+    def _listed_tenant(self, wanted: DesiredTenant) -> None:
+        if self.jobs.get(wanted.id):
+            return
+        known = self.tenants.get(wanted.id)
+        if known is None:
+            self.actions.append(CreateTenant(wanted))
+        elif known.quota != wanted.quota:
+            self.actions.append(UpdateTenant(wanted.id, known.quota, wanted.quota))
+        room = self._room(wanted, known)
+        for pool in wanted.pools:
+            self._listed_pool(pool, self.pools[wanted.id].get(pool.ref), room)
+        listed = {pool.ref for pool in wanted.pools}
+        for unlisted in [pool for ref, pool in self.pools[wanted.id].items() if ref not in listed]:
+            if self.desired.prune_unknown_pools and not wanted.pinned:
+                self._prune_pool(unlisted)
+            else:
+                self._unlisted_pool(unlisted, room)
+
+    def _listed_pool(self, wanted: DesiredPool, known: WorkerPool | None, room: Room) -> None:
+        jobs = self.jobs.get(str(wanted.ref), set())
+        if jobs - {JobVerb.POOL_BUILD}:
+            return
+        if known is None:
+            if not room.add_pool():
+                self.remarks.append((str(wanted.ref), "not created: no room in the tenant's quota"))
+                return
+            self.actions.append(CreatePool(wanted))
+        else:
+            changes = tuple(
+                Change(name, plain(before), plain(after)) for name in _CHANGEABLE
+                if (before := getattr(known, name)) != (after := getattr(wanted, name))
+                and not (name == "desired" and after is None)
+            )  # fmt: skip
+            if changes:
+                self.actions.append(UpdatePool(wanted.ref, changes))
+        first = known is None or known.revision is None
+        if not jobs and (known is None or first or (known.built or known.source) != wanted.source):
+            self.actions.append(Build(wanted.ref, wanted.source, first))
+        counts = wanted.desired or (known.desired if known else None)
+        if counts is None or (first and jobs):
+            return
+        self._scale(
+            PoolNeed(
+                wanted.ref, counts, known.resources if known else wanted.resources, known.revision if known else None,
+                pinned=wanted.pinned, critical=wanted.critical, max_unavailable=wanted.max_unavailable,
+            ),
+            room,
+        )  # fmt: skip
+
+    def _unlisted_pool(self, pool: WorkerPool, room: Room) -> None:
+        """It was made by hand: it keeps to its count, and an image is built when somebody asks for it."""
+        if pool.desired is None or self.jobs.get(str(pool.ref), set()) - {JobVerb.POOL_BUILD}:
+            return
+        if pool.revision is None:
+            if pool.desired.total:
+                self.remarks.append((str(pool.ref), f"no image yet: mvm pool build {pool.ref}"))
+            return
+        need = PoolNeed(
+            pool.ref, pool.desired, pool.resources, pool.revision, pinned=pool.pinned, critical=pool.critical
+        )
+        self._scale(need, room)
+
+    def _scale(self, need: PoolNeed, room: Room) -> None:
+        scaled = scale(
+            need, self.instances.get(need.ref, ()), room, now=self.observed.now, unhealthy=self.observed.unhealthy
+        )
+        self.actions += scaled.actions
+        self.remarks += [(str(need.ref), remark) for remark in scaled.remarks]
+
+    def _prune_tenant(self, tenant: Tenant) -> None:
+        gone = [self._prune_pool(pool) for pool in self.pools[tenant.id].values()]
+        if all(gone):
+            self.actions.append(DestroyTenant(tenant.id))
+
+    def _prune_pool(self, pool: WorkerPool) -> bool:
+        """Whether it goes with what is planned: not while something in it is under way or may not be touched."""
+        if self.jobs.get(str(pool.ref)):
+            return False
+        if pool.pinned or pool.critical:
+            why = "pinned" if pool.pinned else "critical"
+            self.remarks.append((str(pool.ref), f"not asked for, and stays: it is {why}"))
+            return False
+        there = self.instances.get(pool.ref, [])
+        held = [i for i in there if i.manual_override_until and i.manual_override_until > self.observed.now]
+        if held:
+            self.remarks.append((str(pool.ref), f"not asked for, and stays: a person has changed {held[0].ref}"))
+            return False
+        self.actions += [
+            Request(i.ref, Verb.DESTROY, i.status, Why.UNLISTED)
+            for i in sorted(there, key=lambda i: i.ref)
+            if i.in_flight is None and i.status is not Status.DESTROYED
+        ]
+        if any(i.in_flight for i in there):
+            return False
+        self.actions.append(DestroyPool(pool.ref))
+        return True
+
+
+def as_parameters(pool: DesiredPool) -> dict[str, Any]:
+    """What can be changed of a pool, as JSON values."""
+    return {name: plain(getattr(pool, name)) for name in _CHANGEABLE if name != "source"}
+
+
+def check_possible(desired: DesiredState, observed: Observed) -> None:
+    """Raises `NotAllowed` (``desired.conflict``) that tells everything in which the document asks what cannot be done.
+
+    A tenant's network and a pool's shape are never changed, and no two tenants share a net id or an address.
+    """
+    problems: list[Problem] = []
+    tenants = {tenant.id: tenant for tenant in observed.tenants}
+    pools = {pool.ref: pool for pool in observed.pools}
+    listed = {tenant.id for tenant in desired.tenants}
+    others = [tenant for tenant in observed.tenants if tenant.id not in listed]
+    for at, wanted in enumerate(desired.tenants):
+        path, known = f"$.tenants[{at}]", tenants.get(wanted.id)
+        if known and known.network != wanted.network:
+            has = f"net id {known.network.net_id} and {known.network.subnet}"
+            problems.append(Problem(f"{path}.network", f"tenant {wanted.id} has {has} already, and keeps them"))
+        for other in [] if known else others:
+            if other.network.net_id == wanted.network.net_id:
+                problems.append(Problem(f"{path}.network.tenant_net_id", f"tenant {other.id} has it"))
+            if other.network.subnet.overlaps(wanted.network.subnet):
+                problems.append(Problem(f"{path}.network.ipv4_subnet", f"tenant {other.id} has {other.network.subnet}"))
+        for place, pool in enumerate(wanted.pools):
+            there = pools.get(pool.ref)
+            if there and there.resources != pool.resources:
+                problems.append(Problem(
+                    f"{path}.pools[{place}].instance_resources",
+                    f"pool {pool.ref} has {_shape(there.resources)} already, and keeps them: make another pool",
+                ))  # fmt: skip
+    if problems:
+        raise NotAllowed(
+            "desired.conflict", "\n  ".join(["the desired state cannot be had here:", *map(str, problems)]),
+            hint="nothing was changed", errors=[{"path": p.path, "message": p.message} for p in problems],
+        )  # fmt: skip
+
+
+def _shape(shape: InstanceResources) -> str:
+    disk = f" and a data disk of {shape.data_disk_mib} MiB" if shape.data_disk_mib else ""
+    return f"{shape.vcpus} vCPUs, {shape.mem_mib} MiB{disk}"

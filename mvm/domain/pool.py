@@ -98,16 +98,34 @@ class InstanceResources:
 
 @dataclass(frozen=True, slots=True)
 class DesiredCounts:
-    """How many instances a pool should have in each place."""
+    """How many instances a pool should have up.
+
+    When only `running` is given, it is how many are up, be they running, warm or sleeping: which, the sleep policy
+    says. A number for `warm` or `sleeping` is exact, `running` is then what runs, and the policy leaves the pool alone.
+    """
 
     running: int = 0
-    warm: int = 0
-    sleeping: int = 0
+    warm: int | None = None
+    sleeping: int | None = None
+
+    @property
+    def total(self) -> int:
+        """How many are up in all."""
+        return self.running + (self.warm or 0) + (self.sleeping or 0)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it says where each instance is."""
+        return self.warm is not None or self.sleeping is not None
+
+    def __str__(self) -> str:
+        given = {"running": self.running, "warm": self.warm, "sleeping": self.sleeping}
+        return " ".join(f"{name}={count}" for name, count in given.items() if count is not None)
 
     def __post_init__(self) -> None:
         for name in ("running", "warm", "sleeping"):
             value = getattr(self, name)
-            if not 0 <= value <= MAX_COUNT:
+            if value is not None and not 0 <= value <= MAX_COUNT:
                 raise InvalidInput(
                     "pool.invalid_count", f"--{name} is {value}", hint=f"allowed: 0 to {MAX_COUNT}",
                     field=name, value=value,
@@ -161,7 +179,8 @@ class WorkerPool:
     """A pool on its node. `desired` is None until somebody scales it: reconcile then leaves it alone.
 
     The sleep policy leaves the instances of `pinned` and `critical` pools alone. `user_data` is what its guests find
-    at the metadata address, which they can ask unless it is not `metadata_enabled`.
+    at the metadata address, which they can ask unless it is not `metadata_enabled`. `built` is what `revision` was
+    built from, which `source` need no longer be.
     """
 
     ref: PoolRef
@@ -180,10 +199,13 @@ class WorkerPool:
     egress: EgressPolicy = NO_EGRESS
     metadata_enabled: bool = True
     user_data: str = ""
+    built: ImageSource | None = None
 
     @property
     def protected(self) -> str | None:
         """Why the sleep policy leaves it alone, in a word."""
+        if self.desired and self.desired.exact:
+            return "scaled exactly"
         return "pinned" if self.pinned else "critical" if self.critical else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,6 +228,7 @@ class WorkerPool:
             "egress": self.egress.to_dict(),
             "metadata_enabled": self.metadata_enabled,
             "user_data": self.user_data,
+            "built": [self.built.flake_ref, self.built.profile] if self.built else None,
         }
 
     @classmethod
@@ -228,4 +251,5 @@ class WorkerPool:
             egress=EgressPolicy.from_dict(data.get("egress", {})),
             metadata_enabled=data.get("metadata_enabled", True),
             user_data=data.get("user_data", ""),
+            built=ImageSource(*data["built"]) if data.get("built") else None,
         )

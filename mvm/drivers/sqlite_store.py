@@ -36,14 +36,15 @@ CREATE INDEX instances_by_tenant ON instances (tenant);
 CREATE TABLE jobs (id TEXT PRIMARY KEY, final INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX jobs_open ON jobs (id) WHERE final = 0;
 """
-# Also made in stores that were written before there were notes and audit trails.
+# Also made in stores that were written before there were notes, audit trails and desired states.
 _LATER = """
 CREATE TABLE IF NOT EXISTS notes (ref TEXT NOT NULL, kind TEXT NOT NULL, doc TEXT NOT NULL,
     PRIMARY KEY (ref, kind)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS audit_heads (tenant TEXT PRIMARY KEY, seq INTEGER NOT NULL,
     hash TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS audit_pending (tenant TEXT NOT NULL, seq INTEGER NOT NULL, line TEXT NOT NULL,
-    PRIMARY KEY (tenant, seq)) WITHOUT ROWID
+    PRIMARY KEY (tenant, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS desired (id INTEGER PRIMARY KEY CHECK (id = 1), doc TEXT NOT NULL)
 """
 _BUSY_MS = 10_000
 
@@ -238,6 +239,16 @@ class SqliteStore:
             "INSERT OR REPLACE INTO notes SELECT ref, ?, ? FROM instances WHERE ref = ?",
             kind, json.dumps(note), str(ref),
         )  # fmt: skip
+
+    # --- the desired state
+    def desired(self) -> Mapping[str, Any] | None:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc FROM desired")
+        return cast("Mapping[str, Any]", json.loads(rows[0][0])) if rows else None
+
+    def put_desired(self, document: Mapping[str, Any]) -> None:
+        """See ports/store.py."""
+        self._write("INSERT OR REPLACE INTO desired VALUES (1, ?)", json.dumps(document))
 
     # --- jobs
     def job(self, job_id: JobId) -> Job | None:

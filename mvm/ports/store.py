@@ -109,6 +109,14 @@ class NodeStore(Protocol):
         """Insert or replace; nothing happens if the instance is not known any more."""
         ...
 
+    def desired(self) -> Mapping[str, Any] | None:
+        """The desired-state document that this node accepted last, if it did."""
+        ...
+
+    def put_desired(self, document: Mapping[str, Any]) -> None:
+        """Insert or replace."""
+        ...
+
     def job(self, job_id: JobId) -> Job | None:
         """The node's record of a job it took, if it did."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason, lane_of
@@ -16,6 +16,14 @@ from mvm.ports.queue import JobQueue
 from mvm.ports.registry import Registry
 
 NODE_LIVE_S = 15.0
+
+
+class Asked(NamedTuple):
+    """A job to be: what, of whom, with which words."""
+
+    verb: JobVerb
+    subject: str
+    params: Mapping[str, Any] = {}
 
 
 class Jobs:
@@ -55,11 +63,8 @@ class Jobs:
         if parallel is not None and parallel < 1:
             raise InvalidInput("job.invalid_parallel", f"--parallel is {parallel}", hint="allowed: 1 and up",
                                field="parallel", value=parallel)  # fmt: skip
-        parent = self.new(
-            JobVerb.BULK, _common(subjects), node_of(subjects[0]), reason=reason, actor=actor,
-            params={"verb": verb.value, "count": len(subjects), "parallel": parallel or len(subjects)},
-        ).with_(state=JobState.RUNNING, progress=Progress(total=len(subjects)))  # fmt: skip
-        parent = parent.with_(started_at=parent.submitted_at)
+        params_ = {"verb": verb.value, "count": len(subjects), "parallel": parallel or len(subjects)}
+        parent = self._parent(params_, subjects, node_of(subjects[0]), reason, actor)
         children = [
             self.new(verb, s, node_of(s), params=params, reason=reason, actor=actor, parent=parent.job_id)
             for s in subjects
@@ -68,6 +73,25 @@ class Jobs:
         self._registry.record([parent, *children], hold=hold)
         self._send([child for child in children if child.job_id not in hold], None)
         return parent
+
+    def submit_group(self, asked: Sequence[Asked], node: NodeId, *, reason: Reason, actor: str) -> Job:
+        """One parent with a child for each of `asked`, whatever their verbs, all at once. Returns the parent."""
+        subjects = [each.subject for each in asked]
+        parent = self._parent({"verb": reason.value, "count": len(asked)}, subjects, node, reason, actor)
+        children = [
+            self.new(a.verb, a.subject, node, params=a.params, reason=reason, actor=actor, parent=parent.job_id)
+            for a in asked
+        ]
+        self._registry.record([parent, *children])
+        self._send(children, None)
+        return parent
+
+    def _parent(
+        self, params: Mapping[str, Any], subjects: Sequence[str], node: NodeId, reason: Reason, actor: str
+    ) -> Job:
+        parent = self.new(JobVerb.BULK, _common(subjects), node, reason=reason, actor=actor, params=params)
+        running = parent.with_(state=JobState.RUNNING, progress=Progress(total=len(subjects)))
+        return running.with_(started_at=parent.submitted_at)
 
     def sweep(self, verb: JobVerb, *, every_s: float) -> Sequence[Job]:
         """Ask every live node that has none of this kind queued or running for a sweep."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from hashlib import sha256
 from typing import Any
 
 from mvm.domain.addressing import free_offset
 from mvm.domain.ids import InstanceId, InstanceRef, PoolRef
 from mvm.domain.instance import InFlight, Instance
-from mvm.domain.job import Job, JobVerb
+from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status, Verb, landing
 from mvm.errors import Cancelled, InvalidInput, MvmError, NotFound
 from mvm.ports.clock import Clock
@@ -30,12 +31,15 @@ _LOCK_S = 300.0
 class Lifecycle:
     """The one API for instances: the table, the quotas, the locks and the records, around the steps of `MicroVms`."""
 
-    def __init__(self, store: NodeStore, locks: Locks, clock: Clock, microvms: MicroVms, audit: Audit) -> None:
+    def __init__(
+        self, store: NodeStore, locks: Locks, clock: Clock, microvms: MicroVms, audit: Audit, *, manual_hold_s: float
+    ) -> None:
         self._store = store
         self._locks = locks
         self._clock = clock
         self._microvms = microvms
         self._audit = audit
+        self._manual_hold = timedelta(seconds=manual_hold_s)
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
         """Create ``params.count`` instances in the subject pool and prepare their disks: all of them, or none."""
@@ -199,7 +203,10 @@ class Lifecycle:
             if instance.generation != seen.generation:
                 return False
             self._microvms.take_down(instance, self._store.tenant(seen.ref.tenant).network)
-            gone = instance.moved(Status.STOPPED, process=None, last_error=reason, last_stopped_at=self._clock.now())
+            gone = instance.moved(
+                Status.STOPPED, process=None, last_error=reason, last_stopped_at=self._clock.now(),
+                manual_override_until=None,
+            )  # fmt: skip
             with self._store.transaction():
                 self._store.save_instance(gone)
                 self._audit.changed(job, instance.ref, instance, why=reason, code="vmm.gone")
@@ -222,7 +229,7 @@ class Lifecycle:
             except Exception as error:
                 failed = self._store.instance(ref)
                 kept = failed.last_error if isinstance(error, Cancelled) else _reason(error)
-                self._store.save_instance(replace(failed, in_flight=None, last_error=kept))
+                self._store.save_instance(replace(failed, in_flight=None, last_error=kept, manual_override_until=None))
                 raise
 
     def _admit(self, ref: InstanceRef, verb: Verb, context: JobContext) -> Instance:
@@ -236,14 +243,25 @@ class Lifecycle:
             landing(instance.status, verb, ref)
             left = self._store.job(instance.in_flight.job_id) if instance.in_flight else None
             context.left_at = left.step if left and left.job_id != context.job.job_id else None
+            if verb in (Verb.START, Verb.WAKE, Verb.WARM) and instance.in_flight:
+                # A mark that a crash left: the quota must not count this instance twice.
+                instance = self._store.save_instance(replace(instance, in_flight=None))
             if verb in (Verb.START, Verb.WAKE):
-                if instance.in_flight:  # a mark that a crash left: the quota must not count this instance twice
-                    instance = self._store.save_instance(replace(instance, in_flight=None))
-                admit_running(self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref))
+                admit_running(
+                    self._store, self._store.tenant(ref.tenant), self._store.pool(ref.pool_ref),
+                    from_memory=instance.status is Status.WARM,
+                )  # fmt: skip
             if verb is Verb.WARM:
                 admit_warm(self._store, self._store.tenant(ref.tenant))
             context.record()
-            return self._store.save_instance(replace(instance, in_flight=InFlight(context.job.job_id, verb)))
+            flight = InFlight(context.job.job_id, verb)
+            return self._store.save_instance(replace(instance, in_flight=flight, **self._hold(context.job)))
+
+    def _hold(self, job: Job) -> dict[str, Any]:
+        """What a person does holds for a while: reconcile leaves the instance as it then is."""
+        if job.reason not in (Reason.MANUAL, Reason.URGENT):
+            return {}
+        return {"manual_override_until": self._clock.now() + self._manual_hold}
 
 
 def _check_run(context: JobContext, instance: Instance) -> None:

@@ -18,7 +18,7 @@ from mvm.domain.pool import (
     checked_user_data,
 )
 from mvm.domain.snapshot import Compression
-from mvm.errors import InvalidInput, NotAllowed, NotFound
+from mvm.errors import NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
@@ -44,6 +44,11 @@ def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
         values["start"] = StartMode(params["start"])
     if "compression" in params:
         values["compression"] = Compression(params["compression"])
+    if params.get("desired"):
+        values["desired"] = DesiredCounts(**params["desired"])
+    if "source" in params:
+        values["source"] = ImageSource(**params["source"])
+        values["built"] = pool.built or (pool.source if pool.revision else None)
     if "seccomp_policy" in params:
         values["seccomp_policy"] = SeccompPolicy.parse(params["seccomp_policy"])
     if "egress" in params:
@@ -122,28 +127,26 @@ class Pools:
         with self._locks.hold(f"build {pool.source.flake_ref} {pool.source.profile}", deadline_s=_BUILD_WAIT_S):
             revision = self._images.build(pool.source, context.step)
         with self._store.transaction():
-            pool = replace(self._store.pool(pool.ref), revision=revision)
+            pool = replace(self._store.pool(pool.ref), revision=revision, built=pool.source)
             self._store.put_pool(pool)
         return pool_view(self._store, pool)
 
     def scale(self, context: JobContext) -> Mapping[str, Any]:
-        """Set the subject pool's desired counts and submit the jobs that lead there (``jobs`` in the result)."""
+        """Set the subject pool's desired counts and submit the jobs that lead there (``jobs`` in the result).
+
+        ``params.running`` stays when it is left out; ``warm`` and ``sleeping`` are then the sleep policy's business.
+        """
         ref, params = PoolRef.parse(context.job.subject), context.job.params
-        for name in ("warm", "sleeping"):
-            if params.get(name):
-                raise InvalidInput(
-                    "pool.unsupported_count", f"--{name} is {params[name]}: the sleep policy says which are {name}",
-                    hint="allowed: 0; see: mvm pool update --help", field=name, value=params[name],
-                )  # fmt: skip
         with self._store.transaction():
             pool, tenant = self._store.pool(ref), self._store.tenant(ref.tenant)
-            before = pool.desired.running if pool.desired else 0
-            running = before if params.get("running") is None else params["running"]
-            pool = replace(pool, desired=DesiredCounts(running=running))
+            before = pool.desired or DesiredCounts()
+            running = before.running if params.get("running") is None else params["running"]
+            wanted = DesiredCounts(running, params.get("warm"), params.get("sleeping"))
+            pool = replace(pool, desired=wanted)
             others = [i for i in self._store.instances(tenant=ref.tenant) if i.ref.pool_ref != ref]
             admit_counts(tenant, pool, others)
             self._store.put_pool(pool)
-        context.changed(f"running={before}", f"running={running}")
+        context.changed(str(before), str(wanted))
         submitted = self._reconcile.pool(pool, context.job, actor=context.job.actor)
         return {**pool_view(self._store, pool), **submitted.to_dict()}
 

@@ -8,26 +8,14 @@ from mvm.domain.ids import TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
+from mvm.domain.room import usage_of
 from mvm.domain.tenant import Limit, Tenant, Usage, check_quota
 from mvm.ports.store import NodeStore
 
-_HOLDS_MEMORY = (Status.RUNNING, Status.WARM)
-
 
 def usage(store: NodeStore, tenant: TenantId) -> Usage:
-    """What `tenant` holds; an instance on its way to running counts as running."""
-    pools = {pool.ref: pool for pool in store.pools(tenant)}
-    instances = store.instances(tenant=tenant)
-    active = [i for i in instances if i.status in _HOLDS_MEMORY or i.lands_on in _HOLDS_MEMORY]
-    return Usage(
-        vcpus=sum(pools[i.ref.pool_ref].resources.vcpus for i in active),
-        mem_mib=sum(pools[i.ref.pool_ref].resources.mem_mib for i in active),
-        running=sum(Status.RUNNING in (i.status, i.lands_on) for i in instances),
-        warm=sum(i.status is Status.WARM for i in instances),
-        pools=len(pools),
-        instances=len(instances),
-        disk_mib=sum(pools[i.ref.pool_ref].resources.data_disk_mib for i in instances),
-    )
+    """What `tenant` holds; an instance on its way counts where it is and where it will land."""
+    return usage_of({pool.ref: pool.resources for pool in store.pools(tenant)}, store.instances(tenant=tenant))
 
 
 def admit_pool(store: NodeStore, tenant: Tenant, pool: WorkerPool) -> None:
@@ -62,15 +50,16 @@ def admit_instances(store: NodeStore, tenant: Tenant, pool: WorkerPool, count: i
     )
 
 
-def admit_running(store: NodeStore, tenant: Tenant, pool: WorkerPool, count: int = 1) -> None:
-    """Raises `QuotaExceeded` unless `count` more instances of `pool` may run."""
+def admit_running(store: NodeStore, tenant: Tenant, pool: WorkerPool, *, from_memory: bool = False) -> None:
+    """Raises `QuotaExceeded` unless one more instance of `pool` may run; a warm one has its memory."""
     used, quota, shape = usage(store, tenant.id), tenant.quota, pool.resources
+    more = 0 if from_memory else 1
     check_quota(
         tenant.id,
         (
-            Limit("max_running", used.running, count, quota.max_running),
-            Limit("max_vcpus", used.vcpus, count * shape.vcpus, quota.max_vcpus),
-            Limit("max_mem_mib", used.mem_mib, count * shape.mem_mib, quota.max_mem_mib),
+            Limit("max_running", used.running, 1, quota.max_running),
+            Limit("max_vcpus", used.vcpus, more * shape.vcpus, quota.max_vcpus),
+            Limit("max_mem_mib", used.mem_mib, more * shape.mem_mib, quota.max_mem_mib),
         ),
     )
 
@@ -85,15 +74,17 @@ def admit_counts(tenant: Tenant, pool: WorkerPool, others: Iterable[Instance]) -
     if pool.desired is None:
         return
     elsewhere = sum(i.lands_on is Status.RUNNING for i in others)
-    wanted, quota, shape = pool.desired.running, tenant.quota, pool.resources
+    counts, quota, shape = pool.desired, tenant.quota, pool.resources
+    in_memory = counts.running + (counts.warm or 0)
     check_quota(
         tenant.id,
         (
-            Limit("max_instances_per_pool", 0, wanted, quota.max_instances_per_pool),
-            Limit("max_running", elsewhere, wanted, quota.max_running),
-            Limit("max_vcpus", 0, wanted * shape.vcpus, quota.max_vcpus),
-            Limit("max_mem_mib", 0, wanted * shape.mem_mib, quota.max_mem_mib),
-            Limit("max_disk_gib", 0, _gib(wanted * shape.data_disk_mib), quota.max_disk_gib),
+            Limit("max_instances_per_pool", 0, counts.total, quota.max_instances_per_pool),
+            Limit("max_running", elsewhere, counts.running, quota.max_running),
+            Limit("max_warm", 0, counts.warm or 0, quota.max_warm),
+            Limit("max_vcpus", 0, in_memory * shape.vcpus, quota.max_vcpus),
+            Limit("max_mem_mib", 0, in_memory * shape.mem_mib, quota.max_mem_mib),
+            Limit("max_disk_gib", 0, _gib(counts.total * shape.data_disk_mib), quota.max_disk_gib),
         ),
     )
 

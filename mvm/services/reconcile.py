@@ -1,30 +1,50 @@
-"""Bringing pools to their desired counts: load, plan, submit."""
+"""Bringing a node to what was asked of it: load, plan, submit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import structlog
 
-from mvm.domain.ids import InstanceRef, JobId, NodeId
-from mvm.domain.instance import InFlight, Instance
+from mvm.domain.actions import (
+    Action,
+    Build,
+    Create,
+    CreatePool,
+    CreateTenant,
+    DestroyPool,
+    DestroyTenant,
+    Request,
+    UpdatePool,
+    UpdateTenant,
+    ready,
+    scope,
+)  # fmt: skip
+from mvm.domain.desired import DesiredState, parse
+from mvm.domain.ids import JobId, NodeId
+from mvm.domain.instance import InFlight
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Verb
-from mvm.domain.planner import Create, plan
+from mvm.domain.planner import Observed, as_parameters
+from mvm.domain.plans import Plan
 from mvm.domain.pool import WorkerPool
+from mvm.domain.room import Room
+from mvm.domain.scaling import PoolNeed, scale
 from mvm.errors import QuotaExceeded
+from mvm.ports.clock import Clock
+from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
-from mvm.services.jobs import Jobs
+from mvm.services.jobs import Asked, Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.reconcile")
 
-_JOB_VERBS = {Verb.START: JobVerb.INSTANCE_START, Verb.STOP: JobVerb.INSTANCE_STOP}
 _VERBS = {JobVerb(f"instance.{verb}"): verb for verb in Verb if verb is not Verb.PREPARE}
+_LOCK_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,58 +60,137 @@ class Submitted:
 
 
 class Reconcile:
-    """Decides with `domain.planner.plan` and submits what it says."""
+    """Decides with `domain.planner` and submits what can be done at once; the next pass does what that makes possible.
 
-    def __init__(self, store: NodeStore, registry: Registry, jobs: Jobs, lifecycle: Lifecycle, node_id: NodeId) -> None:
+    Passes follow each other: what one has submitted, the next one counts where it will land.
+    """
+
+    def __init__(
+        self, *, store: NodeStore, registry: Registry, jobs: Jobs, lifecycle: Lifecycle, locks: Locks, clock: Clock,
+        node_id: NodeId,
+    ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
         self._jobs = jobs
         self._lifecycle = lifecycle
+        self._locks = locks
+        self._clock = clock
         self._node_id = node_id
 
+    def desired(self) -> DesiredState:
+        """The document that was accepted last; one that asks for nothing if there was none."""
+        document = self._store.desired()
+        return parse(document) if document is not None else DesiredState(self._node_id)
+
+    def observe(self) -> Observed:
+        """What there is. Jobs that wait in a queue count as in flight."""
+        open_jobs = self._registry.open_jobs(self._node_id)
+        queued = {job.subject: InFlight(job.job_id, _VERBS[job.verb]) for job in open_jobs if job.verb in _VERBS}
+        return Observed(
+            now=self._clock.now(),
+            tenants=tuple(self._store.tenants()),
+            pools=tuple(self._store.pools()),
+            instances=tuple(
+                replace(i, in_flight=i.in_flight or queued.get(str(i.ref))) for i in self._store.instances()
+            ),
+            jobs=frozenset(
+                (job.verb, job.subject) for job in open_jobs if job.verb.value.startswith(("tenant.", "pool."))
+            ),
+        )
+
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
-        """Every pool of this node."""
-        pools, asked = self._store.pools(), []
-        for done, pool in enumerate(pools):
-            context.step(str(pool.ref), done, len(pools))
-            submitted = self.pool(pool, context.job, actor="reconcile")
-            if submitted.jobs or submitted.note:
-                asked.append({"pool": str(pool.ref), **submitted.to_dict()})
-        return {"changed": any(entry["jobs"] for entry in asked), "pools": asked}
+        """One pass over this node; with ``params.prune`` also over what the document does not list.
+
+        With ``params.expect`` it is only done when it is the plan with that fingerprint.
+        """
+        desired = self.desired()
+        if context.job.params.get("prune"):
+            desired = replace(desired, prune_unknown_tenants=True, prune_unknown_pools=True)
+        with self._locks.hold("reconcile", deadline_s=_LOCK_S):
+            plan = Plan.make(replace(desired, generation=None), self.observe())
+            if expect := context.job.params.get("expect"):
+                plan.check_current(expect)
+            now = ready(plan.actions)
+            actor = "reconcile" if context.job.verb.is_sweep else context.job.actor
+            asked, notes = self._asked(now, context.job)
+            group = (
+                self._jobs.submit_group(asked, self._node_id, reason=Reason.RECONCILE, actor=actor) if asked else None
+            )
+        if asked:
+            log.info("submitted", jobs=len(asked), waiting=len(plan.actions) - len(now))
+        return {
+            "changed": bool(asked), "bulk": group.job_id if group else None, "jobs": len(asked),
+            "waiting": len(plan.actions) - len(now),
+            "remarks": [f"{subject}: {remark}" for subject, remark in (*notes, *plan.remarks)],
+            "pools": sorted({str(scope(action)) for action in now}),
+        }  # fmt: skip
 
     def pool(self, pool: WorkerPool, job: Job, *, actor: str) -> Submitted:
-        """One pool. Jobs that wait in a queue count where they will land, so a second pass adds nothing."""
-        actions = plan(pool, self._observed(pool))
-        if not actions:
+        """One pool that a person has just scaled: also one that reconcile by itself would leave alone."""
+        if pool.desired is None:
             return Submitted()
-        if pool.revision is None:
-            return Submitted(note=f"no image yet: mvm pool build {pool.ref}")
-        wanted: list[tuple[InstanceRef, Verb]] = []
-        note = None
-        for action in actions:
-            if isinstance(action, Create):
-                try:
-                    created = self._lifecycle.add(action.pool, action.count, job)
-                except QuotaExceeded as error:
-                    note = error.message
-                    log.warning("cannot create", pool=str(pool.ref), error=error.message)
-                    continue
-                wanted += [(instance.ref, Verb.START) for instance in created]
-            else:
-                wanted.append((action.ref, action.verb))
-        jobs = [
-            self._jobs.submit(_JOB_VERBS[verb], str(ref), self._node_id, reason=Reason.RECONCILE, actor=actor).job_id
-            for ref, verb in wanted
-        ]
-        log.info("submitted", pool=str(pool.ref), jobs=len(jobs))
-        return Submitted(tuple(jobs), note)
+        with self._locks.hold("reconcile", deadline_s=_LOCK_S):
+            observed, tenant = self.observe(), self._store.tenant(pool.ref.tenant)
+            shapes = {each.ref: each.resources for each in observed.pools if each.ref.tenant == tenant.id}
+            room = Room.of(
+                tenant.quota, tenant.network, shapes, [i for i in observed.instances if i.ref.tenant == tenant.id]
+            )
+            need = PoolNeed(pool.ref, pool.desired, pool.resources, pool.revision)
+            there = [
+                replace(i, manual_override_until=None) for i in observed.instances if i.ref.pool_ref == pool.ref
+            ]  # a person has spoken since
+            scaled = scale(need, there, room, now=observed.now)
+            if scaled.actions and pool.revision is None:
+                return Submitted(note=f"no image yet: mvm pool build {pool.ref}")
+            asked, notes = self._asked(scaled.actions, job)
+            jobs = [
+                self._jobs.submit(
+                    each.verb, each.subject, self._node_id, params=each.params, reason=Reason.RECONCILE, actor=actor
+                ).job_id
+                for each in asked
+            ]  # fmt: skip
+        note = "; ".join([*(text for _, text in notes), *scaled.remarks])
+        return Submitted(tuple(jobs), note or None)
 
-    def _observed(self, pool: WorkerPool) -> Sequence[Instance]:
-        queued = {
-            job.subject: InFlight(job.job_id, _VERBS[job.verb])
-            for job in self._registry.open_jobs(self._node_id)
-            if job.verb in _VERBS
-        }
-        return [
-            replace(i, in_flight=i.in_flight or queued.get(str(i.ref))) for i in self._store.instances(pool=pool.ref)
-        ]
+    def _asked(self, actions: Iterable[Action], job: Job) -> tuple[list[Asked], list[tuple[str, str]]]:
+        """The jobs that do `actions`. Instances to be created are written down by now, so that they are counted."""
+        asked: list[Asked] = []
+        notes: list[tuple[str, str]] = []
+        for action in actions:
+            if not isinstance(action, Create):
+                asked.append(job_for(action))
+                continue
+            try:
+                created = self._lifecycle.add(action.pool, action.count, job)
+            except QuotaExceeded as error:
+                notes.append((str(action.pool), error.message))
+                log.warning("cannot create", pool=str(action.pool), error=error.message)
+                continue
+            asked += [Asked(JobVerb.INSTANCE_START, str(instance.ref)) for instance in created]
+        return asked, notes
+
+
+def job_for(action: Action) -> Asked:
+    """The job that does what `action` says; not for `Create`, which has one for each instance."""
+    match action:
+        case CreateTenant(tenant):
+            network, quota = tenant.network, asdict(tenant.quota)
+            params = {"net_id": network.net_id, "subnet": str(network.subnet), "quota": quota, "adopt": True}
+            return Asked(JobVerb.TENANT_CREATE, tenant.id, params)
+        case UpdateTenant(tenant, _, limits):
+            return Asked(JobVerb.TENANT_UPDATE, tenant, {"quota": asdict(limits)})
+        case DestroyTenant(tenant):
+            return Asked(JobVerb.TENANT_DESTROY, tenant)
+        case CreatePool(wanted):
+            shape = {"resources": asdict(wanted.resources), **asdict(wanted.source)}
+            return Asked(JobVerb.POOL_CREATE, str(wanted.ref), {**as_parameters(wanted), **shape})
+        case UpdatePool(pool, changes):
+            return Asked(JobVerb.POOL_UPDATE, str(pool), {change.name: change.after for change in changes})
+        case Build(pool):
+            return Asked(JobVerb.POOL_BUILD, str(pool))
+        case DestroyPool(pool):
+            return Asked(JobVerb.POOL_DESTROY, str(pool))
+        case Request(ref, verb):
+            return Asked(JobVerb(f"instance.{verb}"), str(ref))
+        case Create():
+            raise AssertionError("it has a job for each instance")

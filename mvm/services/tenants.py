@@ -35,7 +35,9 @@ class Tenants:
         context.step("reserve network", 0, 2)
         known = self._registry.tenant(tenant_id)
         # A tenant made at the very moment this job was asked for is this job's, left by a crash.
-        if known is None or known.created_at != job.submitted_at:
+        # And one that another node has too is adopted, for a desired state that gives it the same network.
+        mine = known is not None and (known.created_at == job.submitted_at or _adopts(params, known))
+        if known is None or not mine:
             known = self._registry.reserve_tenant(
                 tenant_id,
                 parse_net_id(net_id) if net_id is not None else None,
@@ -90,6 +92,11 @@ class Tenants:
                 hint=f"destroy them first: mvm instance destroy {pools[0].ref} --all; mvm pool destroy {pools[0].ref}",
                 subject=str(tenant.id), pools=len(pools), instances=instances,
             )  # fmt: skip
+
+
+def _adopts(params: Mapping[str, Any], known: Tenant) -> bool:
+    given = (params.get("net_id"), params.get("subnet"))
+    return bool(params.get("adopt")) and given == (known.network.net_id, str(known.network.subnet))
 
 
 def _quota(base: Quota, changes: Mapping[str, int]) -> Quota:

@@ -7,12 +7,14 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
 from mvm.domain.instance import Instance
+from mvm.domain.job import Job
 from mvm.domain.lifecycle import Status
+from mvm.domain.plans import Plan
 from mvm.domain.pool import DesiredCounts, WorkerPool
 from mvm.domain.tenant import Tenant
 from mvm.errors import NotAllowed
@@ -27,6 +29,9 @@ from mvm.services.network_check import NetworkCheck
 from mvm.services.quotas import usage
 from mvm.services.secrets import TenantSecrets
 from mvm.services.urgent import UrgentWake
+
+if TYPE_CHECKING:  # it leads back here
+    from mvm.services.desired_states import DesiredStates
 
 _FOLLOW_S = 0.2
 
@@ -100,7 +105,7 @@ class NodeView:
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
         node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, secrets: TenantSecrets, audit: Audit,
-        network_check: NetworkCheck,
+        network_check: NetworkCheck, desired: DesiredStates,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -114,6 +119,7 @@ class NodeView:
         self._network_check = network_check
         self._secrets = secrets
         self._audit = audit
+        self._desired = desired
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -200,6 +206,14 @@ class NodeView:
     def audit_verify(self, tenant: TenantId) -> dict[str, Any]:
         """Whether a tenant's audit trail is whole."""
         return self._audit.verify(tenant)
+
+    def desired_plan(self, content: bytes, *, prune: bool) -> Plan:
+        """What a desired-state document would do here."""
+        return self._desired.plan(content, prune=prune)
+
+    def desired_apply(self, content: bytes, *, prune: bool, expect: str | None, actor: str) -> tuple[Plan, Job]:
+        """Accept a desired-state document and begin with it."""
+        return self._desired.apply(content, prune=prune, expect=expect, actor=actor)
 
     def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
         """Run a command in a running guest."""

@@ -53,9 +53,7 @@ def test_a_status_that_is_none(tmp_path: Path, words: str) -> None:
 @pytest.mark.parametrize("words", ["soon", "nan", "1e300"])
 def test_a_time_that_is_none(tmp_path: Path, words: str) -> None:
     with answering(tmp_path, guest.CONTROL, f"\nID 0 {words}\n"), pytest.raises(Failed) as caught:
-        UnixGuestChannel().wake(
-            REF, tmp_path, now=datetime.now(UTC), entropy=bytes(64), secrets=False, deadline_s=5
-        )
+        UnixGuestChannel().wake(REF, tmp_path, now=datetime.now(UTC), entropy=bytes(64), secrets=False, deadline_s=5)
     assert caught.value.code == "guest.refused"
 
 

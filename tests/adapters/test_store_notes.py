@@ -23,6 +23,13 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
     opened.close()
 
 
+def test_the_last_desired_state_is_kept(store: SqliteStore) -> None:
+    assert store.desired() is None
+    store.put_desired({"node_id": "n1", "generation": 1})
+    store.put_desired({"node_id": "n1", "generation": 2})
+    assert store.desired() == {"node_id": "n1", "generation": 2}
+
+
 def test_a_note_is_kept_until_its_instance_is_forgotten(store: SqliteStore) -> None:
     ref = make.instance_ref()
     assert store.note(ref, Note.SLEPT) is None

@@ -1,162 +1,309 @@
+"""The plan of a whole node: properties over worlds in any condition, then examples."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from datetime import timedelta
+from dataclasses import asdict, replace
 
+import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
-from mvm.domain.instance import InFlight, Instance
-from mvm.domain.lifecycle import Status, Verb, landing
-from mvm.domain.planner import Action, Create, Request, plan
-from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, WorkerPool
-from tests.support import make
-from tests.support.make import NODE, START, WEB
-from tests.support.strategies import in_flights
+from mvm.domain.actions import (
+    Build,
+    Change,
+    Create,
+    CreatePool,
+    CreateTenant,
+    DestroyPool,
+    DestroyTenant,
+    Request,
+    UpdatePool,
+    UpdateTenant,
+    Why,
+    rank,
+    ready,
+    scope,
+)  # fmt: skip
+from mvm.domain.desired import DesiredPool, DesiredState, DesiredTenant
+from mvm.domain.ids import PoolId, PoolRef, TenantId
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status, Verb
+from mvm.domain.planner import check_possible, decide, plan
+from mvm.domain.pool import DesiredCounts, InstanceResources, SeccompPolicy, SleepPolicy
+from mvm.domain.room import Room
+from mvm.domain.tenant import Quota, Tenant
+from mvm.errors import NotAllowed
+from tests.support.fleet_model import World, observed_pool, revision_of
+from tests.support.fleets import SOURCES, UP, network, worlds
+from tests.support.make import ACME, NODE, START, WEB, instance_ref
 
 S, V = Status, Verb
+ROUNDS = 40
 
 
-def pool(running: int | None) -> WorkerPool:
-    desired = None if running is None else DesiredCounts(running=running)
-    return WorkerPool(WEB, ImageSource("builtin:", "minimal"), InstanceResources(), NODE, START, desired)
+def settled(world: World, rounds: int = ROUNDS) -> int:
+    """Plan, submit what is ready, let it end, until there is nothing to do; how many rounds that took."""
+    for done in range(rounds):
+        actions = plan(world.desired, world.observed())
+        if not actions and not world.under_way and not any(i.in_flight for i in world.instances.values()):
+            return done
+        world.begin(ready(actions))
+        world.settle()
+    raise AssertionError(f"still to do: {plan(world.desired, world.observed())}")
 
 
-def instance(number: int, status: Status, in_flight: InFlight | None = None, age: int = 0) -> Instance:
-    at = START - timedelta(seconds=age)
-    return Instance(make.instance_ref(number), NODE, number + 3, status, at, in_flight=in_flight)
+@given(worlds())
+def test_it_converges_in_bounded_rounds(world: World) -> None:
+    settled(world)
+    assert world.unhealthy <= {i.ref for i in world.instances.values() if _spared(world, i)}
+    for tenant in world.desired.tenants:
+        assert world.tenants[tenant.id].quota == tenant.quota
+        for pool in tenant.pools:
+            known, there = world.pools[pool.ref], world.of(pool.ref)
+            assert known.source == known.built == pool.source
+            if pool.desired and not (pool.pinned or pool.critical or any(_spared(world, i) for i in there)):
+                assert_counts(pool.desired, there)
+                if not any(i.last_error for i in there):
+                    assert {i.revision for i in there if i.status in UP} <= {known.revision}
 
 
-@st.composite
-def pools(draw: st.DrawFn, *, busy: bool = True) -> list[Instance]:
-    """Instances of one pool as they may be found; destroyed ones are not kept."""
-    alive = st.sampled_from([status for status in Status if status is not S.DESTROYED])
-    flights = st.none() | in_flights if busy else st.none()
-    found = draw(st.lists(st.tuples(alive, flights, st.integers(0, 9)), max_size=12))
-    return [instance(n, status, flight, age) for n, (status, flight, age) in enumerate(found)]
+def _spared(world: World, instance: Instance) -> bool:
+    pool = world.pools[instance.ref.pool_ref]
+    unscaled = pool.desired is None or pool.revision is None
+    return unscaled or pool.pinned or pool.critical or instance.manual_override_until is not None
 
 
-wanted = st.integers(0, 14)
-
-
-def begun(actions: Sequence[Action], observed: Sequence[Instance]) -> list[Instance]:
-    """What is observed once the jobs of `actions` are in flight."""
-    asked = {action.ref: action.verb for action in actions if isinstance(action, Request)}
-    after = [
-        replace(each, in_flight=InFlight(make.job().job_id, asked[each.ref])) if each.ref in asked else each
-        for each in observed
-    ]
-    created = sum(action.count for action in actions if isinstance(action, Create))
-    start = InFlight(make.job().job_id, V.START)
-    return after + [instance(1000 + n, S.CREATED, start) for n in range(created)]
-
-
-def finished(observed: Sequence[Instance]) -> list[Instance]:
-    """The same once all jobs have succeeded."""
-    return [each.moved(each.lands_on) for each in observed if each.lands_on is not S.DESTROYED]
-
-
-UP = (S.RUNNING, S.WARM, S.SLEEPING)
-
-
-def up(observed: Sequence[Instance]) -> int:
-    return sum(each.status in UP for each in observed)
-
-
-@given(pools(), wanted)
-def test_a_second_pass_with_everything_in_flight_adds_nothing(observed: list[Instance], count: int) -> None:
-    assert plan(pool(count), begun(plan(pool(count), observed), observed)) == ()
-
-
-@given(pools(busy=False), wanted)
-def test_what_is_planned_converges(observed: list[Instance], count: int) -> None:
-    after = finished(begun(plan(pool(count), observed), observed))
-    assert up(after) == count
-    assert plan(pool(count), after) == ()
-
-
-@given(pools(), wanted)
-def test_it_converges_whatever_was_in_flight(observed: list[Instance], count: int) -> None:
-    for _ in range(3):
-        observed = finished(begun(plan(pool(count), observed), observed))
-    assert up(observed) == count
-    assert plan(pool(count), observed) == ()
-
-
-@given(pools(), wanted)
-def test_only_what_is_free_is_asked_and_only_what_it_may_do(observed: list[Instance], count: int) -> None:
-    free = {each.ref: each for each in observed if each.in_flight is None}
-    asked = [action for action in plan(pool(count), observed) if isinstance(action, Request)]
-    assert len({action.ref for action in asked}) == len(asked)
-    for action in asked:
-        landing(free[action.ref].status, action.verb)
-
-
-@given(pools(), wanted)
-def test_nothing_is_stopped_while_too_few_run_and_nothing_made_while_too_many(
-    observed: list[Instance], count: int
-) -> None:
-    actions = plan(pool(count), observed)
-    will_run = sum(each.lands_on in UP for each in observed)
-    stops = [action for action in actions if isinstance(action, Request) and action.verb is V.STOP]
-    if will_run <= count:
-        assert stops == []
+def assert_counts(wanted: DesiredCounts, there: list[Instance]) -> None:
+    found = [sum(i.status is status for i in there) for status in UP]
+    if wanted.exact:
+        assert found == [wanted.running, wanted.warm, wanted.sleeping]
     else:
-        assert stops == list(actions)
-        assert len(stops) <= will_run - count
+        assert sum(found) == wanted.running
 
 
-@given(pools(), wanted)
-def test_nothing_is_created_while_something_could_be_started(observed: list[Instance], count: int) -> None:
-    actions = plan(pool(count), observed)
-    if any(isinstance(action, Create) for action in actions):
-        started = {action.ref for action in actions if isinstance(action, Request)}
-        idle = {e.ref for e in observed if e.in_flight is None and e.status in (S.CREATED, S.READY, S.STOPPED)}
-        assert idle <= started
-    assert all(action.count > 0 for action in actions if isinstance(action, Create))
+@given(worlds())
+def test_a_second_pass_with_everything_in_flight_adds_nothing(world: World) -> None:
+    for _ in range(4):
+        actions = plan(world.desired, world.observed())
+        world.begin(ready(actions))
+        assert plan(world.desired, world.observed()) == ()
+        world.settle()
 
 
-@given(pools())
-def test_a_pool_that_nobody_scaled_is_left_alone(observed: list[Instance]) -> None:
-    assert plan(pool(None), observed) == ()
+@given(worlds())
+def test_no_quota_is_breached_at_any_moment(world: World) -> None:
+    for _ in range(6):
+        before = {tenant: asdict(world.usage(tenant)) for tenant in world.tenants}
+        world.begin(ready(plan(world.desired, world.observed())))
+        for tenant in world.tenants.values():
+            wanted = next((t.quota for t in world.desired.tenants if t.id == tenant.id), tenant.quota)
+            assert_within(wanted, asdict(world.usage(tenant.id)), before[tenant.id])
+        world.settle()
 
 
-@given(pools(), wanted, st.randoms())
-def test_the_order_of_what_is_observed_does_not_matter(observed: list[Instance], count: int, random: object) -> None:
-    shuffled = list(observed)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert plan(pool(count), shuffled) == plan(pool(count), observed)
+def assert_within(quota: Quota, used: dict[str, int], before: dict[str, int]) -> None:
+    limits = {
+        "running": quota.max_running, "warm": quota.max_warm, "vcpus": quota.max_vcpus, "mem_mib": quota.max_mem_mib,
+        "disk_mib": quota.max_disk_gib * 1024,
+    }  # fmt: skip
+    for name, limit in limits.items():
+        assert used[name] <= max(limit, before[name]), name
+
+
+@given(worlds())
+def test_what_is_protected_is_left_alone(world: World) -> None:
+    wanted = {pool.ref: pool for tenant in world.desired.tenants for pool in tenant.pools}
+    for action in plan(world.desired, world.observed()):
+        if isinstance(action, Request):
+            instance, pool = world.instances[action.ref], world.pools[action.ref.pool_ref]
+            rules = wanted.get(pool.ref, pool)
+            assert instance.manual_override_until is None
+            assert instance.in_flight is None
+            assert not rules.critical
+            assert not rules.pinned or action.verb in (V.START, V.WAKE)
+        if isinstance(action, DestroyPool):
+            assert not world.pools[action.pool].pinned
+            assert not world.pools[action.pool].critical
+
+
+@given(worlds())
+def test_the_order_holds_and_each_instance_is_asked_once(world: World) -> None:
+    actions = plan(world.desired, world.observed())
+    assert [rank(action) for action in actions] == sorted(rank(action) for action in actions)
+    asked = [action.ref for action in actions if isinstance(action, Request)]
+    assert len(asked) == len(set(asked))
+
+
+@given(worlds())
+def test_nothing_is_destroyed_unless_the_document_says_so(world: World) -> None:
+    world.desired = replace(world.desired, prune_unknown_tenants=False, prune_unknown_pools=False)
+    kept = {ref for ref, i in world.instances.items() if i.lands_on is not S.DESTROYED}
+    settled(world)
+    assert kept <= set(world.instances)
+
+
+@given(worlds(busy=False, held=False))
+def test_pruning_leaves_what_is_listed_and_what_is_protected(world: World) -> None:
+    world.desired = replace(world.desired, prune_unknown_tenants=True, prune_unknown_pools=True)
+    settled(world)
+    listed = {pool.ref for tenant in world.desired.tenants for pool in tenant.pools}
+    assert all(pool.pinned or pool.critical for ref, pool in world.pools.items() if ref not in listed)
+
+
+@given(worlds())
+def test_the_order_of_what_is_observed_does_not_matter(world: World) -> None:
+    seen = world.observed()
+    turned = replace(seen, tenants=seen.tenants[::-1], pools=seen.pools[::-1], instances=seen.instances[::-1])
+    assert decide(world.desired, turned) == decide(world.desired, seen)
+
+
+@given(worlds())
+def test_what_is_ready_never_waits_for_another(world: World) -> None:
+    actions = plan(world.desired, world.observed())
+    now = ready(actions)
+    assert bool(now) == bool(actions)
+    made = {scope(action) for action in now if isinstance(action, CreateTenant | CreatePool)}
+    for action in now:
+        if isinstance(action, CreatePool | Build | Create | Request):
+            pool = scope(action)
+            assert isinstance(pool, PoolRef)
+            assert pool.tenant in world.tenants
+            assert isinstance(action, CreatePool) or pool not in made
 
 
 # --- by example
 
+POOL = DesiredPool(WEB, SOURCES[0], desired=DesiredCounts(2))
+TENANT = DesiredTenant(ACME, network(1), pools=(POOL,))
+STATE = DesiredState(NODE, (TENANT,))
+REVISION = revision_of(SOURCES[0])
 
-def test_what_stopped_is_started_before_more_is_created() -> None:
-    stopped, created = instance(1, S.STOPPED), instance(2, S.CREATED)
-    assert plan(pool(3), [created, stopped]) == (
-        Request(stopped.ref, V.START), Request(created.ref, V.START), Create(WEB, 1),
+
+def world(state: DesiredState = STATE, running: int = 2) -> World:
+    made = World(state, {ACME: Tenant(ACME, network(1), Quota(), START)}, {WEB: observed_pool(POOL, REVISION)})
+    for number in range(running):
+        ref = instance_ref(number)
+        made.instances[ref] = Instance(ref, NODE, 3 + number, S.RUNNING, START, revision=REVISION)
+    return made
+
+
+def with_pool(**changes: object) -> DesiredState:
+    return replace(STATE, tenants=(replace(TENANT, pools=(replace(POOL, **changes),)),))  # type: ignore[arg-type]
+
+
+def test_all_the_way_from_nothing_is_told_and_only_the_beginning_is_ready() -> None:
+    empty = World(STATE)
+    actions = plan(STATE, empty.observed())
+    assert actions == (CreateTenant(TENANT), CreatePool(POOL), Build(WEB, SOURCES[0], first=True), Create(WEB, 2))
+    assert ready(actions) == actions[:1]
+    assert settled(empty) == 4
+
+
+def test_nothing_to_do() -> None:
+    assert plan(STATE, world().observed()) == ()
+
+
+def test_a_quota_is_updated_before_anything_else_of_its_tenant() -> None:
+    state = replace(STATE, tenants=(replace(TENANT, quota=Quota(max_running=3)),))
+    actions = plan(state, world(running=0).observed())
+    assert actions == (UpdateTenant(ACME, Quota(), Quota(max_running=3)), Create(WEB, 2))
+    assert ready(actions) == actions[:1]
+
+
+def test_an_image_is_built_when_the_profile_changes_and_then_rolled_through_the_pool() -> None:
+    state = with_pool(source=SOURCES[1])
+    there = world(state)
+    change = Change("source", asdict(SOURCES[0]), asdict(SOURCES[1]))
+    actions = plan(state, there.observed())
+    assert actions == (UpdatePool(WEB, (change,)), Build(WEB, SOURCES[1], first=False))
+    there.begin(ready(actions))
+    there.settle()
+    assert plan(state, there.observed()) == (Build(WEB, SOURCES[1], first=False),)
+    there.begin(plan(state, there.observed()))
+    there.settle()
+    down = []
+    for _ in range(8):
+        there.begin(ready(plan(state, there.observed())))
+        down.append(sum(i.lands_on is not S.RUNNING for i in there.of(WEB)))
+        there.settle()
+    assert max(down) == 1
+    assert {i.revision for i in there.of(WEB)} == {revision_of(SOURCES[1])}
+    assert len(there.of(WEB)) == 2
+
+
+def test_rules_that_change_are_updated_and_nothing_else_is_done() -> None:
+    state = with_pool(seccomp_policy=SeccompPolicy.STRICT, sleep_policy=SleepPolicy(0, 0, 0))
+    before, after = asdict(SleepPolicy()), {"warm_after_s": 0, "sleep_after_s": 0, "min_running_s": 0}
+    changes = (Change("sleep_policy", before, after), Change("seccomp_policy", "baseline", "strict"))
+    assert plan(state, world(state).observed()) == (UpdatePool(WEB, changes),)
+
+
+def test_a_rollout_halts_when_a_new_one_is_not_well() -> None:
+    state = with_pool(source=SOURCES[1], desired=DesiredCounts(4))
+    there = world(state, running=4)
+    there.bad = frozenset({revision_of(SOURCES[1])})
+    for _ in range(12):
+        there.begin(ready(plan(state, there.observed())))
+        there.settle()
+    assert sum(i.status is S.RUNNING and i.revision == REVISION for i in there.of(WEB)) == 3
+    told = decide(state, there.observed()).remarks
+    assert told == (
+        (str(WEB), f"3 keep another revision: {instance_ref(0).instance} with the new revision is not well"),
+    )
+
+
+def test_one_that_is_not_well_is_stopped_and_started_again() -> None:
+    there = world()
+    there.unhealthy.add(instance_ref(1))
+    assert plan(STATE, there.observed()) == (Request(instance_ref(1), V.STOP, S.RUNNING, Why.UNHEALTHY),)
+    there.begin(plan(STATE, there.observed()))
+    there.settle()
+    assert plan(STATE, there.observed()) == (Request(instance_ref(1), V.START, S.STOPPED, Why.TOO_FEW),)
+
+
+def test_a_tenant_is_pruned_from_the_inside_out() -> None:
+    state = DesiredState(NODE, prune_unknown_tenants=True)
+    there = world(state)
+    actions = plan(state, there.observed())
+    assert actions == (
+        *(Request(instance_ref(n), V.DESTROY, S.RUNNING, Why.UNLISTED) for n in range(2)),
+        DestroyPool(WEB), DestroyTenant(ACME),
     )  # fmt: skip
+    assert ready(actions) == actions[:2]
+    settled(there)
+    assert not there.tenants
 
 
-def test_the_oldest_is_started_and_the_newest_stopped() -> None:
-    old, new = instance(1, S.STOPPED, age=9), instance(2, S.STOPPED)
-    assert plan(pool(1), [new, old]) == (Request(old.ref, V.START),)
-    old, new = instance(1, S.RUNNING, age=9), instance(2, S.RUNNING)
-    assert plan(pool(1), [new, old]) == (Request(new.ref, V.STOP),)
+def test_more_than_the_quota_is_not_planned_and_told() -> None:
+    there = world(running=0)
+    quota = Quota(max_running=1)
+    there.tenants[ACME] = replace(there.tenants[ACME], quota=quota)
+    state = replace(STATE, tenants=(replace(TENANT, quota=quota),))
+    outcome = decide(state, there.observed())
+    assert outcome.actions == (Create(WEB, 1),)
+    assert outcome.remarks == ((str(WEB), "1 more cannot start: no room in the tenant's quota"),)
 
 
-def test_one_that_is_starting_counts_as_running() -> None:
-    starting = instance(1, S.STOPPED, InFlight(make.job().job_id, V.START))
-    assert plan(pool(1), [starting]) == ()
-    stopping = instance(2, S.RUNNING, InFlight(make.job().job_id, V.STOP))
-    assert plan(pool(1), [stopping]) == (Create(WEB, 1),)
+def test_what_cannot_be_had_is_told_at_once() -> None:
+    other = TenantId("other")
+    pool = replace(POOL, ref=PoolRef(ACME, PoolId("web")), resources=InstanceResources(mem_mib=512))
+    state = DesiredState(
+        NODE, (DesiredTenant(ACME, network(2), pools=(pool,)), DesiredTenant(TenantId("x"), network(3)))
+    )
+    there = world(state)
+    there.tenants[other] = Tenant(other, network(3), Quota(), START)
+    with pytest.raises(NotAllowed) as caught:
+        check_possible(state, there.observed())
+    errors = caught.value.fields["errors"]
+    assert isinstance(errors, list)
+    assert [error["path"] for error in errors] == [
+        "$.tenants[0].network", "$.tenants[0].pools[0].instance_resources",
+        "$.tenants[1].network.tenant_net_id", "$.tenants[1].network.ipv4_subnet",
+    ]  # fmt: skip
+    check_possible(STATE, world().observed())
 
 
-def test_warm_and_sleeping_ones_count_and_the_coldest_are_stopped_first() -> None:
-    asleep, old, new = instance(1, S.SLEEPING, age=5), instance(2, S.RUNNING, age=9), instance(3, S.RUNNING)
-    warm, going = instance(4, S.WARM), instance(5, S.RUNNING, InFlight(make.job().job_id, V.SLEEP))
-    assert plan(pool(5), [asleep, old, new, warm, going]) == ()
-    assert plan(pool(2), [asleep, old, new, warm, going]) == (
-        Request(asleep.ref, V.STOP), Request(warm.ref, V.STOP), Request(new.ref, V.STOP),
-    )  # fmt: skip
+def test_room_is_what_the_quota_has_left() -> None:
+    there = world()
+    room = Room.of(Quota(max_running=3), network(1), {WEB: InstanceResources()}, there.of(WEB))
+    assert room.run(InstanceResources())
+    assert not room.run(InstanceResources())

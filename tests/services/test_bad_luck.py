@@ -45,7 +45,6 @@ V = JobVerb
         ("instance.invalid_count", V.INSTANCE_CREATE, "acme/web", {"count": 0}),
         ("instance.invalid_count", V.INSTANCE_CREATE, "acme/web", {"count": "two"}),
         ("pool.invalid_count", V.POOL_SCALE, "acme/web", {"running": -1}),
-        ("pool.unsupported_count", V.POOL_SCALE, "acme/web", {"sleeping": 1}),
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(

@@ -61,7 +61,8 @@ def test_scaling_sends_the_counts_given_and_shows_those_wanted(mvm: CommandLine,
     assert scaled["desired"]["running"] == 2
     node.drain()
     assert mvm.json("pool", "info", "acme/web")["counts"] == {"running": 2}
-    mvm.fails(2, "pool.unsupported_count", "pool", "scale", "acme/web", "--warm", "1")
+    mvm.ok("pool", "scale", "acme/web", "--running", "1", "--warm", "1")
+    assert mvm.json("pool", "info", "acme/web")["desired"] == {"running": 1, "warm": 1, "sleeping": None}
     assert mvm.ok("pool", "scale", "acme/web", "--running", "0").startswith("acme/web  running=0")
 
 

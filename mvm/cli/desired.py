@@ -1,0 +1,94 @@
+"""Desired-state documents from the command line: shown as a plan, given to nodes, followed until all is done."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mvm.cli.errors import show_and_exit
+from mvm.cli.fleet import Fleet
+from mvm.cli.following import error_of, follow
+from mvm.cli.params import JobWait, actor
+from mvm.cli.render import emit
+from mvm.domain.ids import JobId
+from mvm.domain.job import Job, JobState, JobVerb
+from mvm.errors import Failed
+from mvm.ports.agents import NodeAgents
+
+APPLY_S = 60.0  # reading and planning a large document
+_MOST_ROUNDS = 200
+
+
+def give(
+    agents: NodeAgents, address: str, path: Path, *, prune: bool, expect: str | None, plan: bool
+) -> dict[str, Any]:
+    """The agent's answer to the document in a file, which is checked here first: a plan, and unless `plan` a job."""
+    from mvm.domain.desired import parse
+    from mvm.drivers.document_files import read_document
+    from mvm.drivers.packed import packed
+
+    value = read_document(path)
+    parse(value)
+    params: dict[str, Any] = {"document": packed(json.dumps(value).encode()), "prune": prune}
+    if not plan:
+        params |= {"actor": actor(), **({} if expect is None else {"expect": expect})}
+    return agents.call(address, "desired.plan" if plan else "desired.apply", params, deadline_s=APPLY_S)
+
+
+def show_plan(answer: Mapping[str, Any], output: str) -> None:
+    """The plan as a diff, or as an object."""
+    if output != "table":
+        emit({name: answer.get(name, []) for name in ("fingerprint", "actions", "remarks")}, output)
+        return
+    click.echo(answer.get("text") or "nothing to do")
+    click.echo(f"fingerprint {answer['fingerprint']}")
+
+
+def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: bool) -> None:
+    """Follow pass after pass until one has nothing to do; the first failure ends it. Beat's sweeps go on anyway."""
+    end = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
+    done, job_id = 0, first
+    for rounds in range(_MOST_ROUNDS):
+        final = _ended(fleet, job_id, end)
+        result = final.result or {}
+        if not result.get("jobs"):
+            return _show(output, rounds, done, result)
+        bulk = _ended(fleet, JobId(result["bulk"]), end, within=True)
+        failures = [
+            error_of(child) for child in fleet.jobs.children(bulk.job_id) if child.state is not JobState.SUCCEEDED
+        ]
+        if failures:
+            show_and_exit(failures)
+        done += result["jobs"]
+        params = {"prune": prune}
+        job_id = fleet.jobs.submit(
+            JobVerb.NODE_RECONCILE, fleet.node_id, fleet.node_id, params=params, actor=actor()
+        ).job_id
+    raise Failed(
+        "desired.unsettled",
+        f"there is still something to do after {_MOST_ROUNDS} rounds",
+        hint="see: mvm job list --all",
+    )
+
+
+def _ended(fleet: Fleet, job_id: JobId, end: float | None, *, within: bool = False) -> Job:
+    left = None if end is None else max(0.001, end - time.monotonic())
+    final = follow(fleet, [job_id], left)[job_id]
+    if final.state is not JobState.SUCCEEDED and not within:
+        raise error_of(final)
+    return final
+
+
+def _show(output: str, rounds: int, done: int, result: Mapping[str, Any]) -> None:
+    remarks = list(result.get("remarks", ()))
+    if output != "table":
+        emit({"rounds": rounds, "jobs": done, "waiting": result.get("waiting", 0), "remarks": remarks}, output)
+        return
+    click.echo(f"{done} jobs in {rounds} rounds; nothing more to do" if done else "nothing to do")
+    for remark in remarks:
+        click.echo(f"note: {remark}", err=True)

@@ -1,0 +1,101 @@
+"""What a tenant holds, and what it may still take. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from mvm.domain.addressing import TenantNetwork
+from mvm.domain.ids import PoolRef
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status
+from mvm.domain.pool import InstanceResources
+from mvm.domain.tenant import Quota, Usage
+
+_HOLDS_MEMORY = (Status.RUNNING, Status.WARM)
+
+
+def usage_of(shapes: Mapping[PoolRef, InstanceResources], instances: Collection[Instance]) -> Usage:
+    """What a tenant's `instances` hold in its pools of these shapes.
+
+    One with a job counts where it is and where it will land: a limit holds at every moment between.
+    """
+    vcpus = mem_mib = running = warm = disk_mib = 0
+    for instance in instances:
+        shape, places = shapes[instance.ref.pool_ref], (instance.status, instance.lands_on)
+        if places[0] in _HOLDS_MEMORY or places[1] in _HOLDS_MEMORY:
+            vcpus += shape.vcpus
+            mem_mib += shape.mem_mib
+        running += Status.RUNNING in places
+        warm += Status.WARM in places
+        disk_mib += shape.data_disk_mib
+    return Usage(vcpus, mem_mib, running, warm, len(shapes), len(instances), disk_mib)
+
+
+@dataclass(slots=True)
+class Room:
+    """What is left of a tenant's quota and subnet, counted down while a plan is made."""
+
+    running: int
+    warm: int
+    vcpus: int
+    mem_mib: int
+    disk_mib: int
+    addresses: int
+    pools: int
+    instances: dict[PoolRef, int]
+    per_pool: int
+
+    @classmethod
+    def of(
+        cls, quota: Quota, network: TenantNetwork, shapes: Mapping[PoolRef, InstanceResources],
+        instances: Collection[Instance],
+    ) -> Room:  # fmt: skip
+        """The room beside what there is."""
+        used = usage_of(shapes, instances)
+        return cls(
+            running=quota.max_running - used.running,
+            warm=quota.max_warm - used.warm,
+            vcpus=quota.max_vcpus - used.vcpus,
+            mem_mib=quota.max_mem_mib - used.mem_mib,
+            disk_mib=quota.max_disk_gib * 1024 - used.disk_mib,
+            addresses=len(network.offsets) - used.instances,
+            pools=quota.max_pools - used.pools,
+            instances=_counts(instances),
+            per_pool=quota.max_instances_per_pool,
+        )
+
+    def run(self, shape: InstanceResources, *, from_memory: bool = False) -> bool:
+        """Take what one more running instance needs, if it is there. One that was warm has its memory."""
+        vcpus, mem_mib = (0, 0) if from_memory else (shape.vcpus, shape.mem_mib)
+        if self.running < 1 or self.vcpus < vcpus or self.mem_mib < mem_mib:
+            return False
+        self.running -= 1
+        self.vcpus -= vcpus
+        self.mem_mib -= mem_mib
+        return True
+
+    def pause(self) -> bool:
+        """Take the place of one more warm instance."""
+        self.warm -= 1
+        return self.warm >= 0
+
+    def add(self, pool: PoolRef, shape: InstanceResources) -> bool:
+        """Take what one more instance of `pool` that runs needs."""
+        held = self.instances.get(pool, 0)
+        if held >= self.per_pool or self.addresses < 1 or self.disk_mib < shape.data_disk_mib or not self.run(shape):
+            return False
+        self.instances[pool] = held + 1
+        self.addresses -= 1
+        self.disk_mib -= shape.data_disk_mib
+        return True
+
+    def add_pool(self) -> bool:
+        """Take the place of one more pool."""
+        self.pools -= 1
+        return self.pools >= 0
+
+
+def _counts(instances: Iterable[Instance]) -> dict[PoolRef, int]:
+    return dict(Counter(instance.ref.pool_ref for instance in instances))

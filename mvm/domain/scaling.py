@@ -1,0 +1,260 @@
+"""How the instances of one pool come to its counts, to health and to its revision. Pure.
+
+Every rule looks at where an instance will land and leaves those with a job alone, so that what was decided once is
+not decided again while it is under way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from mvm.domain.actions import Action, Create, Request, Why
+from mvm.domain.ids import InstanceRef, PoolRef, Revision
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status, Verb
+from mvm.domain.pool import DesiredCounts, InstanceResources
+from mvm.domain.room import Room
+
+_STARTABLE = (Status.STOPPED, Status.READY, Status.CREATED)  # in the order they are taken
+_UP = (Status.SLEEPING, Status.WARM, Status.RUNNING)  # in the order they are stopped: the coldest first
+
+
+@dataclass(frozen=True, slots=True)
+class PoolNeed:
+    """What one pool needs. `max_unavailable` 0: a new revision comes with the next start, nothing is stopped for it."""
+
+    ref: PoolRef
+    counts: DesiredCounts
+    shape: InstanceResources
+    revision: Revision | None = None
+    pinned: bool = False
+    critical: bool = False
+    max_unavailable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """What to do, and what people should know of what is not done."""
+
+    actions: tuple[Action, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def scale(
+    need: PoolNeed, observed: Sequence[Instance], room: Room, *, now: datetime,
+    unhealthy: Set[InstanceRef] = frozenset(),
+) -> Scaled:  # fmt: skip
+    """Actions that move `observed` toward `need` within `room`, which they use up. None means converged.
+
+    What exists is started before more is created, oldest first, and one that is being stopped is waited for. Of too
+    many the coldest are stopped, newest first. A pinned pool's instances are never put away or stopped; those of a
+    critical one are not touched at all, only what it lacks is created. An instance that a person has changed is left
+    alone until its time is over; it takes one of the places that the counts give.
+    """
+    alive = sorted(
+        (each for each in observed if each.lands_on is not Status.DESTROYED), key=lambda i: (i.created_at, i.ref)
+    )
+    if need.critical:
+        return _first_fill(need, len(alive), room)
+    return _Scaling(need, alive, room, now, unhealthy).decide()
+
+
+def _first_fill(need: PoolNeed, existing: int, room: Room) -> Scaled:
+    missing = max(0, need.counts.total - existing)
+    count = _admitted(need, missing, room)
+    return Scaled((Create(need.ref, count),) if count else (), _no_room(missing - count))
+
+
+def _admitted(need: PoolNeed, wanted: int, room: Room) -> int:
+    count = 0
+    while count < wanted and room.add(need.ref, need.shape):
+        count += 1
+    return count
+
+
+def _no_room(missing: int) -> tuple[str, ...]:
+    return (f"{missing} more cannot start: no room in the tenant's quota",) if missing > 0 else ()
+
+
+@dataclass(slots=True)
+class _Scaling:
+    need: PoolNeed
+    alive: Sequence[Instance]  # oldest first
+    room: Room
+    now: datetime
+    unhealthy: Set[InstanceRef]
+    actions: list[Action] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    held: set[InstanceRef] = field(default_factory=set)  # a person has changed these
+    free: dict[InstanceRef, Instance] = field(default_factory=dict)  # that may be asked, oldest first
+    have: Counter[Status] = field(default_factory=Counter)  # how many land in each place
+    wanted: Counter[Status] = field(default_factory=Counter)
+    settled: int = 0  # up, well, and not going away
+    returning: int = 0  # on their way to where they can be started
+    blocked: int = 0  # should run, and there is no room for
+
+    def decide(self) -> Scaled:
+        counts = self.need.counts
+        self.wanted = Counter({Status.RUNNING: counts.running})
+        if counts.exact:
+            self.wanted += Counter({Status.WARM: counts.warm or 0, Status.SLEEPING: counts.sleeping or 0})
+        self._count()
+        self._rouse()
+        self._stop_surplus()
+        self._roll()
+        self._start()
+        if counts.exact and not self.need.pinned:
+            self._put_away()
+        self.remarks += _no_room(self.blocked)
+        return Scaled(tuple(self.actions), tuple(self.remarks))
+
+    def _place(self, status: Status) -> Status:
+        """Which of the places a status is in: with one count for all that are up, they are one place."""
+        return status if self.need.counts.exact else Status.RUNNING
+
+    def _missing(self, *places: Status) -> int:
+        return sum(self.wanted[place] - self.have[place] for place in places or _UP)
+
+    def _ask(self, instance: Instance, verb: Verb, why: Why) -> None:
+        self.actions.append(Request(instance.ref, verb, instance.status, why))
+        del self.free[instance.ref]
+
+    def _free(self, *statuses: Status) -> list[Instance]:
+        return [each for each in self.free.values() if each.status in statuses]
+
+    def _count(self) -> None:
+        held = [each for each in self.alive if each.manual_override_until and each.manual_override_until > self.now]
+        for each in sorted(held, key=lambda i: i.lands_on not in _UP):
+            self._give_place(each)
+        self.held = {each.ref for each in held}
+        sick: list[Instance] = []
+        for each in self.alive:
+            if each.ref in self.held:
+                continue
+            lands = each.lands_on
+            if each.in_flight is None:
+                self.free[each.ref] = each
+                if each.status is Status.RUNNING and each.ref in self.unhealthy and not self.need.pinned:
+                    sick.append(each)
+                    continue
+            elif lands in _STARTABLE:
+                self.returning += 1
+            if lands in _UP:
+                self.have[self._place(lands)] += 1
+                self.settled += each.status in _UP
+        for each in sick:
+            self._ask(each, Verb.STOP, Why.UNHEALTHY)
+            self.returning += 1
+
+    def _give_place(self, held: Instance) -> None:
+        """It takes a place where it is, or else another one."""
+        lands = held.lands_on
+        places = ([self._place(lands)] if lands in _UP else []) + list(reversed(_UP))
+        place = next((place for place in places if self.wanted[place] > 0), None)
+        if place is not None:
+            self.wanted[place] -= 1
+            self.settled += lands in _UP and held.status in _UP
+
+    def _rouse(self) -> None:
+        """What sleeps or is warm beyond its count fills places that are hotter."""
+        hotter = self._missing(Status.RUNNING, Status.WARM)
+        self._wake(Status.SLEEPING, min(hotter, -self._missing(Status.SLEEPING)))
+        self._wake(Status.WARM, min(self._missing(Status.RUNNING), -self._missing(Status.WARM)))
+
+    def _wake(self, status: Status, count: int) -> None:
+        for done, each in enumerate(self._free(status)[: max(0, count)]):
+            if not self.room.run(self.need.shape, from_memory=status is Status.WARM):
+                self.blocked += count - done
+                return
+            self._ask(each, Verb.WAKE, Why.TOO_FEW)
+            self.have[self._place(status)] -= 1
+            self.have[Status.RUNNING] += 1
+
+    def _stop_surplus(self) -> None:
+        surplus = -self._missing()
+        if surplus <= 0:
+            return
+        if self.need.pinned:
+            self.remarks.append(f"{surplus} too many are up, and stay: the pool is pinned")
+            return
+        up = reversed(self._free(*_UP))
+        for each in sorted(up, key=lambda i: (_UP.index(i.status), i.revision == self.need.revision)):
+            place = self._place(each.status)
+            if surplus > 0 and self.have[place] > self.wanted[place]:
+                self._ask(each, Verb.STOP, Why.TOO_MANY)
+                self.have[place] -= 1
+                self.settled -= 1
+                self.returning += 1
+                surplus -= 1
+
+    def _roll(self) -> None:
+        """Stop some that have another revision; they start again with the pool's. Not while a new one is not well."""
+        revision = self.need.revision
+        if revision is None or not self.need.max_unavailable:
+            return
+        old = [each for each in self._free(*_UP) if each.revision != revision]
+        if not old:
+            return
+        failed = [each.ref for each in self.alive if each.revision == revision and self._is_failed(each)]
+        if failed or self.need.pinned:
+            why = f"{failed[0].instance} with the new revision is not well" if failed else "the pool is pinned"
+            self.remarks.append(f"{len(old)} keep another revision: {why}")
+            return
+        unavailable = max(0, self.need.counts.total - self.settled)
+        for each in old[: max(0, self.need.max_unavailable - unavailable)]:
+            self._ask(each, Verb.STOP, Why.ROLLOUT)
+            self.have[self._place(each.status)] -= 1
+            self.returning += 1
+
+    def _is_failed(self, instance: Instance) -> bool:
+        down = instance.status in _STARTABLE and instance.last_error is not None
+        return down or (instance.status is Status.RUNNING and instance.ref in self.unhealthy)
+
+    def _start(self) -> None:
+        """Start and create what is missing in all."""
+        missing = self._missing()
+        idle = sorted(self._free(*_STARTABLE), key=lambda i: _STARTABLE.index(i.status))
+        for each in idle[: max(0, missing)]:
+            if not self.room.run(self.need.shape):
+                self.blocked += max(0, missing - self.returning)
+                return
+            self._ask(each, Verb.START, Why.TOO_FEW)
+            self.have[Status.RUNNING] += 1
+            missing -= 1
+        wanted = max(0, missing - self.returning)
+        count = _admitted(self.need, wanted, self.room)
+        self.blocked += wanted - count
+        if count:
+            self.actions.append(Create(self.need.ref, count))
+            self.have[Status.RUNNING] += count
+
+    def _put_away(self) -> None:
+        """Fill the colder places from what runs beyond its count by now, and when there is no room to start more,
+        from what runs within it: that makes the room.
+        """
+        beyond = max(0, -self._missing(Status.WARM))
+        self._cool(self._free(Status.WARM)[::-1][:beyond], Verb.SLEEP, Status.SLEEPING)
+        spare = max(0, self._running_now() - self.wanted[Status.RUNNING] + self.blocked)
+        running = self._free(Status.RUNNING)[::-1][:spare]
+        warmed = self._cool(running, Verb.WARM, Status.WARM)
+        self._cool(running[warmed:], Verb.SLEEP, Status.SLEEPING)
+
+    def _running_now(self) -> int:
+        """How many run by now and go on, beside those that are held."""
+        leaving = {action.ref for action in self.actions if isinstance(action, Request)} | self.held
+        there = (i for i in self.alive if i.status is Status.RUNNING and i.lands_on is Status.RUNNING)
+        return sum(each.ref not in leaving for each in there)
+
+    def _cool(self, candidates: Sequence[Instance], verb: Verb, place: Status) -> int:
+        count = 0
+        for each in candidates[: max(0, self._missing(place))]:
+            if verb is Verb.WARM and not self.room.pause():
+                break
+            self._ask(each, verb, Why.PLACE)
+            self.have[each.status] -= 1
+            self.have[place] += 1
+            count += 1
+        return count

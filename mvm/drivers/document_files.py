@@ -1,0 +1,61 @@
+"""Desired-state documents in files: JSON, or YAML by the name's ending."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mvm.domain.document import MAX_BYTES, check_size, decode_json, decode_text, malformed, pairs
+from mvm.errors import NotFound
+
+_DEEPEST = 50
+
+
+def read_document(path: Path) -> Any:
+    """The value in a file; raises `InvalidInput` (``desired.*``), and `NotFound` (``desired.not_found``)."""
+    try:
+        if path.is_file():
+            check_size(path.stat().st_size)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise NotFound(
+            "desired.not_found", f"{path} cannot be read: {error.strerror}", hint="see --desired", field="desired"
+        ) from None
+    return decode_yaml(content) if path.suffix in (".yaml", ".yml") else decode_json(content)
+
+
+def decode_yaml(content: bytes) -> Any:
+    """The value in YAML text, as JSON would have it. No aliases: a short text could say endlessly much."""
+    import yaml
+
+    class Loader(yaml.CSafeLoader):
+        """Keeps what JSON has not, dates, as text, and remembers names that are given twice."""
+
+    def mapping(loader: Any, node: Any) -> dict[str, Any]:
+        read = loader.construct_object
+        return pairs([(str(read(name)), read(value, deep=True)) for name, value in node.value])
+
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", _as_text)
+    text, depth = decode_text(content), 0
+    try:
+        for event in yaml.parse(text, Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise malformed("not YAML", "it is nested too deeply")
+            if isinstance(event, yaml.AliasEvent):
+                raise malformed("not YAML", f"an alias in line {_line(event)}: write it out")
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise malformed("not YAML", " ".join(str(error).split())[:300]) from None
+    except ValueError:
+        raise malformed("not YAML", "a number is too long") from None
+
+
+def _as_text(loader: Any, node: Any) -> Any:
+    return loader.construct_scalar(node)
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1

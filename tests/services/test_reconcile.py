@@ -1,0 +1,234 @@
+"""A desired state and a node in memory: by jobs and by the command line."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvm.domain.document import MAX_BYTES
+from mvm.domain.job import JobVerb
+from mvm.domain.lifecycle import Status
+from tests.services.conftest import Node
+from tests.support.command_line import ADDRESS, DEAD, CommandLine
+
+WEB: dict[str, Any] = {
+    "pool_id": "web", "flake_ref": "builtin:", "profile": "minimal", "desired_counts": {"running": 2},
+}  # fmt: skip
+DOCUMENT: dict[str, Any] = {
+    "schema_version": 1,
+    "node_id": "n1",
+    "tenants": [{"tenant_id": "acme", "network": {"tenant_net_id": 7, "ipv4_subnet": "10.240.7.0/24"}, "pools": [WEB]}],
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "fleet.json"
+    path.write_text(json.dumps(DOCUMENT))
+    return path
+
+
+def write(file: Path, pool: dict[str, Any] | None = None, **changes: Any) -> None:
+    document = {**deepcopy(DOCUMENT), **changes}
+    if pool:
+        document["tenants"][0]["pools"] = [{**WEB, **pool}]
+    file.write_text(json.dumps(document))
+
+
+def statuses(node: Node) -> dict[str, int]:
+    found = [instance.status.value for instance in node.services.store.instances()]
+    return {status: found.count(status) for status in sorted(set(found))}
+
+
+def test_from_nothing_to_what_was_asked_and_then_nothing(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    plan = mvm.json(*words, "--plan")
+    assert [action["do"] for action in plan["actions"]] == ["create_tenant", "create_pool", "build", "create"]
+    assert node.services.store.tenants() == []
+    assert mvm.json(*words) == {"rounds": 4, "jobs": 5, "waiting": 0, "remarks": []}
+    assert statuses(node) == {"running": 2}
+    assert mvm.ok(*words) == "nothing to do\n"
+    assert mvm.ok(*words, "--plan").startswith("nothing to do\nfingerprint ")
+    assert node.sweep(JobVerb.SWEEP_RECONCILE)["changed"] is False
+    (tenant,) = node.services.store.tenants()
+    assert (tenant.network.net_id, str(tenant.network.subnet)) == (7, "10.240.7.0/24")
+
+
+def test_the_plan_is_a_diff(mvm: CommandLine, file: Path) -> None:
+    told = mvm.ok("agent", "reconcile", "--desired", str(file), "--plan").splitlines()
+    assert told[:4] == [
+        "+ tenant acme  net id 7, 10.240.7.0/24",
+        "+ pool acme/web  builtin: minimal, 1 vCPU, 256 MiB",
+        "+ image of acme/web  builtin: minimal",
+        "+ 2 instances of acme/web  -> running",
+    ]
+
+
+def test_the_sweep_goes_on_with_what_was_accepted(mvm: CommandLine, node: Node, file: Path) -> None:
+    job = mvm.ok("agent", "reconcile", "--desired", str(file), "--no-wait").strip()
+    assert job.startswith("j-")
+    node.drain()
+    for _ in range(5):
+        node.sweep(JobVerb.SWEEP_RECONCILE)
+    assert statuses(node) == {"running": 2}
+
+
+def test_counts_images_and_rules_change(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    write(file, {"desired_counts": {"running": 1, "warm": 1, "sleeping": 1}})
+    mvm.ok(*words)
+    assert statuses(node) == {"running": 1, "sleeping": 1, "warm": 1}
+    before = {i.ref: i.revision for i in node.services.store.instances()}
+    write(file, {"profile": "python", "snapshot_compression": "lz4"})
+    told = mvm.ok(*words, "--plan")
+    assert "compression: zstd -> lz4" in told
+    mvm.ok(*words)
+    up = [i for i in node.services.store.instances() if i.status is Status.RUNNING]
+    assert len(up) == 2
+    assert all(before.get(instance.ref) != instance.revision for instance in up)
+
+
+def test_what_is_not_listed_stays_until_it_is_pruned(mvm: CommandLine, node: Node, file: Path) -> None:
+    node.pool("other/one")
+    node.create(2, "other/one")
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    assert {str(tenant.id) for tenant in node.services.store.tenants()} == {"acme", "other"}
+    mvm.ok(*words, "--prune")
+    assert {str(tenant.id) for tenant in node.services.store.tenants()} == {"acme"}
+
+
+def test_a_saved_plan_is_refused_once_the_world_has_moved(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    write(file, {"desired_counts": {"running": 3}})
+    plan = mvm.json(*words, "--plan")["fingerprint"]
+    node.ok(JobVerb.INSTANCE_STOP, str(node.services.store.instances()[0].ref))
+    mvm.fails(4, "desired.plan_outdated", *words, "--expect", plan)
+    assert statuses(node) == {"running": 1, "stopped": 1}
+    node.clock.advance(600)
+    mvm.ok(*words, "--expect", mvm.json(*words, "--plan")["fingerprint"])
+    assert statuses(node) == {"running": 3}
+
+
+def test_what_a_person_does_holds_for_a_while(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    ref = str(node.services.store.instances()[0].ref)
+    node.ok(JobVerb.INSTANCE_STOP, ref)
+    assert mvm.ok(*words) == "nothing to do\n"
+    assert node.sweep(JobVerb.SWEEP_RECONCILE)["changed"] is False
+    node.clock.advance(600)
+    mvm.ok(*words)
+    assert statuses(node) == {"running": 2}
+
+
+def test_a_crash_ends_what_a_person_has_said(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    ref = node.services.store.instances()[0].ref
+    node.ok(JobVerb.INSTANCE_STOP, str(ref))
+    node.ok(JobVerb.INSTANCE_START, str(ref))
+    node.host.vmm.kill(ref, None)
+    node.sweep(JobVerb.SWEEP_STALE_PIDS)
+    mvm.ok(*words)
+    assert statuses(node) == {"running": 2}
+
+
+def test_a_failed_job_ends_the_waiting_and_is_told(mvm: CommandLine, node: Node, file: Path) -> None:
+    node.ok(JobVerb.TENANT_CREATE, "gone", net_id=7)
+    node.ok(JobVerb.TENANT_DESTROY, "gone")  # net ids are never given twice
+    result = mvm("agent", "reconcile", "--desired", str(file))
+    assert result.exit_code == 4
+    assert "error[tenant.net_id_used]" in result.stderr
+    assert node.services.store.pools() == []
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "code", "changes"),
+    [
+        (2, "desired.other_node", {"node_id": "n2"}),
+        (2, "desired.invalid", {"schema_version": 3}),
+        (4, "desired.older_generation", {"generation": 4}),
+        (4, "desired.conflict", {"tenants": [{**DOCUMENT["tenants"][0],
+                                              "network": {"tenant_net_id": 8, "ipv4_subnet": "10.240.8.0/24"}}]}),
+        (5, "desired.over_quota", {"tenants": [{**DOCUMENT["tenants"][0], "quotas": {"max_running": 1}}]}),
+    ],
+)  # fmt: skip
+def test_a_bad_document_changes_nothing(
+    mvm: CommandLine, node: Node, file: Path, exit_code: int, code: str, changes: dict[str, Any]
+) -> None:
+    write(file, generation=5)
+    mvm.ok("agent", "reconcile", "--desired", str(file))
+    stored = node.services.store.desired()
+    write(file, **{"generation": 6, **changes})
+    for words in (("--plan",), ()):
+        mvm.fails(exit_code, code, "agent", "reconcile", "--desired", str(file), *words)
+    assert node.services.store.desired() == stored
+    assert statuses(node) == {"running": 2}
+
+
+def test_a_document_without_a_generation_keeps_the_one_that_is_known(mvm: CommandLine, node: Node, file: Path) -> None:
+    write(file, generation=5)
+    mvm.ok("agent", "reconcile", "--desired", str(file))
+    write(file, {"desired_counts": {"running": 1}})
+    mvm.ok("agent", "reconcile", "--desired", str(file))
+    assert (node.services.store.desired() or {})["generation"] == 5
+
+
+def test_files_that_hold_no_document(mvm: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    words = ("agent", "reconcile", "--desired", str(path))
+    mvm.fails(3, "desired.not_found", *words)
+    path.write_bytes(b"\xff")
+    mvm.fails(2, "desired.malformed", *words)
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+    assert str(MAX_BYTES) in mvm.fails(2, "desired.too_large", *words).stderr
+
+
+def test_yaml_is_a_document_too(mvm: CommandLine, node: Node, tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text("""
+schema_version: 1
+node_id: n1
+tenants:
+- tenant_id: acme
+  network: {tenant_net_id: 7, ipv4_subnet: 10.240.7.0/24}
+  pools:
+  - {pool_id: web, flake_ref: 'builtin:', profile: minimal, desired_counts: {running: 1}}
+""")
+    mvm.ok("agent", "reconcile", "--desired", str(path))
+    assert statuses(node) == {"running": 1}
+    for text, what in (
+        ("a: &x [1]\nb: *x", "an alias in line 2"), ("a: [", "not YAML"), ("a: !!python/name:os.system ''", "not YAML"),
+        ("[" * 5000, "not YAML"),
+    ):  # fmt: skip
+        path.write_text(text)
+        assert what in mvm.fails(2, "desired.malformed", "agent", "reconcile", "--desired", str(path)).stderr
+    path.write_text("schema_version: 1\nnode_id: n1\nnode_id: n2\ntenants: 2020-01-01\n")
+    told = mvm.fails(2, "desired.invalid", "agent", "reconcile", "--desired", str(path)).stderr
+    assert "$.node_id: is given more than once" in told
+    assert '$.tenants: "2020-01-01" is not an array' in told
+
+
+def test_a_coordinator_pushes_to_nodes(mvm: CommandLine, node: Node, file: Path) -> None:
+    (row,) = mvm.json("coordinator", "push", "--desired", str(file), "--node", ADDRESS)
+    assert (row["node"], row["actions"]) == (ADDRESS, 4)
+    node.drain()
+    assert [str(tenant.id) for tenant in node.services.store.tenants()] == ["acme"]
+    mvm.fails(6, "agent.unreachable", "coordinator", "push", "--desired", str(file), "--node", DEAD)
+
+
+def test_a_tenant_that_another_node_has_too_is_adopted(mvm: CommandLine, node: Node, file: Path) -> None:
+    node.ok(JobVerb.TENANT_CREATE, "acme", net_id=7, subnet="10.240.7.0/24")
+    tenant = node.registry.tenant(node.services.store.tenants()[0].id)
+    node.services.store.delete_tenant(node.services.store.tenants()[0].id)
+    assert tenant is not None
+    mvm.ok("agent", "reconcile", "--desired", str(file))
+    assert node.services.store.tenants()[0].created_at == tenant.created_at
