@@ -47,6 +47,7 @@ def replace(process: ProcessIdentity, secrets: Secrets | None) -> None:
     """Other secrets on the disk that `process` has. Raises `FileNotFoundError` when it has none, or has ended."""
     fd = os.open(_find(process.pid), os.O_RDWR | os.O_CLOEXEC)
     try:
+        _must_be_ours(fd)
         punch(fd, SIZE)
         _fill(fd, secrets)
     finally:
@@ -59,6 +60,12 @@ def _find(pid: int) -> str:
         if os.readlink(path).startswith(f"/memfd:{NAME} "):  # noqa: PTH115
             return path
     raise FileNotFoundError(f"/proc/{pid}/fd")
+
+
+def _must_be_ours(fd: int) -> None:
+    """What a VMM has under a number it can change between a look and the opening, for an image that others boot from."""
+    if not os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{NAME} ") or os.fstat(fd).st_uid != os.geteuid():  # noqa: PTH115
+        raise FileNotFoundError(NAME)
 
 
 def _fill(fd: int, secrets: Secrets | None) -> None:

@@ -121,16 +121,20 @@ class TenantSecrets:
     def given(self, ref: InstanceRef, secrets: Secrets | None, *, unsure: bool = False) -> None:
         """A guest is about to run with `secrets`; `unsure` whether one runs already, perhaps with others."""
         if secrets or self._noted(ref) is not None:
-            self._note(ref, 0 if unsure else self._epoch(secrets))
+            self._note(ref, 0 if unsure else self._epoch(secrets), kept=self.kept(ref))
 
     def has(self, ref: InstanceRef) -> bool:
         """Whether its guest was given some."""
         return bool(self._noted(ref))
 
-    def withdrawn(self, ref: InstanceRef) -> None:
-        """The guest is about to be asked to let them go."""
+    def withdrawn(self, ref: InstanceRef, *, kept: bool = False) -> None:
+        """The guest is about to be asked to let them go; `kept` when it may sleep with them, whatever it says."""
         if self._noted(ref) is not None:
-            self._note(ref, 0)
+            self._note(ref, 0, kept=kept)
+
+    def kept(self, ref: InstanceRef) -> bool:
+        """Whether its guest may have gone to sleep with secrets mounted, which then are those of that time."""
+        return bool((self._store.note(ref, Note.SECRETS) or {}).get("kept"))
 
     def refresh(self, instance: Instance) -> None:
         """The guest, which runs, has its tenant's secrets of now.
@@ -204,5 +208,5 @@ class TenantSecrets:
         note = self._store.note(ref, Note.SECRETS)
         return None if note is None else int(note["epoch"])
 
-    def _note(self, ref: InstanceRef, epoch: int) -> None:
-        self._store.put_note(ref, Note.SECRETS, {"epoch": epoch})
+    def _note(self, ref: InstanceRef, epoch: int, *, kept: bool = False) -> None:
+        self._store.put_note(ref, Note.SECRETS, {"epoch": epoch, **({"kept": True} if kept else {})})
