@@ -1,6 +1,7 @@
 """Tenants' secrets: kept, given to guests as they start, and replaced in those that run.
 
-What a guest has is known by a note on its instance: the epoch of its disk, 0 while it has been asked to let it go.
+What a guest has is known by a note on its instance: the epoch of its disk, 0 while it has been asked to let it go; and
+what it may have kept in its sleep all the same.
 """
 
 from __future__ import annotations
@@ -121,20 +122,22 @@ class TenantSecrets:
     def given(self, ref: InstanceRef, secrets: Secrets | None, *, unsure: bool = False) -> None:
         """A guest is about to run with `secrets`; `unsure` whether one runs already, perhaps with others."""
         if secrets or self._noted(ref) is not None:
-            self._note(ref, 0 if unsure else self._epoch(secrets), kept=self.kept(ref))
+            self._note(ref, 0 if unsure else self._epoch(secrets))
 
     def has(self, ref: InstanceRef) -> bool:
         """Whether its guest was given some."""
         return bool(self._noted(ref))
 
-    def withdrawn(self, ref: InstanceRef, *, kept: bool = False) -> None:
-        """The guest is about to be asked to let them go; `kept` when it may sleep with them, whatever it says."""
-        if self._noted(ref) is not None:
-            self._note(ref, 0, kept=kept)
+    def withdrawn(self, ref: InstanceRef, *, surely: bool = True) -> None:
+        """The guest is about to be asked to let them go; if not `surely` it may sleep with them, whatever it says."""
+        note = self._store.note(ref, Note.SECRETS)
+        if note is not None:
+            self._note(ref, 0, kept=None if surely else int(note["epoch"] or note.get("kept", 0)))
 
-    def kept(self, ref: InstanceRef) -> bool:
-        """Whether its guest may have gone to sleep with secrets mounted, which then are those of that time."""
-        return bool((self._store.note(ref, Note.SECRETS) or {}).get("kept"))
+    def stale(self, ref: InstanceRef, secrets: Secrets | None) -> bool:
+        """Whether its guest may sleep with others than `secrets` mounted, under which the contents must not change."""
+        kept = (self._store.note(ref, Note.SECRETS) or {}).get("kept")
+        return kept is not None and kept != self._epoch(secrets)
 
     def refresh(self, instance: Instance) -> None:
         """The guest, which runs, has its tenant's secrets of now.
@@ -208,5 +211,5 @@ class TenantSecrets:
         note = self._store.note(ref, Note.SECRETS)
         return None if note is None else int(note["epoch"])
 
-    def _note(self, ref: InstanceRef, epoch: int, *, kept: bool = False) -> None:
-        self._store.put_note(ref, Note.SECRETS, {"epoch": epoch, **({"kept": True} if kept else {})})
+    def _note(self, ref: InstanceRef, epoch: int, *, kept: int | None = None) -> None:
+        self._store.put_note(ref, Note.SECRETS, {"epoch": epoch} | ({} if kept is None else {"kept": kept}))
