@@ -63,8 +63,9 @@ def _find(pid: int) -> str:
 
 
 def _must_be_ours(fd: int) -> None:
-    """What a VMM has under a number it can change between a look and the opening, for an image that others boot from."""
-    if not os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{NAME} ") or os.fstat(fd).st_uid != os.geteuid():  # noqa: PTH115
+    """A VMM can put something else under a number between a look and the opening, such as the image of others."""
+    name = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+    if not name.startswith(f"/memfd:{NAME} ") or os.fstat(fd).st_uid != os.geteuid():
         raise FileNotFoundError(NAME)
 
 

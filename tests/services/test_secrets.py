@@ -112,9 +112,7 @@ def test_a_guest_that_slept_with_old_secrets_wakes_with_new_ones(node: Node, for
     assert seen(node, ref) == digest(A="3")
 
 
-def test_a_wake_that_is_not_answered_sleeps_anew_without_secrets(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wake_that_is_not_answered_sleeps_anew_without_secrets(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.pool()
     put(node, A="1")
     (ref,) = running(node)
@@ -131,7 +129,8 @@ def test_a_wake_that_is_not_answered_sleeps_anew_without_secrets(
             if not dropped:
                 node.host.fail("guest.drop_secrets", TimedOut("guest.silent", "nor does it now"))
             node.fails("guest.silent", V.INSTANCE_WAKE, ref)
-        (saved,) = [each.machine for each in node.host.saved.values() if each.machine.spec.ref == InstanceRef.parse(ref)]
+        kept = [each.machine for each in node.host.saved.values()]
+        (saved,) = [machine for machine in kept if machine.spec.ref == InstanceRef.parse(ref)]
         assert saved.disk == {}
         assert (saved.mounted == {}) is dropped
         put(node, A=f"2{dropped}")
