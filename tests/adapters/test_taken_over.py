@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,11 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.secrets import Secrets
 from mvm.drivers import processes, secrets_disk
 from mvm.drivers.files import closing_fd
+from mvm.drivers.instance_sockets import listen
 from mvm.drivers.qemu import memory
+from mvm.drivers.qemu.qmp import MONITOR, Qmp
+from mvm.errors import Failed
+from tests.support.make import instance_ref
 
 pytestmark = pytest.mark.root
 
@@ -83,3 +88,19 @@ def test_an_image_put_in_the_place_of_the_disk_of_secrets_stays_as_it_is(
         with pytest.raises(FileNotFoundError):
             secrets_disk.replace(us, SECRETS)
     assert image.read_bytes() == b"image" * 1000
+
+
+@pytest.mark.parametrize("said", [b'{"event": "X"}\n', b"3\n", b"[" * 100_000 + b"\n", b"x" * 65536])
+def test_a_monitor_that_babbles_is_not_heard_for_long(tmp_path: Path, said: bytes) -> None:
+    def babble() -> None:
+        with listener.accept()[0] as client, suppress(ConnectionError):
+            while True:
+                client.sendall(said)
+
+    with listen(tmp_path, MONITOR) as listener:
+        thread = threading.Thread(target=babble)
+        thread.start()
+        with pytest.raises(Failed, match="does not speak QMP") as raised, Qmp(instance_ref(), tmp_path, 30):
+            pass
+        thread.join()
+    assert raised.value.code == "vmm.failed"
