@@ -58,10 +58,17 @@ class Networks:
             self._change(Change(removed=bridge_elements(network)))
 
     def connect(self, instance: Instance, network: TenantNetwork) -> None:
-        """The instance's TAP is up. Its rules are there before."""
+        """The instance's TAP is up. Its rules are there before, and no other pool's way out is left at its address."""
         with self.locked():
             guest = self._guest(instance, network)
-            self._change(Change(guest_elements(self.plan, guest)))
+            own = guest_elements(self.plan, guest)
+            others = [p for p in self._store.pools(instance.ref.tenant) if p.ref != instance.ref.pool_ref]
+            ways = {
+                element
+                for pool in others
+                for element in guest_elements(self.plan, replace(guest, pool=pool.ref.pool, egress=pool.egress))
+            }
+            self._change(Change(own, tuple(sorted(ways.difference(own)))))
         self._network.ensure_tap(network, instance.offset)
         if self._goes_out(guest.egress):
             with self.locked():

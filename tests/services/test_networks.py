@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mvm.domain.addressing import TenantNetwork
-from mvm.domain.firewall import Element
+from mvm.domain.firewall import Change, Element
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobVerb
 from mvm.domain.pool import WorkerPool
@@ -272,4 +272,15 @@ def test_of_two_changes_at_once_the_one_that_is_stored_holds(
 
     monkeypatch.setattr(networks, "redirect", overtaken)
     node.ok(JobVerb.POOL_UPDATE, "acme/web", egress=first)
+    assert settled(node)
+
+
+def test_an_address_that_is_given_again_has_not_its_former_pools_way_out(node: Node) -> None:
+    node.pool()
+    node.ok(JobVerb.POOL_CREATE, "acme/open", flake_ref="builtin:", profile="minimal", egress=NAT)
+    left = Element("inet mvm pool-0-open", "10.240.0.3")
+    node.host.packets.change(Change((left,)))  # by a change of policy while a guest was on its way out
+    (ref,) = node.create()
+    node.ok(JobVerb.INSTANCE_START, ref)
+    assert left not in elements(node)
     assert settled(node)
