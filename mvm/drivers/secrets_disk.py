@@ -47,6 +47,7 @@ def replace(process: ProcessIdentity, secrets: Secrets | None) -> None:
     """Other secrets on the disk that `process` has. Raises `FileNotFoundError` when it has none, or has ended."""
     fd = os.open(_find(process.pid), os.O_RDWR | os.O_CLOEXEC)
     try:
+        _must_be_ours(fd)
         punch(fd, SIZE)
         _fill(fd, secrets)
     finally:
@@ -59,6 +60,13 @@ def _find(pid: int) -> str:
         if os.readlink(path).startswith(f"/memfd:{NAME} "):  # noqa: PTH115
             return path
     raise FileNotFoundError(f"/proc/{pid}/fd")
+
+
+def _must_be_ours(fd: int) -> None:
+    """A VMM can put something else under a number between a look and the opening, such as the image of others."""
+    name = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+    if not name.startswith(f"/memfd:{NAME} ") or os.fstat(fd).st_uid != os.geteuid():
+        raise FileNotFoundError(NAME)
 
 
 def _fill(fd: int, secrets: Secrets | None) -> None:

@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 HEADER_BYTES = 8192
 REQUEST_S = 5.0  # for a whole request to arrive, and for the next one on a connection
-CONNECTIONS, PER_GUEST = 256, 8
+CONNECTIONS, PER_BRIDGE, PER_GUEST = 256, 64, 8  # a tenant of many guests leaves room for others
 REQUESTS = 100  # on one connection
 LINGER_S, LINGER_BYTES = 2.0, 4 << 20
 RATE, BURST = 50.0, 100  # connections and requests of one bridge, per second and at once
@@ -75,13 +75,17 @@ class Server:
                 except OSError:  # it has gone before it was there
                     continue
                 guest = (bridge, str(address))
-                if self._open.total() >= CONNECTIONS or self._open[guest] >= PER_GUEST:
+                if self._is_full(guest):
                     connection.close()
                     continue
                 self._open[guest] += 1
                 task = asyncio.create_task(self._serve(connection, guest, pace))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+
+    def _is_full(self, guest: tuple[str, str]) -> bool:
+        of_bridge = sum(count for (bridge, _), count in self._open.items() if bridge == guest[0])
+        return self._open[guest] >= PER_GUEST or of_bridge >= PER_BRIDGE or self._open.total() >= CONNECTIONS
 
     async def _serve(self, connection: socket.socket, guest: tuple[str, str], pace: Pace) -> None:
         try:

@@ -176,7 +176,7 @@ class MicroVms:
     ) -> SnapshotManifest:
         """Its memory is on disk; no process and no TAP are left."""
         spec = self.spec(instance, pool, network)
-        self._secrets.withdrawn(instance.ref)
+        self._secrets.withdrawn(instance.ref, surely=not force)
         try:
             with self._telling(instance.ref):
                 manifest = self._snapshots.sleep(context, instance, pool, spec, force=force)
@@ -199,21 +199,29 @@ class MicroVms:
         return instance
 
     def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
-        """A sleeping instance runs again; on failure it has no process and no TAP, and its snapshot stays."""
+        """A sleeping instance runs again; on failure it has no process and no TAP, and its snapshot stays.
+
+        One that may still have former secrets mounted finds an empty disk, and is given those of now as it runs.
+        """
         again = context.job.step is not None  # by another worker, which was killed
         context.step("connect network", 0, 3)
         self._networks.connect(instance, network)
         try:
             spec = self.spec(instance, pool, network)
-            self._secrets.given(instance.ref, spec.secrets, unsure=again)
+            stale = self._secrets.stale(instance.ref, spec.secrets)
+            if stale:
+                spec = replace(spec, secrets=None)
+            else:
+                self._secrets.given(instance.ref, spec.secrets, unsure=again)
             with self._telling(instance.ref):
                 process = self._snapshots.wake(context, instance, pool, spec)
         except Exception:
             self._vmm.kill(instance.ref, None)
+            self._secrets.withdrawn(instance.ref, surely=False)  # it may have run, and sleep anew
             self._networks.disconnect(instance, network)
             raise
         instance = replace(instance, process=process)
-        if again:
+        if again or stale:
             self._secrets.try_refresh(instance)
         return instance
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 
 from mvm.domain.addressing import TenantNetwork
-from mvm.domain.egress import Egress, EgressPolicy
+from mvm.domain.egress import NO_EGRESS, Egress, EgressPolicy
 from mvm.domain.firewall import (
     Change,
     GuestPort,
@@ -21,7 +22,7 @@ from mvm.domain.ids import PoolId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
-from mvm.errors import Failed, NotAllowed, TimedOut
+from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.firewall import PacketFilter
 from mvm.ports.locks import Locks
 from mvm.ports.network import HostNetwork
@@ -57,10 +58,17 @@ class Networks:
             self._change(Change(removed=bridge_elements(network)))
 
     def connect(self, instance: Instance, network: TenantNetwork) -> None:
-        """The instance's TAP is up. Its rules are there before."""
+        """The instance's TAP is up. Its rules are there before, and no other pool's way out is left at its address."""
         with self.locked():
             guest = self._guest(instance, network)
-            self._change(Change(guest_elements(self.plan, guest)))
+            own = guest_elements(self.plan, guest)
+            others = [p for p in self._store.pools(instance.ref.tenant) if p.ref != instance.ref.pool_ref]
+            ways = {
+                element
+                for pool in others
+                for element in guest_elements(self.plan, replace(guest, pool=pool.ref.pool, egress=pool.egress))
+            }
+            self._change(Change(own, tuple(sorted(ways.difference(own)))))
         self._network.ensure_tap(network, instance.offset)
         if self._goes_out(guest.egress):
             with self.locked():
@@ -87,7 +95,10 @@ class Networks:
             )  # fmt: skip
 
     def redirect(self, before: WorkerPool | None, after: WorkerPool | None) -> None:
-        """A pool's policy was changed in the store; so are the rules of its guests."""
+        """A pool's policy was changed in the store; so are the rules of its guests.
+
+        Of two changes at once the later one may come here first: the rules follow the store, not the caller.
+        """
         pool = after or before
         assert pool is not None, "one of them"
         network = self._store.tenant(pool.ref.tenant).network
@@ -96,14 +107,22 @@ class Networks:
         if old == new:
             return  # what a crash left half done is put right by `repair`
         with self.locked():
+            new = self._stored(pool) if after else new
             others = [(p.ref.pool, p.egress) for p in self._store.pools(pool.ref.tenant) if p.ref != pool.ref]
             offsets = [i.offset for i in self._store.instances(pool=pool.ref) if i.status in _UP or i.in_flight]
             former, later = (
                 self._part(network, [*others, (pool.ref.pool, egress)], offsets, pool.ref.pool, egress)
                 for egress in (old, new)
             )
-            self._change(former.until(later))
+            # All that is to be there, since the other change may have taken away what this one had before.
+            self._change(replace(former.until(later), elements=tuple(sorted(later.elements))))
             self._forward()
+
+    def _stored(self, pool: WorkerPool) -> EgressPolicy:
+        try:
+            return self._store.pool(pool.ref).egress
+        except NotFound:  # destroyed meanwhile
+            return NO_EGRESS
 
     def _part(
         self, network: TenantNetwork, pools: Sequence[tuple[PoolId, EgressPolicy]], offsets: Sequence[int],

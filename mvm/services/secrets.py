@@ -1,6 +1,7 @@
 """Tenants' secrets: kept, given to guests as they start, and replaced in those that run.
 
-What a guest has is known by a note on its instance: the epoch of its disk, 0 while it has been asked to let it go.
+What a guest has is known by a note on its instance: the epoch of its disk, 0 while it has been asked to let it go; and
+what it may have kept in its sleep all the same.
 """
 
 from __future__ import annotations
@@ -127,10 +128,16 @@ class TenantSecrets:
         """Whether its guest was given some."""
         return bool(self._noted(ref))
 
-    def withdrawn(self, ref: InstanceRef) -> None:
-        """The guest is about to be asked to let them go."""
-        if self._noted(ref) is not None:
-            self._note(ref, 0)
+    def withdrawn(self, ref: InstanceRef, *, surely: bool = True) -> None:
+        """The guest is about to be asked to let them go; if not `surely` it may sleep with them, whatever it says."""
+        note = self._store.note(ref, Note.SECRETS)
+        if note is not None:
+            self._note(ref, 0, kept=None if surely else int(note["epoch"] or note.get("kept", 0)))
+
+    def stale(self, ref: InstanceRef, secrets: Secrets | None) -> bool:
+        """Whether its guest may sleep with others than `secrets` mounted, under which the contents must not change."""
+        kept = (self._store.note(ref, Note.SECRETS) or {}).get("kept")
+        return kept is not None and kept != self._epoch(secrets)
 
     def refresh(self, instance: Instance) -> None:
         """The guest, which runs, has its tenant's secrets of now.
@@ -204,5 +211,5 @@ class TenantSecrets:
         note = self._store.note(ref, Note.SECRETS)
         return None if note is None else int(note["epoch"])
 
-    def _note(self, ref: InstanceRef, epoch: int) -> None:
-        self._store.put_note(ref, Note.SECRETS, {"epoch": epoch})
+    def _note(self, ref: InstanceRef, epoch: int, *, kept: int | None = None) -> None:
+        self._store.put_note(ref, Note.SECRETS, {"epoch": epoch} | ({} if kept is None else {"kept": kept}))

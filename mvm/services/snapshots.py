@@ -197,9 +197,20 @@ class Snapshots:
         try:
             self._tell_time(replace(instance, process=process), secrets=spec.secrets is not None)
         except (TimedOut, Failed):
+            if spec.secrets is not None:
+                self._take_secrets_back(instance, process)
             self._save(instance, process, pool, spec)
             raise
         return process
+
+    def _take_secrets_back(self, instance: Instance, process: ProcessIdentity) -> None:
+        """What is saved is to be without secrets; of a guest that is silent for good, the disk at least is empty."""
+        ref = instance.ref
+        try:
+            self._vmm.put_secrets(ref, process, None)
+            self._guest.drop_secrets(ref, self._storage.directory(ref), deadline_s=_GUEST_S)
+        except (TimedOut, Failed) as error:
+            log.warning("asleep, perhaps with secrets in its memory", instance=str(ref), why=error.message)
 
     def kept(self, ref: InstanceRef) -> bool:
         """Whether the instance has something to wake from."""

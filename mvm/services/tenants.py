@@ -45,6 +45,7 @@ class Tenants:
                 _quota(Quota(), params.get("quota") or {}),
                 job.submitted_at,
             )
+        self._forget_namesake(tenant_id)
         context.step("create bridge", 1, 2)
         self._networks.open(known.network)
         with context.ending(**tenant_view(self._store, known)):
@@ -76,12 +77,19 @@ class Tenants:
         self._check_empty(tenant)
         context.step("remove bridge", 0, 1)
         self._networks.close(tenant.network)
-        self._secrets.forget(tenant.id)
         self._registry.remove_tenant(tenant.id)
         with context.ending(tenant_id=str(tenant.id)):
             self._check_empty(tenant)
+            self._secrets.forget(tenant.id)  # not before it is certain that the tenant goes
             self._store.delete_tenant(tenant.id)
         return {}
+
+    def _forget_namesake(self, tenant_id: TenantId) -> None:
+        """A new tenant begins without secrets, whatever a former one of its name left behind."""
+        try:
+            self._store.tenant(tenant_id)
+        except NotFound:
+            self._secrets.forget(tenant_id)
 
     def _check_empty(self, tenant: Tenant) -> None:
         pools = self._store.pools(tenant.id)

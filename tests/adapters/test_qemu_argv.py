@@ -44,6 +44,7 @@ def test_disks_are_told_apart_by_serial_and_the_image_is_read_only() -> None:
     image, root, data, secrets = (json.loads(value) for value in values(command(), "-blockdev"))
     assert (image["driver"], image["read-only"], image["file"]["filename"]) == ("raw", True, "/s/rootfs")
     assert (root["driver"], root["backing"], root["file"]["filename"]) == ("qcow2", image["node-name"], "/s/i/overlay")
+    assert [each["file"].get("locking") for each in (image, root)] == ["off", None], "what others have, nobody locks"
     assert (data["driver"], data["file"]["filename"]) == ("raw", "/s/i/data")
     assert (secrets["driver"], secrets["file"]["filename"]) == ("raw", f"/proc/self/fd/{FDS.secrets}")
     disks = [value for value in values(command(), "-device") if value.startswith("virtio-blk")]

@@ -94,7 +94,19 @@ def test_a_guest_that_holds_a_secret_open_keeps_it_and_is_asked_again(emptied: S
     execute(stack, ref, "setsid sleep 1000 </run/secrets/TOKEN >/dev/null 2>&1 &")
     stack.mvm("instance", "sleep", ref, "--force")
     stack.mvm("instance", "wake", ref)
-    assert execute(stack, ref, "cat /run/secrets/TOKEN") == "new"
+    assert execute(stack, ref, "echo 3 >/proc/sys/vm/drop_caches; cat /run/secrets/TOKEN") == "new"
+
+
+def test_a_guest_forced_to_sleep_with_old_secrets_wakes_with_new_ones(emptied: Stack, tmp_path: Path) -> None:
+    stack, file = emptied, tmp_path / "f"
+    put(stack, file, TOKEN="old")
+    (ref,) = create(stack)
+    execute(stack, ref, "mkdir -p /etc/mvm; printf '#!/bin/sh\\nexit 1\\n' >/etc/mvm/sleep; chmod +x /etc/mvm/sleep")
+    stack.fails(1, "guest.not_ready", "instance", "sleep", ref)
+    stack.mvm("instance", "sleep", ref, "--force")
+    put(stack, file, TOKEN="new", MORE="than before")
+    stack.mvm("instance", "wake", ref)
+    assert execute(stack, ref, "cat /run/secrets/*") == "than beforenew"
 
 
 def test_words_that_are_off_and_a_tampered_store_change_nothing(emptied: Stack, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from mvm.domain.addressing import TenantNetwork
-from mvm.domain.firewall import Element
+from mvm.domain.firewall import Change, Element
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobVerb
+from mvm.domain.pool import WorkerPool
 from mvm.errors import Failed
 from mvm.services.network_check import NetworkCheck
 from mvm.settings import Settings
@@ -251,3 +252,35 @@ def test_pool_commands_take_a_policy(mvm: CommandLine, node: Node) -> None:
     for wrong in (("--egress", "allow"), ("--egress", "nat", "--allow", "192.0.2.1"), ("--allow", "10.240.0.0/24")):
         mvm.fails(2, "pool.invalid_egress", "pool", "update", "acme/web", *wrong)
     assert mvm.json("pool", "info", "acme/web")["egress"]["allow"] == ["192.0.2.3/32"]
+
+
+@pytest.mark.parametrize(("first", "last"), [(NAT, NONE), (NONE, NAT), (NAT, LIST)])
+def test_of_two_changes_at_once_the_one_that_is_stored_holds(
+    node: Node, monkeypatch: pytest.MonkeyPatch, first: dict[str, object], last: dict[str, object]
+) -> None:
+    node.pool()
+    if first == NONE:
+        node.ok(JobVerb.POOL_UPDATE, "acme/web", egress=LIST)
+    (ref,) = node.create()
+    node.ok(JobVerb.INSTANCE_START, ref)
+    networks, redirect = node.services.networks, node.services.networks.redirect
+
+    def overtaken(before: WorkerPool | None, after: WorkerPool | None) -> None:
+        monkeypatch.setattr(networks, "redirect", redirect)
+        node.ok(JobVerb.POOL_UPDATE, "acme/web", egress=last)
+        redirect(before, after)
+
+    monkeypatch.setattr(networks, "redirect", overtaken)
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", egress=first)
+    assert settled(node)
+
+
+def test_an_address_that_is_given_again_has_not_its_former_pools_way_out(node: Node) -> None:
+    node.pool()
+    node.ok(JobVerb.POOL_CREATE, "acme/open", flake_ref="builtin:", profile="minimal", egress=NAT)
+    left = Element("inet mvm pool-0-open", "10.240.0.3")
+    node.host.packets.change(Change((left,)))  # by a change of policy while a guest was on its way out
+    (ref,) = node.create()
+    node.ok(JobVerb.INSTANCE_START, ref)
+    assert left not in elements(node)
+    assert settled(node)

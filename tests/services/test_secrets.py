@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mvm.domain.ids import InstanceRef, TenantId
 from mvm.domain.job import JobVerb
-from mvm.errors import Failed, InvalidInput, NotFound
+from mvm.errors import Failed, InvalidInput, NotFound, TimedOut
 from tests.services.conftest import Node
 from tests.support.command_line import CommandLine
 
@@ -91,6 +92,53 @@ def test_sleeping_and_warm_guests_have_the_new_ones_when_they_run_again(node: No
     assert seen(node, asleep) == seen(node, warm) == digest(A="2")
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_guest_that_slept_with_old_secrets_wakes_with_new_ones(node: Node, force: bool) -> None:
+    node.pool()
+    put(node, A="1")
+    (ref,) = running(node)
+    if force:
+        node.host.fail("guest.prepare_sleep", Failed("guest.refused", "a file is open below /run/secrets"))
+    node.ok(V.INSTANCE_SLEEP, ref, force=force)
+    put(node, A="2")
+    node.ok(V.INSTANCE_WAKE, ref)
+    assert seen(node, ref) == digest(A="2")
+    put(node, A="3")
+    node.host.fail("guest.drop_secrets", Failed("guest.refused", "still open"), times=2)
+    node.fails("secrets.not_delivered", V.TENANT_SECRETS, "acme")
+    node.sweep(V.SWEEP_STALE_PIDS)
+    assert seen(node, ref) == digest(A="2")
+    node.sweep(V.SWEEP_STALE_PIDS)
+    assert seen(node, ref) == digest(A="3")
+
+
+def test_a_wake_that_is_not_answered_sleeps_anew_without_secrets(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pool()
+    put(node, A="1")
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    wake = node.host.guest.wake
+
+    def late(*args: Any, **named: Any) -> None:
+        wake(*args, **named)
+        raise TimedOut("guest.silent", "its answer came too late")
+
+    for dropped in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(node.host.guest, "wake", late)
+            if not dropped:
+                node.host.fail("guest.drop_secrets", TimedOut("guest.silent", "nor does it now"))
+            node.fails("guest.silent", V.INSTANCE_WAKE, ref)
+        kept = [each.machine for each in node.host.saved.values()]
+        (saved,) = [machine for machine in kept if machine.spec.ref == InstanceRef.parse(ref)]
+        assert saved.disk == {}
+        assert (saved.mounted == {}) is dropped
+        put(node, A=f"2{dropped}")
+        node.ok(V.INSTANCE_WAKE, ref)
+        assert seen(node, ref) == digest(A=f"2{dropped}")
+        node.ok(V.INSTANCE_SLEEP, ref)
+
+
 def test_a_guest_that_could_not_be_put_to_sleep_has_its_secrets_again(node: Node) -> None:
     node.pool()
     put(node, A="1")
@@ -167,6 +215,31 @@ def test_a_tenant_takes_its_secrets_along(node: Node) -> None:
     assert node.services.store.tenant(ACME).secrets_epoch == 1
     node.ok(V.TENANT_DESTROY, "acme")
     assert node.host.kept_secrets == {}
+
+
+def test_a_new_tenant_has_nothing_of_a_former_one_of_its_name(node: Node) -> None:
+    node.ok(V.TENANT_CREATE, "acme")
+    put(node, A="1")
+    left = node.host.kept_secrets[ACME]
+    node.ok(V.TENANT_DESTROY, "acme")
+    node.host.kept_secrets[ACME] = left  # put there by who was about to set them while the tenant was destroyed
+    node.pool()
+    (ref,) = running(node)
+    assert (node.host.kept_secrets, seen(node, ref)) == ({}, {})
+    assert put(node, A="2") == 1
+
+
+def test_a_tenant_that_stays_keeps_its_secrets(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.ok(V.TENANT_CREATE, "acme")
+    put(node, A="1")
+
+    def close(*_: object) -> None:
+        node.pool()  # by somebody else, meanwhile
+
+    monkeypatch.setattr(node.services.networks, "close", close)
+    node.fails("tenant.not_empty", V.TENANT_DESTROY, "acme")
+    (ref,) = running(node)
+    assert seen(node, ref) == digest(A="1")
 
 
 def test_the_commands(mvm: CommandLine, node: Node, tmp_path: Path) -> None:

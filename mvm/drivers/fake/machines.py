@@ -141,7 +141,7 @@ class FakeGuest(Part):
     ) -> None:
         """See ports/guest.py."""
         machine = self._machine(ref, deadline_s)
-        if secrets:
+        if secrets and not machine.mounted:  # else it goes on with what it has
             machine.mounted = machine.disk
 
     @point("guest.drop_secrets")

@@ -176,7 +176,7 @@ class FakeSnapshots(Part):
         was = host.saved[snapshot].machine
         started = self._start(spec, paused=True)
         host.consoles[spec.directory] = deque(maxlen=1000)
-        host.machines[spec.ref] = replace(started, identity=was.identity, booted_at=was.booted_at)
+        host.machines[spec.ref] = replace(started, identity=was.identity, booted_at=was.booted_at, mounted=was.mounted)
         return started.process
 
     def _disk(self, ref: InstanceRef) -> DiskState:

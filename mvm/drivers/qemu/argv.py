@@ -170,9 +170,11 @@ def _root_disk(layers: Sequence[Path]) -> list[str]:
         if number == len(layers) - 1:
             # It lasts for one run, or until it is synced with a snapshot: nobody waits for it to reach the disk.
             node |= {"node-name": "root", "discard": "unmap", "cache": {"no-flush": True}}
+            node |= {"file": _file(path)}
         else:
-            node |= {"read-only": True}
-        node |= {"file": _file(path)} | ({"backing": below} if below else {})
+            # Others run from it, too: one lock, held by a VMM that has been taken over, would keep them from starting.
+            node |= {"read-only": True, "file": _file(path) | {"locking": "off"}}
+        node |= {"backing": below} if below else {}
         words += ["-blockdev", json.dumps(node)]
         below = str(node["node-name"])
     return [*words, "-device", "virtio-blk-device,drive=root,serial=root"]

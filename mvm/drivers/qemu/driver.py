@@ -48,6 +48,7 @@ from mvm.ports.vmm import BootSpec, MemoryUse, TemplateSpec
 DEVICES, INDEX, MEMORY, DISK = "devices", "index", "memory", "disk.qcow2"
 _ANSWER_S = 15.0
 _SAVE_S = 60.0
+_DEVICES_BYTES = 16 << 20  # some 100 KiB is usual
 
 
 class QemuDriver(QemuVmms):
@@ -308,7 +309,10 @@ def _devices(qmp: Qmp) -> bytes:
             qmp.run("remove-fd", fdset_id=number)
         os.lseek(fd, 0, os.SEEK_SET)
         with os.fdopen(os.dup(fd), "rb") as file:
-            return file.read()
+            data = file.read(_DEVICES_BYTES + 1)
+    if len(data) > _DEVICES_BYTES:  # a VMM that has been taken over would have us read until there is no memory
+        raise Failed("vmm.failed", "the devices' state has no end", hint="mvm instance stop --force ends the VMM")
+    return data
 
 
 def _pages(directory: Path, manifest: SnapshotManifest) -> Unpacker:

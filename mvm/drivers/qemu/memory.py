@@ -117,7 +117,10 @@ def sealed(name: str, mem_mib: int, pages: Unpacker) -> int:
 
 
 def sealed_in(pid: int, name: str) -> int | None:
-    """A descriptor of the memfd `sealed` made as `name`, if the VMM `pid` has it."""
+    """A descriptor of the memfd `sealed` made as `name`, if the VMM `pid` has it.
+
+    One that a VMM has made itself, with that name and the seals, is the VMM's own and never another's memory.
+    """
     number = _descriptor(pid, _NAME + name)
     if number is None:
         return None
@@ -125,10 +128,17 @@ def sealed_in(pid: int, name: str) -> int | None:
         fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-        os.close(fd)
-        return None
-    return fd
+    if _is_ours(fd, _NAME + name):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _is_ours(fd: int, name: str) -> bool:
+    """Looked at once it is open: what a VMM has under a number it can change."""
+    if not Path(f"/proc/self/fd/{fd}").readlink().name.startswith(f"memfd:{name}"):
+        return False
+    return os.fstat(fd).st_uid == os.geteuid() and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
 
 
 def has(process: ProcessIdentity, name: str) -> bool:

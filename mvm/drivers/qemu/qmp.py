@@ -15,6 +15,7 @@ from mvm.drivers.instance_sockets import Connection, remaining
 from mvm.errors import Failed, TimedOut, Unreachable
 
 MONITOR = "monitor"
+_MOST_BYTES = 4 << 20  # on one connection
 
 
 class CommandFailed(Exception):
@@ -31,7 +32,7 @@ class Qmp:
         self._ref = ref
         self._directory = directory
         self._end = time.monotonic() + deadline_s
-        self._received = b""
+        self._received, self._heard = b"", 0
         self._events: list[dict[str, Any]] = []
         self.version = ""
 
@@ -100,9 +101,11 @@ class Qmp:
                 continue
             self._received = rest
             try:
-                message: dict[str, Any] = json.loads(line)
-            except ValueError:
-                raise Failed("vmm.failed", f"the VMM of {self._ref} does not speak QMP") from None
+                message: Any = json.loads(line)
+            except (ValueError, RecursionError):
+                raise self._babbles() from None
+            if not isinstance(message, dict):
+                raise self._babbles()
             if any(key in message for key in keys):
                 return message
             if "event" in message:
@@ -119,6 +122,15 @@ class Qmp:
         if not data:
             raise self._gone()
         self._received += data
+        self._heard += len(data)
+        if self._heard > _MOST_BYTES:
+            raise self._babbles()
+
+    def _babbles(self) -> Failed:
+        return Failed(
+            "vmm.failed", f"the VMM of {self._ref} does not speak QMP",
+            hint="mvm instance stop --force ends it", subject=str(self._ref),
+        )  # fmt: skip
 
     def _gone(self) -> Unreachable:
         return Unreachable(

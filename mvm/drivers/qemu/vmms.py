@@ -234,8 +234,9 @@ class QemuVmms:
 
     def trim_console(self, directory: Path, *, keep: int) -> None:
         """See the port."""
-        with suppress(FileNotFoundError), (directory / argv.CONSOLE_LOG).open("r+b") as file:
-            files.punch(file.fileno(), file.seek(0, os.SEEK_END) - keep)
+        for name in (argv.CONSOLE_LOG, _VMM_LOG):  # a guest can also have QEMU complain without end
+            with suppress(FileNotFoundError), (directory / name).open("r+b") as file:
+                files.punch(file.fileno(), file.seek(0, os.SEEK_END) - keep)
 
     def _of(self, ref: InstanceRef) -> tuple[ProcessIdentity, ...]:
         return self.processes().get(ref, ())
