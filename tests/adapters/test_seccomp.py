@@ -12,13 +12,13 @@ from mvm.drivers.qemu import seccomp
 X86_64, I386 = 0xC000003E, 0x40000003
 ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 NAME = 0x400078
-READ, SOCKET, CLONE, FORK, EXECVE, CHOWN, PTRACE, MKDIR, IO_URING, CLONE3, NEWER = (
-    0, 41, 56, 57, 59, 92, 101, 83, 425, 435, 460,
+READ, SOCKET, CLONE, FORK, EXECVE, CHOWN, PTRACE, MKDIR, IO_URING, CLONE3, NEWER, IOCTL = (
+    0, 41, 56, 57, 59, 92, 101, 83, 425, 435, 460, 16,
 )  # fmt: skip
 
 
-def decide(policy: SeccompPolicy, number: int, first: int = 0, arch: int = X86_64) -> int:
-    data = struct.pack("<IIQ6Q", number, arch, 0, first, 0, 0, 0, 0, 0)
+def decide(policy: SeccompPolicy, number: int, first: int = 0, arch: int = X86_64, second: int = 0) -> int:
+    data = struct.pack("<IIQ6Q", number, arch, 0, first, second, 0, 0, 0, 0)
     rules = list(struct.iter_unpack("<HBBI", seccomp.inherited(policy, NAME)))
     accumulator = at = 0
     while True:
@@ -49,6 +49,15 @@ def test_only_the_launchers_own_name_may_be_started(policy: SeccompPolicy) -> No
     assert decide(policy, EXECVE, first=NAME) == ALLOW
     for other in (NAME + 1, 0, NAME | 1 << 32, 0x7FFF_FFFF_E000):
         assert decide(policy, EXECVE, first=other) == EPERM
+
+
+@pytest.mark.parametrize("policy", SeccompPolicy)
+def test_a_tap_stays_as_it_is(policy: SeccompPolicy) -> None:
+    for request in (0x8924, 0x400454CA, 0x400454CB, 0x400454D9, 0x54E3, 0x8924 | 1 << 32):
+        assert decide(policy, IOCTL, second=request) == EPERM
+        assert decide(policy, READ, second=request) == ALLOW
+    for request in (0x800454D2, 0x400454D0, 0x400454D4, 0x400454D8, 0xAE80):  # what QEMU asks of a TAP; KVM_RUN
+        assert decide(policy, IOCTL, second=request) == ALLOW
 
 
 def test_strict_denies_whatever_the_devices_do_not_need() -> None:

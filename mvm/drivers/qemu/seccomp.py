@@ -11,12 +11,12 @@ QEMUS_OWN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=
 
 _ARCH = 0xC000003E  # x86-64
 _X32 = 0x40000000
-_NUMBER, _ARCHITECTURE, _FIRST_LOW, _FIRST_HIGH = 0, 4, 16, 20  # offsets in struct seccomp_data
+_NUMBER, _ARCHITECTURE, _FIRST_LOW, _FIRST_HIGH, _SECOND_LOW = 0, 4, 16, 20, 24  # offsets in struct seccomp_data
 _LOAD, _EQUAL, _AT_LEAST, _HAS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
 
-_EXECVE, _CLONE, _CLONE3 = 59, 56, 435
+_EXECVE, _CLONE, _CLONE3, _IOCTL = 59, 56, 435, 16
 _NEW = 436  # from here on: newer than QEMU 7.2, whose C library copes without
 _THREAD = 0x00010000  # CLONE_THREAD
 
@@ -35,6 +35,13 @@ _NEVER = {
     "setdomainname": 171, "iopl": 172, "ioperm": 173, "modify_ldt": 154, "syslog": 103, "fanotify_init": 300,
     "mknod": 133, "mknodat": 259, "personality": 135, "vhangup": 153, "lookup_dcookie": 212, "uselib": 134,
     "ustat": 136, "sysfs": 139, "vmsplice": 278, "fork": 57, "vfork": 58,
+}  # fmt: skip
+
+# The kernel lets whoever has a TAP open change it. With another guest's MAC it would take that guest's place.
+_NEVER_OF_A_TAP = {
+    "SIOCSIFHWADDR": 0x8924, "TUNSETIFF": 0x400454CA, "TUNSETPERSIST": 0x400454CB, "TUNSETOWNER": 0x400454CC,
+    "TUNSETLINK": 0x400454CD, "TUNSETGROUP": 0x400454CE, "TUNSETTXFILTER": 0x400454D1, "TUNATTACHFILTER": 0x401054D5,
+    "TUNSETQUEUE": 0x400454D9, "TUNSETCARRIER": 0x400454E2, "TUNGETDEVNETNS": 0x54E3,
 }  # fmt: skip
 
 # What QEMU does with the devices that a microVM has, once its program is loaded: seen, and what their libraries may
@@ -80,6 +87,8 @@ def inherited(policy: SeccompPolicy, program: int) -> bytes:
         _jump(_EQUAL, 0, 0, 1), _return(_ALLOW), _return(_ERRNO | _EPERM),
     ]  # fmt: skip
     rules += [*_numbers(_NEVER.values(), _ERRNO | _EPERM)]
+    asked = [*_load(_SECOND_LOW), *_numbers(_NEVER_OF_A_TAP.values(), _ERRNO | _EPERM), *_load(_NUMBER)]
+    rules += [_jump(_EQUAL, _IOCTL, 0, len(asked)), *asked]
     if policy is SeccompPolicy.STRICT:
         rules += [*_numbers(_ALWAYS.values(), _ALLOW)]
         rules += [_jump(_AT_LEAST, _NEW, 0, 1), _return(_ERRNO | _ENOSYS), _return(_ERRNO | _EPERM)]
