@@ -234,7 +234,7 @@ def test_a_broken_data_disk_is_told(host: QemuHost, own: BootSpec, tmp_path: Pat
     host.running(spec)
     with pytest.raises(Failed, match="data: mount") as caught:
         host.guest.configure(spec.ref, spec.directory, identity(data_disk=True), deadline_s=BOOT_S)
-    assert caught.value.fields["missing"] == ["data", "keys", "ssh"]
+    assert caught.value.fields["missing"] == ["data", "secrets", "keys", "ssh"]
 
 
 def test_a_missing_data_disk_is_told(host: QemuHost, shared: BootSpec) -> None:
