@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.secrets import Secrets
@@ -57,8 +58,9 @@ def replace(process: ProcessIdentity, secrets: Secrets | None) -> None:
 def _find(pid: int) -> str:
     for number in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - names are wanted, not paths
         path = f"/proc/{pid}/fd/{number}"
-        if os.readlink(path).startswith(f"/memfd:{NAME} "):  # noqa: PTH115
-            return path
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if os.readlink(path).startswith(f"/memfd:{NAME} "):  # noqa: PTH115
+                return path
     raise FileNotFoundError(f"/proc/{pid}/fd")
 
 

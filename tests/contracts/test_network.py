@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mvm.domain.addressing import TenantNetwork
+from mvm.domain.addressing import METADATA, TenantNetwork
 from mvm.drivers import netns
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.linux_network import LinuxNetwork
@@ -158,9 +158,10 @@ def test_it_says_what_it_has(side: Side) -> None:
     side.network.ensure_bridge(BETA)
     side.network.ensure_tap(ACME, 3)
     side.network.ensure_tap(ACME, 254)
+    metadata = f"{METADATA}/32"
     assert side.network.states() == {
-        "br-tenant-7": BridgeState(up=True, addresses=("10.240.7.1/24",), ports=("tn7i254", "tn7i3")),
-        "br-tenant-4095": BridgeState(up=True, addresses=("10.241.0.1/16",), ports=()),
+        "br-tenant-7": BridgeState(up=True, addresses=("10.240.7.1/24", metadata), ports=("tn7i254", "tn7i3")),
+        "br-tenant-4095": BridgeState(up=True, addresses=("10.241.0.1/16", metadata), ports=()),
     }
     assert side.network.addresses() >= {"10.240.7.1", "10.241.0.1"}
     assert [side.network.has(name) for name in ("tn7i3", "br-tenant-7", "tn7i4")] == [True, True, False]

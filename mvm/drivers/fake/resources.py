@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from mvm.domain.addressing import TenantNetwork
+from mvm.domain.addressing import METADATA, TenantNetwork
 from mvm.domain.firewall import Change, Ruleset
 from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 from mvm.domain.pool import ImageSource
@@ -44,6 +44,10 @@ class FakeSecrets(Part):
         self._host.kept_secrets.pop(tenant, None)
 
 
+def _addresses(network: TenantNetwork) -> tuple[str, str]:
+    return f"{network.gateway}/{network.subnet.prefixlen}", f"{METADATA}/32"
+
+
 class FakeNetwork(Part):
     """ports/network.py. Names in the host's `foreign` are interfaces somebody else made."""
 
@@ -58,7 +62,7 @@ class FakeNetwork(Part):
     def ensure_bridge(self, network: TenantNetwork) -> None:
         """See ports/network.py."""
         self._check(network.bridge)
-        self._host.bridges[network.bridge] = (f"{network.gateway}/{network.subnet.prefixlen}",)
+        self._host.bridges[network.bridge] = _addresses(network)
 
     @point("network.remove_bridges")
     def remove_bridges(self, names: frozenset[str]) -> None:
@@ -74,7 +78,7 @@ class FakeNetwork(Part):
         """See ports/network.py."""
         taps, tap, bridge = self._host.taps, network.tap(offset), network.bridge
         self._check(bridge, tap)
-        self._host.bridges[bridge] = (f"{network.gateway}/{network.subnet.prefixlen}",)
+        self._host.bridges[bridge] = _addresses(network)
         if taps.get(tap) != bridge and sum(master == bridge for master in taps.values()) >= BRIDGE_PORTS:
             raise Failed(
                 "network.failed", f"bridge {bridge} is full: Exchange full",
