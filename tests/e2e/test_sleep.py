@@ -184,7 +184,7 @@ def test_another_instances_snapshot_is_refused(emptied: Stack) -> None:
     ours, theirs = snapshot(stack, one), snapshot(stack, other)
     ours.rename(ours.with_name("aside"))
     theirs.rename(ours)
-    stack.fails(1, "snapshot.other_disk", "instance", "wake", one)
+    stack.fails(1, "snapshot.other_instance", "instance", "wake", one)
     stack.fails(3, "snapshot.not_found", "instance", "wake", other)
     ours.rename(theirs)
     ours.with_name("aside").rename(ours)
