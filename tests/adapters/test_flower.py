@@ -49,7 +49,7 @@ def flower(settings: Settings, enter: list[str]) -> Iterator[subprocess.Popen[by
             yield process
         finally:
             process.terminate()
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
 
 
 @pytest.fixture

@@ -113,10 +113,11 @@ def test_twenty_clones_have_nothing_in_common(host: QemuHost, template: Path) ->
             "ip -o -4 addr show eth0 | awk '{print $4}'",
             "cat /proc/sys/kernel/random/uuid",
         )
-        answers = [[execute(host, spec, command) for spec in specs] for command in asked]
+        said = [execute(host, spec, "; echo --; ".join(asked)).split("\n--\n") for spec in specs]
+        answers = list(zip(*said, strict=True))
         assert [len(set(told)) for told in answers] == [20] * len(asked)
-        assert answers[2] == [spec.nic.mac for spec in specs]
-        assert answers[4] == addresses
+        assert answers[2] == tuple(spec.nic.mac for spec in specs)
+        assert answers[4] == tuple(addresses)
     finally:
         for spec in specs:
             host.vmm.kill(spec.ref, None)

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.redis, pytest.mar
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with running_stack() as running:
+    with running_stack(builds=True) as running:
         running.mvm("tenant", "create", "acme")
         running.mvm("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
         running.mvm("pool", "build", "acme/web")
