@@ -144,7 +144,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         env = {**os.environ, **settings.environment()}
         service = subprocess.Popen([sys.executable, "-m", "mvm.metadata"], env=env)
         try:
-            until(lambda: host.health() == 0, 20, "the service is there")
+            until(lambda: host.health() == 0, 60, "the service is there")
             yield host
         finally:
             service.terminate()

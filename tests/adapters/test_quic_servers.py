@@ -209,7 +209,7 @@ def agent_process(state: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     settings = {"MVM_STATE_DIR": str(state), "MVM_AGENT_PORT": str(port), "MVM_NODE_ID": NODE}
     with subprocess.Popen([sys.executable, "-c", AGENT], env=os.environ | settings, cwd=Path.cwd()) as process:
         try:
-            until(lambda: _serves(state / "certs", f"127.0.0.1:{port}"), 30, "the agent serves")
+            until(lambda: _serves(state / "certs", f"127.0.0.1:{port}"), 60, "the agent serves")
             yield process, f"127.0.0.1:{port}"
         finally:
             process.kill()
