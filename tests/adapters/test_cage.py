@@ -144,7 +144,7 @@ def test_a_vmm_that_wants_more_memory_than_it_may_have_is_ended(
     host.vmm.resume(own.ref, process)
     assert host.cgroups.out_of_memory(own.ref) == 0
     with pytest.raises(MvmError):
-        host.guest.execute(own.ref, own.directory, "head -c 150m /dev/urandom >/dev/shm/x", deadline_s=ANSWER_S)
+        host.guest.execute(own.ref, own.directory, "head -c 150m /dev/zero >/dev/shm/x", deadline_s=BOOT_S)
     assert host.vmm.wait_gone(process, deadline_s=ANSWER_S)
     assert host.cgroups.out_of_memory(own.ref) == 1
     record(f"memory: a guest that wrote 150 MiB was ended, since its VMM may have {LIMIT_MIB} MiB")
