@@ -53,9 +53,8 @@ class Qmp:
         """Everything else within `seconds` from now, if there is less time."""
         self._end = max(self._end, time.monotonic() + seconds)
 
-    @property
-    def version(self) -> str:
-        """QEMU's; it greets with it."""
+    def hello(self) -> str:
+        """QEMU's version; it answers, so it has come up."""
         if self._version is None:
             self._send(_NEGOTIATE, ())
             self._version = self._greeted()
