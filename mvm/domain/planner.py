@@ -217,7 +217,6 @@ class _Planning:
         self.actions.append(DestroyPool(pool.ref))
         return True
 
-
     def _kept_for(self, pool: WorkerPool, there: Sequence[Instance]) -> str | None:
         if pool.pinned or pool.critical:
             return f"it is {'pinned' if pool.pinned else 'critical'}"
