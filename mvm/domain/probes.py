@@ -107,7 +107,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a guest tries itself: `command` prints `ANSWERS` when `target`, of `tenant`, answers; `word` stands for it."""
+    """What a guest tries itself: `command` prints `ANSWERS` if `target`, of `tenant`, answers; `word` stands for it."""
 
     kind: str
     tenant: str
