@@ -154,7 +154,7 @@ def test_without_a_worker_a_job_waits_and_says_so(fake_stack: Stack, refs: dict[
         job = fake_stack.mvm("tenant", "update", "acme", "--max-vcpus", "8", "--no-wait").strip()
         fake_stack.fails(6, "job.wait_timeout", "job", "wait", job, "--timeout", "0.5")
         fake_stack.mvm("instance", "stop", refs["running"])  # what is urgent has a worker of its own
-        until(lambda: "note" in fake_stack.json("job", "show", job), 40, "the worker is missed")
+        until(lambda: "note" in fake_stack.json("job", "show", job), 60, "the worker is missed")
         shown = fake_stack.json("job", "show", job)
         assert shown["state"] == "queued"
         assert shown["note"].startswith("no worker has taken it: node n1's worker was last seen ")
