@@ -106,8 +106,10 @@ class SimLocks:
             return False
         end = clock.elapsed + deadline_s
         self._world.deadlines[actor] = end
-        actor.wait(lambda: name not in self.held or clock.elapsed >= end, f"lock {name}")
-        del self._world.deadlines[actor]
+        try:
+            actor.wait(lambda: name not in self.held or clock.elapsed >= end, f"lock {name}")
+        finally:
+            del self._world.deadlines[actor]
         return name not in self.held
 
 
