@@ -243,7 +243,7 @@ def build_node(
     jobs = Jobs(p.registry, p.queue, p.clock)
     precedence = Precedence(p.locks)
     audit = Audit(p.store, p.audit, p.clock, precedence, node)
-    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, observers)
+    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, settings.tries, observers)
     snapshots = Snapshots(
         locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,

@@ -52,7 +52,7 @@ def task_message(job: Job, expires: datetime | None) -> dict[str, Any]:
             "task": job.verb.task_name,
             "id": job.job_id,
             "shadow": None,
-            "eta": None,
+            "eta": job.retry_at.isoformat() if job.retry_at else None,
             "expires": expires.isoformat() if expires else None,
             "group": None,
             "group_index": None,
@@ -90,6 +90,7 @@ def task_kwargs(job: Job) -> dict[str, Any]:
         "submitted_at": job.submitted_at.isoformat(),
         "params": dict(job.params) or None,
         "parent": job.parent,
+        "retry_of": job.retry_of,
         "lane": job.lane.value,
     }
     return {name: value for name, value in kwargs.items() if value is not None}

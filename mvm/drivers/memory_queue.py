@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from threading import Lock
 
 from mvm.domain.ids import JobId, NodeId
@@ -44,7 +45,7 @@ class MemoryQueue:
             return frozenset(job.job_id for key in self._keys() if key[0] == node for job, _ in self._sent[key])
 
     def drain(self, run: Callable[[Job], object], *, node: NodeId | None = None) -> int:
-        """Deliver to `run` until nothing is left (for `node`, if given), also what `run` sends; returns how many.
+        """Deliver to `run` until nothing is due (for `node`, if given), also what `run` sends; returns how many.
 
         Urgent jobs come first and bulk ones last, as a node's workers take them.
         """
@@ -57,11 +58,24 @@ class MemoryQueue:
     def _keys(self) -> Sequence[tuple[NodeId, Lane]]:
         return sorted(self._sent, key=lambda key: _ORDER.index(key[1]))
 
+    def next_due(self) -> datetime | None:
+        """When the next job is due of those that wait for their time."""
+        with self._lock:
+            times = [job.retry_at for key in self._keys() for job, _ in self._sent[key] if job.retry_at]
+        return min(times, default=None)
+
     def _take(self, node: NodeId | None) -> Job | None:
         with self._lock:
+            now = self._clock.monotonic()
             for key in self._keys():
-                while self._sent[key] and node in (None, key[0]):
-                    job, expires = self._sent[key].popleft()
-                    if expires is None or self._clock.monotonic() < expires:
+                while node in (None, key[0]) and (index := self._first_due(key)) is not None:
+                    job, expires = self._sent[key][index]
+                    del self._sent[key][index]
+                    if expires is None or now < expires:
                         return job
             return None
+
+    def _first_due(self, key: tuple[NodeId, Lane]) -> int | None:
+        now = self._clock.now()
+        waiting = enumerate(self._sent[key])
+        return next((index for index, (job, _) in waiting if not job.retry_at or job.retry_at <= now), None)

@@ -18,7 +18,10 @@ class JobQueue(Protocol):
     """Sends recorded jobs to their nodes. Raises `Unreachable` (``broker.unreachable``) within a second."""
 
     def send(self, jobs: Sequence[Job], *, expires_s: float | None = None) -> None:
-        """Send each to its node's queue; one that nobody takes within `expires_s` seconds is dropped."""
+        """Send each to its node's queue; one that nobody takes within `expires_s` seconds is dropped.
+
+        A job with a ``retry_at`` is delivered then, and not before.
+        """
         ...
 
     def queued(self, node: NodeId) -> frozenset[JobId]:

@@ -125,7 +125,7 @@ class Jobs:
             job
             for job in self._registry.open_jobs(node)
             if job.state is JobState.QUEUED
-            and job.submitted_at <= before
+            and (job.retry_at or job.submitted_at) <= before
             and job.verb is not JobVerb.BULK
             and not job.verb.is_sweep
         ]
@@ -138,6 +138,10 @@ class Jobs:
         if lost:
             self._queue.send(lost)
         return lost
+
+    def send_again(self, jobs: Sequence[Job]) -> None:
+        """Send jobs that are known: each is delivered at its ``retry_at``, or at once."""
+        self._queue.send(jobs)
 
     def release_children(self, parent: JobId) -> None:
         """Send the children of a bulk job that may run now that others ended."""
