@@ -27,6 +27,7 @@ from mvm.services.views import instance_view
 
 MAX_CREATE = 1000
 _LOCK_S = 300.0
+_UNUSED = (Status.CREATED, Status.READY)
 
 
 class Lifecycle:
@@ -58,6 +59,19 @@ class Lifecycle:
             context.found(instance.ref, None)
         return {"instances": [instance_view(network, self._store.instance(i.ref)) for i in created]}
 
+    def undo_create(self, context: JobContext) -> None:
+        """What a create made that will not be done to its end is gone, but for what somebody uses already."""
+        made = self._refs(context.job, PoolRef.parse(context.job.subject), context.job.params.get("count", 1))
+        known = {i.ref: i for i in self._store.instances(pool=PoolRef.parse(context.job.subject))}
+        unused = [i for ref in made if (i := known.get(ref)) and i.in_flight is None and i.status in _UNUSED]
+        if unused:
+            self._undo_create(unused, self._store.tenant(unused[0].ref.tenant).network)
+
+    @staticmethod
+    def _refs(job: Job, pool: PoolRef, count: int) -> list[InstanceRef]:
+        digests = (sha256(f"{job.job_id} {n}".encode()).digest() for n in range(count))
+        return [pool.instance(InstanceId.from_bytes(digest)) for digest in digests]
+
     def _undo_create(self, created: Iterable[Instance], network: TenantNetwork) -> None:
         for instance in created:
             with self._locked(instance.ref):
@@ -69,8 +83,7 @@ class Lifecycle:
 
         Their ids derive from the job's, so that a job delivered again after a crash finds those it made.
         """
-        digests = (sha256(f"{job.job_id} {n}".encode()).digest() for n in range(count))
-        refs = [ref.instance(InstanceId.from_bytes(digest)) for digest in digests]
+        refs = self._refs(job, ref, count)
         with self._store.transaction():
             pool, tenant = self._store.pool(ref), self._store.tenant(ref.tenant)
             existing = {i.ref: i for i in self._store.instances(tenant=ref.tenant)}

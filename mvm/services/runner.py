@@ -260,7 +260,7 @@ class Runner:
         if self._clock.monotonic() >= end:
             limit = self._tries.deadline_s(job.verb)
             raise Overdue(
-                "job.deadline", f"not done within the {limit:g} s that {job.verb} may take; what it had begun is undone",
+                "job.deadline", f"{job.verb} was not done within {limit:g} s; what it had begun is undone",
                 hint="set by MVM_JOB_DEADLINES; to ask again: mvm job retry " + job.job_id, deadline_s=limit,
                 step=job.step,
             )  # fmt: skip
