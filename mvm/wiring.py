@@ -172,7 +172,7 @@ def open_ports(settings: Settings) -> NodePorts:
     store = SqliteStore(layout.database)
     registry = RedisRegistry(RedisLink(settings.redis, code="registry.unreachable"))
     queue = CeleryQueue(RedisLink(settings.broker, code="broker.unreachable"))
-    locks = FileLocks(layout.locks)
+    locks = FileLocks(layout.locks, takeover_s=settings.takeover_s)
     audit = FileAuditLog(layout.audit, locks)
     if settings.driver == "fake":
         from mvm.drivers.fake.shared import SharedFakeHost

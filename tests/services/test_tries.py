@@ -122,9 +122,7 @@ def test_a_running_job_whose_worker_and_message_are_gone_is_sent_by_a_sweep(
     assert len(node.host.vmm.processes()) == 1
 
 
-@pytest.mark.parametrize(
-    "verb", [V.INSTANCE_START, V.INSTANCE_WAKE, V.INSTANCE_SLEEP, V.INSTANCE_WARM]
-)
+@pytest.mark.parametrize("verb", [V.INSTANCE_START, V.INSTANCE_WAKE, V.INSTANCE_SLEEP, V.INSTANCE_WARM])
 def test_a_job_that_workers_die_of_is_given_up_and_undone(
     node: Node, monkeypatch: pytest.MonkeyPatch, verb: JobVerb
 ) -> None:
