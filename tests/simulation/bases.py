@@ -92,7 +92,7 @@ def _base(kind: int) -> World:
         _do(world, V.POOL_SCALE, "acme/web", {"running": 2})
         _do(world, V.POOL_SCALE, "bolt/web", {"running": 1, "warm": 1, "sleeping": 1})
         _do(world, V.INSTANCE_CREATE, "acme/jobs", {"count": 1})
-        world.services("agent").view.set_secrets(next(iter(world.store._tenants)), b"KEY=first\n")
+        world.services("agent").view.set_secrets(next(iter(world.store._tenants)), b"KEY=first\n", "sim")
     if kind == 1:
         world.services("agent").view.desired_apply(document(0, world.store), prune=False, expect=None, actor="sim")
     for _ in range(6):

@@ -18,7 +18,8 @@ _STATE = ("_nodes", "_tenants", "_net_ids", "_pools", "_jobs", "_bulks", "_cance
 _CALLS = (
     "heartbeat", "nodes", "live_nodes", "reserve_tenant", "restore", "tenant", "put_tenant", "remove_tenant",
     "place_pool", "unplace_pool", "pool_node", "record", "job", "jobs", "children", "open_jobs", "update",
-    "next_children", "held_children", "request_cancel", "cancel_requested", "claim_sweep", "release_sweep",
+    "next_children", "held_children", "request_cancel", "cancel_requested", "expired_jobs", "expire",
+    "claim_sweep", "release_sweep",
 )  # fmt: skip
 
 
@@ -29,7 +30,6 @@ class Message:
     number: int
     job: Job
     not_before: float = 0.0
-    expires: float | None = None
 
     @property
     def urgent(self) -> bool:
@@ -86,19 +86,22 @@ class SimQueue:
         self._wall = wall
         self._number = 0
 
-    def send(self, jobs: Sequence[Job], *, expires_s: float | None = None) -> None:
+    def send(self, jobs: Sequence[Job]) -> None:
         """See ports/queue.py."""
         self.call("queue.send")
-        expires = None if expires_s is None else self._now() + expires_s
         for job in jobs:
-            retry_at = getattr(job, "retry_at", None)
-            later = max(0.0, (retry_at - self._wall()).total_seconds()) if retry_at else 0.0
-            self.put(Message(0, job, self._now() + later, expires))
+            later = max(0.0, (job.retry_at - self._wall()).total_seconds()) if job.retry_at else 0.0
+            self.put(Message(0, job, self._now() + later))
 
     def queued(self, node: NodeId) -> frozenset[JobId]:
         """See ports/queue.py."""
         self.call("queue.queued")
         return frozenset(message.job.job_id for message in self.ready)
+
+    def discard(self, node: NodeId, jobs: frozenset[JobId]) -> None:
+        """See ports/queue.py."""
+        self.call("queue.discard")
+        self.ready = [message for message in self.ready if message.job.job_id not in jobs]
 
     # --- what events do
     def put(self, message: Message) -> None:

@@ -167,7 +167,7 @@ def _agreement(world: World) -> Iterator[str]:
             yield f"stores disagree: the registry does not know where {pool} is"
 
 def _trails(world: World) -> Iterator[str]:
-    for tenant_id in world.host.trails:
+    for tenant_id in list(world.store._heads):
         verdict = world.services("agent").view.audit_verify(tenant_id)
         if not verdict["whole"]:
             yield f"audit: the trail of {tenant_id} is not whole: {verdict['findings'][:2]}"

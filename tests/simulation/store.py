@@ -14,7 +14,7 @@ from mvm.domain.job import Job, JobState
 from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import not_found
 from mvm.domain.tenant import Tenant
-from mvm.errors import NotAllowed
+from mvm.errors import Fenced, NotAllowed
 from mvm.ports.store import Note
 
 _K = TypeVar("_K")
@@ -48,7 +48,7 @@ class MemoryStore:
         return other
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, durable: bool = True) -> Iterator[None]:
         """See ports/store.py."""
         self.call("store.transaction")
         assert not self.in_transaction, "transactions do not nest"
@@ -151,6 +151,11 @@ class MemoryStore:
         saved = self._instances[instance.ref] = replace(instance, generation=instance.generation + 1)
         return saved
 
+    def lease(self, ref: InstanceRef) -> int | None:
+        """See ports/store.py."""
+        self.call("store.lease")
+        return self._instances[ref].lease if ref in self._instances else None
+
     def delete_instance(self, ref: InstanceRef) -> None:
         """See ports/store.py."""
         self.call("store.delete_instance")
@@ -193,6 +198,10 @@ class MemoryStore:
     def put_job(self, job: Job) -> None:
         """See ports/store.py."""
         self.call("store.put_job")
+        known = self._jobs.get(job.job_id)
+        if known is not None and (known.state.final or known.run > job.run):
+            raise Fenced("job.taken_over", f"job {job.job_id} was taken over by another worker",
+                         hint=f"see: mvm job show {job.job_id}", subject=job.job_id)  # fmt: skip
         self._jobs[job.job_id] = job
 
     def last_job(self, subject: str, *, state: JobState | None = None) -> Job | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mvm.domain.ids import InstanceRef, JobId, NodeId, TenantId
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job, JobState, JobVerb, Reason
+from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.tenant import Quota
 from mvm.errors import Failed, MvmError, TimedOut, Unreachable
@@ -233,12 +233,14 @@ class World:
 
     def _run(self, name: str, message: Message) -> Job | None:
         """As `workers.base` and `workers.node` do it."""
-        job = message.job
-        if message.expires is None or self.clock.elapsed < message.expires:
-            return self.services(name).runner.run(job)
-        error = TimedOut("job.expired", "no worker took it in time").to_dict()
-        self.registry.update(job.with_(state=JobState.CANCELLED, error=error, finished_at=self.clock.now()))
-        self.registry.release_sweep(job.verb.value, job.node_id, job.job_id)
+        job, node = message.job, self.services(name)
+        if job.expires_at is None or self.clock.now() < job.expires_at:
+            return node.runner.run(job)
+        known = self.store.job(job.job_id)
+        if known is None:
+            node.jobs.expired(job)
+        elif not known.state.final:
+            node.jobs.send_again([known])
         return None
 
     def wake(self, ref: InstanceRef, calls: int | None) -> str:
@@ -412,7 +414,7 @@ class World:
         if not tenants:
             return "nobody"
         tenant, content = tenants[event.pick % len(tenants)], f"KEY=v{event.value % 3}\n".encode()
-        work = lambda: self.services("agent").view.set_secrets(tenant, content)  # noqa: E731
+        work = lambda: self.services("agent").view.set_secrets(tenant, content, "sim")  # noqa: E731
         self.begin(self.processes["agent"], f"agent: set secrets of {tenant}", work, event.calls)
         return tenant
 
