@@ -445,3 +445,24 @@ def test_a_message_that_was_lost_is_sent_again_and_only_that(node: Node) -> None
     assert node.services.jobs.job(waiting.job_id).state is JobState.SUCCEEDED
     assert node.services.jobs.job(lost.job_id).state is JobState.SUCCEEDED
     assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
+
+
+def test_a_job_cancelled_in_the_moment_it_begins_is_not_done(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the registry is told that it runs, whoever cancels it is told that it is cancelled."""
+    node.pool()
+    (ref,) = node.create()
+    job = node.submit(V.INSTANCE_START, ref)
+    put_job, cancels = node.services.store.put_job, []
+
+    def cancelled_before(written: Job) -> None:
+        if not cancels:
+            cancels.append(node.services.jobs.cancel(job.job_id).state)
+        put_job(written)
+
+    monkeypatch.setattr(node.services.store, "put_job", cancelled_before)
+    node.drain()
+    assert cancels == [JobState.CANCELLED]
+    known = node.services.store.job(job.job_id)
+    assert known is not None
+    assert known.state is JobState.CANCELLED
+    assert node.instance(ref).status is Status.READY
