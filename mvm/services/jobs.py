@@ -16,6 +16,7 @@ from mvm.ports.queue import JobQueue
 from mvm.ports.registry import Registry
 
 NODE_LIVE_S = 15.0
+_AHEAD_S = 120.0  # further ahead than any next try: the clock has been set back since
 _VAIN = (JobState.FAILED, JobState.CANCELLED)
 
 
@@ -156,12 +157,13 @@ class Jobs:
         A message is lost when a worker is killed between taking and noting it, or a caller between recording its job
         and sending it. A message too many is harmless: a job is done once. Sweeps are not worth it.
         """
-        before = self._clock.now() - timedelta(seconds=older_than_s)
+        now = self._clock.now()
+        before, ahead = now - timedelta(seconds=older_than_s), now + timedelta(seconds=_AHEAD_S)
         waiting = [
             job
             for job in self._registry.open_jobs(node)
             if job.state is JobState.QUEUED
-            and (job.retry_at or job.submitted_at) <= before
+            and not before < (job.retry_at or job.submitted_at) <= ahead
             and job.verb is not JobVerb.BULK
             and not job.verb.is_sweep
         ]

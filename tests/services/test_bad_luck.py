@@ -466,3 +466,15 @@ def test_a_job_cancelled_in_the_moment_it_begins_is_not_done(node: Node, monkeyp
     assert known is not None
     assert known.state is JobState.CANCELLED
     assert node.instance(ref).status is Status.READY
+
+
+def test_a_job_lost_while_the_clock_was_wrong_is_sent_again(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.clock.advance(3600)
+    lost = node.services.jobs.new(V.INSTANCE_START, ref, NODE, actor="test")
+    node.registry.record([lost])  # its sender died here
+    node.clock.advance(-3600)
+    assert [job.job_id for job in node.services.jobs.send_lost(NODE, older_than_s=30)] == [lost.job_id]
+    node.drain()
+    assert node.services.jobs.job(lost.job_id).state is JobState.SUCCEEDED
