@@ -56,9 +56,11 @@ def settle(world: World) -> tuple[int, list[str]]:
     world.redis_down = False
     world.restart()
     _drain(world)
-    held = [row.manual_override_until for row in world.rows().values() if row.manual_override_until]
-    if held:  # a person's word holds as long as it was given for, by a clock that may have been wrong
-        wait = max(0.0, (max(held) - world.clock.now()).total_seconds())
+    # A person's word holds as long as it was given for, and a sweep that came from a clock that was ahead until then.
+    until = [row.manual_override_until for row in world.rows().values() if row.manual_override_until]
+    until += [j.expires_at for j in world.registry.all_jobs().values() if j.verb.is_sweep and j.expires_at]
+    wait = max([(end - world.clock.now()).total_seconds() for end in until], default=0.0)
+    if until:
         world.pass_time(max(wait, HOLD_S) + 1)
     breaches: list[str] = []
     for number in range(1, ROUNDS + 1):

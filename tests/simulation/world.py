@@ -71,6 +71,8 @@ class World:
         self.breaches: list[str] = []
         self.told: list[str] | None = None
         self.remembers = False
+        self.forgot = False
+        """Redis was away or lost something: it may cancel what it does not know to have begun."""
         self._past: list[tuple[float, Any, Any, int]] = []
         self._services: dict[str, NodeServices] = {}
 
@@ -264,6 +266,7 @@ class World:
         if not self._past:
             return "nothing lost"
         _, registry, queue, count = self._past[pick % len(self._past)]
+        self.forgot = True
         self.registry.set_state(registry)
         self.queue.set_state(queue)
         lost = self.accepted[count:]
@@ -448,7 +451,7 @@ class World:
     def _do_redis(self, event: Event) -> str:
         if not self.redis_down:
             self.remember()
-            self.redis_down = True
+            self.redis_down = self.forgot = True
             return "is away"
         self.redis_down = False
         told = "is there again"
