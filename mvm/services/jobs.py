@@ -169,8 +169,11 @@ class Jobs:
         ]
         if not waiting:
             return []
+        parents = {job.parent for job in waiting if job.parent}
+        for parent in parents:
+            self.release_children(parent)  # whoever ended the one before may not have come to it
         known = set(self._queue.queued(node))
-        for parent in {job.parent for job in waiting if job.parent}:
+        for parent in parents:
             known |= self._registry.held_children(parent)
         lost = [job for job in waiting if job.job_id not in known]
         if lost:
@@ -194,6 +197,8 @@ class Jobs:
         self._registry.expire(ended)
         if job.verb.is_sweep:
             self._registry.release_sweep(job.verb.value, job.node_id, job.job_id)
+        if job.parent:
+            self.release_children(job.parent)
 
     def send_again(self, jobs: Sequence[Job]) -> None:
         """Send jobs that are known: each is delivered at its ``retry_at``, or at once."""
@@ -226,7 +231,10 @@ class Jobs:
 
     def cancel(self, job_id: JobId) -> Job:
         """Ask it to end; see `Registry.request_cancel`."""
-        return self._registry.request_cancel(job_id)
+        job = self._registry.request_cancel(job_id)
+        if job.parent and job.state.final:
+            self.release_children(job.parent)
+        return job
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None = None) -> Iterator[Job]:
         """See `Registry.follow`."""

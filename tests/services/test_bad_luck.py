@@ -478,3 +478,22 @@ def test_a_job_lost_while_the_clock_was_wrong_is_sent_again(node: Node) -> None:
     assert [job.job_id for job in node.services.jobs.send_lost(NODE, older_than_s=30)] == [lost.job_id]
     node.drain()
     assert node.services.jobs.job(lost.job_id).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("how", ["cancelled", "expired", "forgotten"])
+def test_a_child_that_is_never_done_holds_up_no_sibling(node: Node, how: str) -> None:
+    node.pool()
+    refs = node.create(2)
+    bulk = node.services.jobs.submit_bulk(V.INSTANCE_START, refs, lambda _: NODE, parallel=1, actor="test")
+    first, second = node.services.jobs.children(bulk.job_id)
+    if how == "cancelled":
+        node.services.jobs.cancel(first.job_id)
+    elif how == "expired":
+        node.services.jobs.expired(first)
+    else:  # its end was told, and whoever told it was killed before it sent the next
+        node.registry.request_cancel(first.job_id)
+        node.clock.advance(31)
+        node.services.jobs.send_lost(NODE, older_than_s=30)
+    node.drain()
+    assert node.services.jobs.job(second.job_id).state is JobState.SUCCEEDED
+    assert node.services.jobs.job(bulk.job_id).state.final
