@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
-from mvm.domain.job import JobState
+from mvm.domain.job import Job, JobState
 from mvm.domain.lifecycle import Status
 from mvm.domain.planner import decide
 from mvm.domain.room import usage_of
@@ -115,7 +115,7 @@ def _jobs(world: World) -> Iterator[str]:
         own = world.store._jobs.get(job.job_id)
         if not job.state.final:
             yield f"job stuck: {job.verb} {job.subject} ({job.job_id}) is {job.state}"
-        elif own is not None and own.state is not job.state and not (world.forgot and job.state is JobState.CANCELLED):
+        elif own is not None and own.state is not job.state and not _excused(world, own, job):
             yield f"stores disagree: {job.verb} {job.subject} is {own.state} at the node, {job.state} in the registry"
     for job in world.store._jobs.values():
         if not job.state.final:
@@ -123,6 +123,11 @@ def _jobs(world: World) -> Iterator[str]:
     for ref, row in world.rows().items():
         if row.in_flight is not None:
             yield f"stuck: {ref} is held by {row.in_flight}"
+
+
+def _excused(world: World, own: Job, job: Job) -> bool:
+    """A registry that had forgotten the job may have cancelled it; and what could not begin may be either."""
+    return job.state is JobState.CANCELLED and (world.forgot or own.state is JobState.FAILED)
 
 
 def _host(world: World) -> Iterator[str]:

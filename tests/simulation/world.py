@@ -121,7 +121,8 @@ class World:
         """A VMM of `ref` has just been started."""
         if ref not in self.rows():
             return  # a template
-        limit = max((quota.max_running for quota in self.quotas[ref.tenant]), default=0)
+        known = self.quotas.setdefault(ref.tenant, [self.store._tenants[ref.tenant].quota])
+        limit = max(quota.max_running for quota in known)
         running = sum(not m.paused for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows())
         if running > limit:
             self.breach(f"quota breach: {running} VMMs of {ref.tenant} run, at most {limit} may")
@@ -177,6 +178,8 @@ class World:
             self.breach(f"crashed: {actor.name}: {error!r}")
         else:
             self.tell(f"      {actor.name} ends{_outcome(actor.result)}")
+            if isinstance(actor.result, Job) and actor.result.error and actor.result.error["code"] == "internal":
+                self.breach(f"crashed: {actor.name} ended with an unexpected error")
 
     def begin(self, process: Process, name: str, work: Callable[[], object], calls: int | None = None) -> Actor:
         """A process begins something."""
