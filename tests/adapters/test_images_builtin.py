@@ -9,6 +9,8 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from mvm.domain.ids import Revision
 from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
-from mvm.drivers.builtin import recipe
+from mvm.drivers.builtin import debs, recipe
 from mvm.drivers.builtin.debs import Package, Packages
 from mvm.drivers.images_builtin import BuiltinImages
 from mvm.drivers.shell import LocalShell
@@ -41,6 +43,15 @@ def rootfs(layout: StateLayout, revision: Revision, command: str) -> str:
 
 def digests(directory: Path) -> dict[str, str]:
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """Unpacking is most of a build's work: each package is unpacked once for all of them."""
+    known = cache(debs.read_deb)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(debs, "read_deb", lambda data: deepcopy(known(data)))
+        yield
 
 
 @pytest.fixture(scope="module")
