@@ -29,7 +29,7 @@ from mvm.domain.probes import (
     Stand,
     Tokens,
 )
-from mvm.errors import MvmError, NotAllowed, QuotaExceeded, TimedOut
+from mvm.errors import MvmError, NotAllowed, NotFound, QuotaExceeded, TimedOut
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
 from mvm.ports.network import HostNetwork
@@ -154,6 +154,8 @@ class NetworkProof:
             heard |= self._ask(ref, [c for c in all_calls if c.tenant != party.name])
         except MvmError as error:
             log.warning("guest not asked", instance=ref, why=error.message)
+            if not self._runs(ref):
+                return []  # it was stopped or put to sleep meanwhile
             why = error.message
         rows = []
         for call in all_calls:
@@ -165,6 +167,12 @@ class NetworkProof:
                 {**row, "seen": "not tried", "ok": False, "why": why} if why and call.word not in heard else row
             )
         return rows
+
+    def _runs(self, ref: str) -> bool:
+        try:
+            return self._store.instance(InstanceRef.parse(ref)).status is Status.RUNNING
+        except NotFound:
+            return False
 
     def _ask(self, ref: str, tried: Sequence[Call]) -> set[str]:
         """The words of those calls that were answered. Raises when they cannot all be tried."""
