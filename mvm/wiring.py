@@ -216,8 +216,11 @@ def build_node(
     ports: NodePorts, settings: Settings, *, authorized_key: str, observers: tuple[Observer, ...] = ()
 ) -> NodeServices:
     """Services over `ports`: the same for real and fake ones."""
+    from mvm.domain.disk import Watermarks
     from mvm.services.audit import Audit
     from mvm.services.desired_states import DesiredStates
+    from mvm.services.disk import Disk
+    from mvm.services.disk_room import DiskRoom
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.idle import Idleness
     from mvm.services.insight import Insight
@@ -244,8 +247,10 @@ def build_node(
     precedence = Precedence(p.locks)
     audit = Audit(p.store, p.audit, p.clock, precedence, node)
     runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, observers)
+    marks = Watermarks(low=settings.disk_low_mib << 20, reserve=settings.disk_reserve_mib << 20)
+    room = DiskRoom(p.store, p.storage, p.vmm, marks)
     snapshots = Snapshots(
-        locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
+        locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage, room=room,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
     )  # fmt: skip
     networks = Networks(p.store, p.locks, p.network, p.packets, settings.plan)
@@ -263,7 +268,10 @@ def build_node(
         store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node
     )
     tenants = Tenants(p.store, p.registry, networks, secrets)
-    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks)
+    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks, room)
+    disk = Disk(
+        store=p.store, storage=p.storage, locks=p.locks, room=room, node_id=node, keep=settings.keep_revisions
+    )  # fmt: skip
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
         networks=networks, storage=p.storage, lifecycle=lifecycle, secrets=secrets, audit=audit, node_id=node,
@@ -271,7 +279,7 @@ def build_node(
     )  # fmt: skip
     idleness = Idleness(
         store=p.store, registry=p.registry, jobs=jobs, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
-        memory=p.memory, node_id=node, reserve_percent=settings.memory_reserve_percent,
+        memory=p.memory, room=room, node_id=node, reserve_percent=settings.memory_reserve_percent,
         period_s=settings.idleness_sweep_s,
     )  # fmt: skip
     for verb, handler in {
@@ -292,10 +300,12 @@ def build_node(
         JobVerb.INSTANCE_WAKE: lifecycle.wake,
         JobVerb.INSTANCE_DESTROY: lifecycle.destroy,
         JobVerb.NODE_RECONCILE: reconcile.sweep,
+        JobVerb.NODE_CLEAN: disk.clean,
         JobVerb.SWEEP_STALE_PIDS: sweeps.stale_pids,
         JobVerb.SWEEP_ORPHANS: sweeps.orphans,
         JobVerb.SWEEP_RECONCILE: reconcile.sweep,
         JobVerb.SWEEP_IDLENESS: idleness.sweep,
+        JobVerb.SWEEP_DISK: disk.sweep,
     }.items():
         runner.register(verb, handler)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
@@ -319,6 +329,7 @@ def build_node(
         secrets=secrets,
         insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
         network_check=network_check,
+        disk=disk,
         audit=audit,
         desired=DesiredStates(p.store, jobs, reconcile, node),
     )

@@ -128,6 +128,8 @@ class HostState:
         self._faults: dict[str, deque[MvmError]] = {}
         self.kept_secrets: dict[TenantId, Secrets] = {}
         self.memory_left = MemoryLeft(total_mib=16384, available_mib=8192)
+        self.disk_free = 1 << 39
+        self.archive = ""
         self.groups: set[InstanceRef] = set()
         self.out_of_memory: Counter[InstanceRef] = Counter()
         self.last_pid = 999
