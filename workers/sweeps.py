@@ -49,3 +49,9 @@ def disk(self: JobTask, **job: Any) -> str:
 def clean(self: JobTask, **job: Any) -> str:
     """See the service."""
     return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_HEALTH.task_name)
+def health(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)

@@ -37,6 +37,7 @@ class JobVerb(StrEnum):
     SWEEP_RECONCILE = "sweep.reconcile"
     SWEEP_IDLENESS = "sweep.idleness"
     SWEEP_DISK = "sweep.disk"
+    SWEEP_HEALTH = "sweep.health"
     BULK = "bulk"  # a parent: no task of its own, it ends with its last child
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from mvm.domain.layout import StateLayout
 from mvm.drivers.extents import SharedExtents
 from mvm.errors import Failed, InvalidInput
 
+_MOUNTS = Path("/proc/self/mountinfo")
+_ESCAPED = re.compile(r"\\([0-7]{3})")
 _BLOCK = 512  # what `st_blocks` counts in, whatever the file system's own are
 _OF_INSTANCE = {"overlay.qcow2": Kind.OVERLAY, "data.img": Kind.DATA_DISK}
 _LARGE = 1 << 16  # smaller files are not worth the question what they share
@@ -57,6 +60,14 @@ def space(layout: StateLayout) -> Space:
     if not found:
         raise Failed("storage.failed", f"{layout.root}: there is no such directory", hint="start the stack: mvm up")
     return min(found.values(), key=lambda each: each.free)
+
+
+def mounted_within(directory: Path) -> Path | None:
+    """Where in `directory`, or at it, something is mounted."""
+    points = (line.split()[4] for line in _MOUNTS.read_text().splitlines())
+    found = (Path(_ESCAPED.sub(lambda code: chr(int(code[1], 8)), point)) for point in points)
+    real = directory.resolve()
+    return next((point for point in found if point.is_relative_to(real)), None)
 
 
 def _walk(directory: str, *, top: bool = True) -> Iterator[tuple[str, os.stat_result]]:

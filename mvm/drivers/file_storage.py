@@ -142,6 +142,16 @@ class FileStorage:
                     with suppress(InvalidInput):
                         yield InstanceRef(TenantId(tenant.name), PoolId(pool.name), InstanceId(instance.name))
 
+    def not_ours(self, ref: InstanceRef) -> str | None:
+        """See ports/storage.py."""
+        directory = self.directory(ref)
+        with _translated(directory), suppress(FileNotFoundError):
+            if (owner := directory.stat(follow_symlinks=False).st_uid) != os.geteuid():
+                return f"{directory} belongs to user {owner}"
+            if mount := disk_usage.mounted_within(directory):
+                return f"something is mounted at {mount}"
+        return None
+
     def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
         """See ports/storage.py. Instances without any are left out."""
         with _translated(self._layout.instances):

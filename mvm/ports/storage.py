@@ -70,6 +70,10 @@ class NodeStorage(Protocol):
         """Every instance that has a directory."""
         ...
 
+    def not_ours(self, ref: InstanceRef) -> str | None:
+        """Why the instance's directory may hold what is somebody else's, if it may: its user, or a mount within."""
+        ...
+
     def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
         """Per instance with a directory, the names of its files that belong to a run (overlay, sockets)."""
         ...

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
 
-from mvm.domain.disk import Cleaning, Kind, Level, checked_keep, cleaning, rows, size, users
+from mvm.domain.disk import Cleaning, Kind, Level, Stored, checked_keep, cleaning, rows, size, users
 from mvm.domain.findings import DiskResult, Kept, Removed
 from mvm.domain.ids import NodeId
 from mvm.domain.job import JobVerb
@@ -43,10 +43,8 @@ class Disk:
         """By tenant, pool and kind what is there, in bytes that are allocated; with the space that is left."""
         stored = self._storage.usage()
         found = rows(stored, users(self._store.pools(), self._store.instances()))
-        kinds: Counter[str] = Counter(dict.fromkeys(Kind, 0))
         tenants: Counter[str] = Counter({tenant.id: 0 for tenant in self._store.tenants()})
         for row in found:
-            kinds[row.kind.value] += row.bytes
             if row.tenant:
                 tenants[row.tenant] += row.bytes
         return {
@@ -54,7 +52,7 @@ class Disk:
             **self._space(),
             "used_bytes": sum(row.bytes for row in found),
             "shared_bytes": sum(row.shared for row in found),
-            "kinds": dict(kinds),
+            "kinds": self._kinds(stored),
             "tenants": dict(sorted(tenants.items())),
             "items": [row.to_dict() for row in found],
         }
@@ -80,12 +78,14 @@ class Disk:
             result = self._clean(context, self._keep, dry_run=False)
             log.warning("disk is low", free=size(result.free), freed=size(result.freed), level=result.level)
         else:
-            result = DiskResult(free=self._storage.space().free, level=Level.OK.value)
+            free, kinds = self._storage.space().free, self._kinds(self._storage.usage())
+            result = DiskResult(free=free, level=Level.OK.value, kinds=kinds)
         return result.to_dict()
 
     def _clean(self, context: JobContext, keep: int, *, dry_run: bool) -> DiskResult:
         with self._locks.hold(IMAGES_LOCK, deadline_s=LOCK_S):
-            sizes = {(item.kind, item.pool, item.revision): item.bytes for item in self._storage.usage()}
+            stored = self._storage.usage()
+            sizes = {(item.kind, item.pool, item.revision): item.bytes for item in stored}
             found, building = self._decide(keep)
             others = self._storage.shared_with_others()
             revisions = () if others else found.revisions
@@ -110,7 +110,15 @@ class Disk:
         kept = [Kept(revision, why) for revision, why in found.kept.items()]
         kept += [Kept(revision, f"{others} may be another node's, too") for revision in found.revisions if others]
         free = self._storage.space().free
-        return DiskResult(tuple(removed), tuple(kept), free, self._room.marks.level(free).value, dry_run)
+        return DiskResult(
+            tuple(removed), tuple(kept), free, self._room.marks.level(free).value, dry_run, self._kinds(stored)
+        )
+
+    def _kinds(self, stored: Sequence[Stored]) -> dict[str, int]:
+        kinds: Counter[str] = Counter({kind.value: 0 for kind in Kind})
+        for item in stored:
+            kinds[item.kind.value] += item.bytes
+        return dict(kinds)
 
     def _decide(self, keep: int) -> tuple[Cleaning, bool]:
         # What is there is read before the store: a revision that comes meanwhile is not looked at.

@@ -143,9 +143,11 @@ def test_the_sweep_cleans_only_when_space_is_low(node: Node) -> None:
     node.pool()
     for archive in "2345":
         build(node, archive)
-    assert node.sweep(V.SWEEP_DISK) == {
+    swept = node.sweep(V.SWEEP_DISK)
+    assert swept["kinds"]["revisions"] == 1000 * MIB
+    assert swept == {
         "changed": False, "dry_run": False, "removed": [], "freed_bytes": 0, "kept": [], "free_bytes": 1 << 39,
-        "level": "ok",
+        "level": "ok", "kinds": swept["kinds"],
     }  # fmt: skip
     node.host.disk_free = LOW - 1
     swept = node.sweep(V.SWEEP_DISK)

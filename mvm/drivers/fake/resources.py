@@ -111,6 +111,11 @@ class FakeNetwork(Part):
         """See ports/network.py."""
         return interface in {*self._host.bridges, *self._host.taps, *self._host.foreign}
 
+    @point("network.strangers")
+    def strangers(self) -> Mapping[str, str]:
+        """See ports/network.py."""
+        return dict.fromkeys(sorted(self._host.foreign), "somebody else made it")
+
     @point("network.bridges")
     def bridges(self) -> frozenset[str]:
         """See ports/network.py."""

@@ -110,6 +110,8 @@ class HostState:
         self.taps: dict[str, str | None] = {}
         self.bridges: dict[str, tuple[str, ...]] = {}
         self.foreign: set[str] = set()
+        self.mounts: dict[InstanceRef, str] = {}
+        self.impostors: dict[str, str] = {}
         self.rules: Ruleset | None = None
         self.tampered: list[str] = []
         self.forwards: frozenset[str] = frozenset()

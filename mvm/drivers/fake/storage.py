@@ -91,6 +91,10 @@ class FakeStorage(Part):
         """See ports/storage.py."""
         return frozenset(self._host.files)
 
+    def not_ours(self, ref: InstanceRef) -> str | None:
+        """See ports/storage.py."""
+        return self._host.mounts.get(ref)
+
     @point("storage.leftovers")
     def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
         """See ports/storage.py."""
