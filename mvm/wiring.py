@@ -71,7 +71,8 @@ class Client:
         from mvm.services.jobs import Jobs
 
         link = RedisLink(self.connection["broker_url"], code="broker.unreachable")
-        return Jobs(self.registry, CeleryQueue(link), SystemClock())
+        expires_s = float(self.connection.get("job_expires_s", 86400.0))
+        return Jobs(self.registry, CeleryQueue(link), SystemClock(), expires_s=expires_s)
 
     @cached_property
     def agents(self) -> NodeAgents:
@@ -93,7 +94,10 @@ def open_client(connection: Mapping[str, str], layout: StateLayout) -> Client:
 
 def open_jobs(settings: Settings) -> Jobs:
     """Submitting jobs, for a process that has no node of its own."""
-    connection = {"node_id": settings.node, "redis_url": settings.redis, "broker_url": settings.broker}
+    connection = {
+        "node_id": settings.node, "redis_url": settings.redis, "broker_url": settings.broker,
+        "job_expires_s": str(settings.job_expires_s),
+    }  # fmt: skip
     return Client(connection, settings.layout).jobs
 
 
@@ -169,7 +173,7 @@ def open_ports(settings: Settings) -> NodePorts:
     store = SqliteStore(layout.database)
     registry = RedisRegistry(RedisLink(settings.redis, code="registry.unreachable"))
     queue = CeleryQueue(RedisLink(settings.broker, code="broker.unreachable"))
-    locks = FileLocks(layout.locks)
+    locks = FileLocks(layout.locks, takeover_s=settings.takeover_s)
     audit = FileAuditLog(layout.audit, locks)
     if settings.driver == "fake":
         from mvm.drivers.fake.shared import SharedFakeHost
@@ -251,6 +255,7 @@ def build_node(
     from mvm.services.pools import Pools
     from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
+    from mvm.services.recovery import Recovery
     from mvm.services.runner import Runner
     from mvm.services.secrets import TenantSecrets
     from mvm.services.snapshots import Snapshots
@@ -261,10 +266,10 @@ def build_node(
 
     p, node = ports, settings.node
     address = f"{settings.agent_host}:{settings.agent_port}"
-    jobs = Jobs(p.registry, p.queue, p.clock)
+    jobs = Jobs(p.registry, p.queue, p.clock, expires_s=settings.job_expires_s)
     precedence = Precedence(p.locks)
     audit = Audit(p.store, p.audit, p.clock, precedence, node)
-    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, observers)
+    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, settings.tries, observers)
     marks = Watermarks(low=settings.disk_low_mib << 20, reserve=settings.disk_reserve_mib << 20)
     room = DiskRoom(p.store, p.storage, p.vmm, marks)
     snapshots = Snapshots(
@@ -273,8 +278,9 @@ def build_node(
     )  # fmt: skip
     networks = Networks(p.store, p.locks, p.network, p.packets, settings.plan)
     secrets = TenantSecrets(
-        store=p.store, secrets=p.secrets, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage
-    )
+        store=p.store, secrets=p.secrets, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
+        audit=audit,
+    )  # fmt: skip
     microvms = MicroVms(
         store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, networks=networks, storage=p.storage,
         snapshots=snapshots, secrets=secrets, cgroups=p.cgroups,
@@ -295,9 +301,10 @@ def build_node(
     disk = Disk(
         store=p.store, storage=p.storage, locks=p.locks, room=room, node_id=node, keep=settings.keep_revisions
     )  # fmt: skip
+    recovery = Recovery(p.store, p.locks, p.vmm, microvms, audit)
     stale_pids = StalePids(
         store=p.store, registry=p.registry, vmm=p.vmm, storage=p.storage, lifecycle=lifecycle, secrets=secrets,
-        audit=audit, node_id=node, keep_jobs=settings.keep_jobs, cgroups=p.cgroups,
+        audit=audit, node_id=node, keep_jobs=settings.keep_jobs, cgroups=p.cgroups, recovery=recovery,
     )  # fmt: skip
     orphans = Orphans(
         store=p.store, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network, networks=networks,
@@ -334,7 +341,9 @@ def build_node(
         JobVerb.SWEEP_DISK: disk.sweep,
         JobVerb.SWEEP_HEALTH: health.sweep,
     }.items():
-        runner.register(verb, alone(p.locks, handler) if verb.is_sweep else handler)
+        marked = verb.value.startswith("instance.") and verb is not JobVerb.INSTANCE_CREATE
+        undo = lifecycle.undo_create if verb is JobVerb.INSTANCE_CREATE else recovery.undo if marked else None
+        runner.register(verb, alone(p.locks, handler) if verb.is_sweep else handler, undo)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
     proof = NetworkProof(
         store=p.store, clock=p.clock, network=p.network, networks=networks, probing=p.probing, guest=p.guest,

@@ -74,7 +74,7 @@ class NodeApi(Protocol):
         """An instance's memory, snapshot and times."""
         ...
 
-    def set_secrets(self, tenant: TenantId, content: bytes) -> Mapping[str, Any]:
+    def set_secrets(self, tenant: TenantId, content: bytes, actor: str) -> Mapping[str, Any]:
         """Keep the secrets in a secrets file; which epoch they are."""
         ...
 
@@ -113,6 +113,9 @@ class NodeApi(Protocol):
         ...
 
 
+_Actor = Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class _Params(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -139,11 +142,12 @@ class _Instance(_Params):
 
 
 class _Wake(_Instance):
-    actor: Annotated[str, Field(min_length=1, max_length=64)]
+    actor: _Actor
 
 
 class _Secrets(_Params):
     tenant: str
+    actor: _Actor
     content: Annotated[str, Field(max_length=MAX_BYTES * 2, pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
 
 
@@ -172,7 +176,7 @@ class _Desired(_Params):
 
 class _Apply(_Desired):
     expect: Annotated[str, Field(max_length=64)] | None = None
-    actor: Annotated[str, Field(min_length=1, max_length=64)]
+    actor: _Actor
 
 
 class _Request(_Params):
@@ -247,7 +251,7 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "disk.report": Method(coordinator, _Nothing, lambda _: _disk(api), long=True),
         "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
         "tenant.set_secrets": Method(
-            coordinator, _Secrets, one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content)))
+            coordinator, _Secrets, one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content), p.actor))
         ),
         "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
         "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),

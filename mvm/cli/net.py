@@ -82,7 +82,7 @@ def _probes(rows: list[dict[str, Any]]) -> Iterator[str]:
     kinds = [
         {"probe": kind, "expected": expected, "passed": tried[kind, expected, "passes"],
          "blocked": tried[kind, expected, "blocked"],
-         "ok": tried[kind, expected, "blocked" if expected == "passes" else "passes"] == 0}
+         "ok": tried[kind, expected, expected] == sum(n for (*both, _), n in tried.items() if both == [kind, expected])}
         for kind, expected in dict.fromkeys((row["kind"], row["expected"]) for row in rows)
     ]  # fmt: skip
     yield from _matrix(rows)
@@ -91,7 +91,8 @@ def _probes(rows: list[dict[str, Any]]) -> Iterator[str]:
     wrong = [row for row in rows if not row["ok"]]
     if wrong:
         yield ""
-        yield from table(wrong, {name: name for name in ("kind", "source", "target", "expected", "seen")})
+        told = ["why"] if any("why" in row for row in wrong) else []
+        yield from table(wrong, {name: name for name in ("kind", "source", "target", "expected", "seen", *told)})
     yield f"{len(rows)} probes, {len(wrong)} not as expected"
 
 

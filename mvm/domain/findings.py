@@ -83,13 +83,17 @@ class StalePid:
 
 @dataclass(frozen=True, slots=True)
 class StalePidResult:
-    """Those that were recorded as stopped."""
+    """Those that were recorded as stopped, and refs of those whose jobs had ended in the middle and that rest now."""
 
     stopped: Sequence[StalePid] = ()
+    settled: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {"changed": bool(self.stopped), "stopped": [asdict(each) for each in self.stopped]}
+        return {
+            "changed": bool(self.stopped or self.settled), "stopped": [asdict(each) for each in self.stopped],
+            "settled": list(self.settled),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ class BuiltinImages:
         lock = os.open(images / BUILD_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in (*images.glob(".build-*"), *self._layout.package_cache.glob(".fetch-*")):
+            for left in images.glob(".build-*"):
                 shutil.rmtree(left)
             yield images
         finally:

@@ -22,7 +22,7 @@ from mvm.domain.layout import STATE_VERSION
 from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import not_found
 from mvm.domain.tenant import Tenant
-from mvm.errors import Failed, NotAllowed
+from mvm.errors import Failed, Fenced, NotAllowed
 from mvm.ports.store import Note
 
 _SCHEMA = """
@@ -45,6 +45,10 @@ CREATE TABLE IF NOT EXISTS audit_heads (tenant TEXT PRIMARY KEY, seq INTEGER NOT
 CREATE TABLE IF NOT EXISTS audit_pending (tenant TEXT NOT NULL, seq INTEGER NOT NULL, line TEXT NOT NULL,
     PRIMARY KEY (tenant, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS desired (id INTEGER PRIMARY KEY CHECK (id = 1), doc TEXT NOT NULL)
+"""
+_PUT_JOB = """
+INSERT INTO jobs VALUES (?1, ?2, ?3) ON CONFLICT (id) DO UPDATE SET final = ?2, doc = ?3
+WHERE final = 0 AND coalesce(doc ->> 'attempt', 0) + coalesce(doc ->> 'deaths', 0) <= ?4
 """
 _BUSY_MS = 10_000
 
@@ -105,17 +109,23 @@ class SqliteStore:
             ) from error  # fmt: skip
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, durable: bool = True) -> Iterator[None]:
         """See ports/store.py."""
         with self._translated():
             db = self._db()
-            db.execute("BEGIN IMMEDIATE")
+            if not durable:
+                db.execute("PRAGMA synchronous = NORMAL")
             try:
-                yield
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                except BaseException:
+                    db.execute("ROLLBACK")
+                    raise
+                db.execute("COMMIT")
+            finally:
+                if not durable:
+                    db.execute("PRAGMA synchronous = FULL")
 
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         with self._translated():
@@ -218,6 +228,11 @@ class SqliteStore:
             )  # fmt: skip
         return saved
 
+    def lease(self, ref: InstanceRef) -> int | None:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc ->> 'lease' FROM instances WHERE ref = ?", str(ref))
+        return (rows[0][0] or 0) if rows else None
+
     def delete_instance(self, ref: InstanceRef) -> None:
         """See ports/store.py."""
         self._write("DELETE FROM notes WHERE ref = ?", str(ref))
@@ -258,9 +273,18 @@ class SqliteStore:
 
     def put_job(self, job: Job) -> None:
         """See ports/store.py."""
-        self._write(
-            "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", job.job_id, job.state.final, json.dumps(job.to_dict())
-        )
+        db = self._db()
+        hasty = not job.state.final and not db.in_transaction
+        if hasty:  # its next write takes it along to the disk: a commit is mostly waiting for that
+            db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            written = self._write(_PUT_JOB, job.job_id, job.state.final, json.dumps(job.to_dict()), job.run)
+        finally:
+            if hasty:
+                db.execute("PRAGMA synchronous = FULL")
+        if not written:
+            raise Fenced("job.taken_over", f"job {job.job_id} was taken over by another worker",
+                         hint=f"see: mvm job show {job.job_id}", subject=job.job_id)  # fmt: skip
 
     def last_job(self, subject: str, *, state: JobState | None = None) -> Job | None:
         """See ports/store.py."""

@@ -32,10 +32,11 @@ class NodeStore(Protocol):
     processes may share it.
     """
 
-    def transaction(self) -> AbstractContextManager[None]:
+    def transaction(self, *, durable: bool = True) -> AbstractContextManager[None]:
         """All reads and writes of this thread within are one atomic step, seen by others whole or not at all.
 
-        It begins with the write lock, so what it reads stays true until it ends. It does not nest.
+        It begins with the write lock, so what it reads stays true until it ends. It does not nest. Its writes outlive
+        every process; those that are not `durable` may be lost with the machine's power, until a durable one follows.
         """
         ...
 
@@ -94,6 +95,10 @@ class NodeStore(Protocol):
         """
         ...
 
+    def lease(self, ref: InstanceRef) -> int | None:
+        """The newest lease of an instance; None when there is no such instance. Cheap: asked before every act."""
+        ...
+
     def delete_instance(self, ref: InstanceRef) -> None:
         """Forget it, and the notes on it."""
         ...
@@ -123,7 +128,12 @@ class NodeStore(Protocol):
         ...
 
     def put_job(self, job: Job) -> None:
-        """Insert or replace."""
+        """Insert or replace.
+
+        Raises `Fenced` (``job.taken_over``) for a record that is final, or that somebody has begun anew since: the
+        caller was taken for dead. A record that is not final outlives its writer's death at once, and the host's with
+        the next write of another kind.
+        """
         ...
 
     def last_job(self, subject: str, *, state: JobState | None = None) -> Job | None:

@@ -6,9 +6,10 @@ What only the host has is shown, and removed once it has been so for the grace t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import structlog
 from mvm.domain.findings import OrphanFound, OrphanResult
 from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
+from mvm.domain.job import Job, Reason
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, NotFound, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
@@ -76,7 +78,7 @@ class Orphans:
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
         """Compare, show, and put right what can be."""
         context.step("compare host and store", 0, 1)
-        sent = self._send_lost()
+        sent = self._send_lost(context.job)
         orphans = [self._judge(orphan) for _, orphan in sorted(self._seen().items())]
         repaired = list(self._networks.repair())
         if repaired:
@@ -96,12 +98,31 @@ class Orphans:
             log.warning("orphan removed", orphan=orphan.name, age_s=round(age, 1))
         return OrphanFound(orphan.kind, orphan.name, round(age, 1), removed, orphan.why)
 
-    def _send_lost(self) -> list[str]:
+    def _send_lost(self, own: Job) -> list[str]:
+        """Jobs that wait in no queue, and those begun here that nobody works on and nobody will be told to."""
         try:
-            lost = self._jobs.send_lost(self._node_id, older_than_s=_LOST_S)
+            lost = [*self._jobs.send_lost(self._node_id, older_than_s=_LOST_S), *self._left(own)]
         except Unreachable:
             return []
         return [str(job.job_id) for job in lost]
+
+    def _left(self, own: Job) -> Sequence[Job]:
+        """A message too many does no harm, so a job is sent again that may only just have lost its worker."""
+        due = self._clock.now() - timedelta(seconds=_LOST_S)
+        open_jobs = [
+            job
+            for job in self._store.unfinished_jobs()
+            if job.reason is not Reason.URGENT  # their agent takes them up
+            and job.job_id != own.job_id
+            and (job.retry_at or job.started_at or due) <= due
+            and self._locks.wait_free(f"job {job.job_id}", deadline_s=0)
+        ]
+        if not open_jobs:
+            return []
+        queued = self._jobs.queued(self._node_id)
+        left = [job for job in open_jobs if job.job_id not in queued]
+        self._jobs.send_again(left)
+        return left
 
     def _find(self) -> dict[str, Orphan]:
         # The host is read before the store: what is being created is written down first, so it has an owner by then.

@@ -20,6 +20,7 @@ from mvm.ports.store import NodeStore
 from mvm.ports.vmm import Presence, VmmDriver
 from mvm.services.audit import Audit
 from mvm.services.lifecycle import Lifecycle
+from mvm.services.recovery import Recovery
 from mvm.services.runner import Handler, JobContext
 from mvm.services.secrets import TenantSecrets
 
@@ -50,7 +51,7 @@ class StalePids:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, vmm: VmmDriver, storage: NodeStorage, lifecycle: Lifecycle,
-        secrets: TenantSecrets, audit: Audit, node_id: NodeId, keep_jobs: int, cgroups: Cgroups,
+        secrets: TenantSecrets, audit: Audit, node_id: NodeId, keep_jobs: int, cgroups: Cgroups, recovery: Recovery,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -62,6 +63,7 @@ class StalePids:
         self._node_id = node_id
         self._keep_jobs = keep_jobs
         self._cgroups = cgroups
+        self._recovery = recovery
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
         """Instances recorded running whose process is gone become stopped, with the reason; consoles are kept short."""
@@ -80,11 +82,12 @@ class StalePids:
                     log.warning("instance gone", instance=str(instance.ref), why=reason)
             except TimedOut:
                 continue  # a job holds it and will see for itself
+        settled = self._recovery.left(context.job)
         self._secrets.catch_up()
         self._publish_ends()
         self._audit.complete()
         self._store.forget_jobs(keep=self._keep_jobs)
-        return StalePidResult(gone).to_dict()
+        return StalePidResult(gone, settled).to_dict()
 
     def _reason(self, instance: Instance) -> str:
         pid = instance.process.pid if instance.process else "?"

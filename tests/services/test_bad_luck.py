@@ -445,3 +445,55 @@ def test_a_message_that_was_lost_is_sent_again_and_only_that(node: Node) -> None
     assert node.services.jobs.job(waiting.job_id).state is JobState.SUCCEEDED
     assert node.services.jobs.job(lost.job_id).state is JobState.SUCCEEDED
     assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
+
+
+def test_a_job_cancelled_in_the_moment_it_begins_is_not_done(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the registry is told that it runs, whoever cancels it is told that it is cancelled."""
+    node.pool()
+    (ref,) = node.create()
+    job = node.submit(V.INSTANCE_START, ref)
+    put_job, cancels = node.services.store.put_job, []
+
+    def cancelled_before(written: Job) -> None:
+        if not cancels:
+            cancels.append(node.services.jobs.cancel(job.job_id).state)
+        put_job(written)
+
+    monkeypatch.setattr(node.services.store, "put_job", cancelled_before)
+    node.drain()
+    assert cancels == [JobState.CANCELLED]
+    known = node.services.store.job(job.job_id)
+    assert known is not None
+    assert known.state is JobState.CANCELLED
+    assert node.instance(ref).status is Status.READY
+
+
+def test_a_job_lost_while_the_clock_was_wrong_is_sent_again(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.clock.advance(3600)
+    lost = node.services.jobs.new(V.INSTANCE_START, ref, NODE, actor="test")
+    node.registry.record([lost])  # its sender died here
+    node.clock.advance(-3600)
+    assert [job.job_id for job in node.services.jobs.send_lost(NODE, older_than_s=30)] == [lost.job_id]
+    node.drain()
+    assert node.services.jobs.job(lost.job_id).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("how", ["cancelled", "expired", "forgotten"])
+def test_a_child_that_is_never_done_holds_up_no_sibling(node: Node, how: str) -> None:
+    node.pool()
+    refs = node.create(2)
+    bulk = node.services.jobs.submit_bulk(V.INSTANCE_START, refs, lambda _: NODE, parallel=1, actor="test")
+    first, second = node.services.jobs.children(bulk.job_id)
+    if how == "cancelled":
+        node.services.jobs.cancel(first.job_id)
+    elif how == "expired":
+        node.services.jobs.expired(first)
+    else:  # its end was told, and whoever told it was killed before it sent the next
+        node.registry.request_cancel(first.job_id)
+        node.clock.advance(31)
+        node.services.jobs.send_lost(NODE, older_than_s=30)
+    node.drain()
+    assert node.services.jobs.job(second.job_id).state is JobState.SUCCEEDED
+    assert node.services.jobs.job(bulk.job_id).state.final

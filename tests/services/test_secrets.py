@@ -25,7 +25,7 @@ class Killed(BaseException):
 
 
 def put(node: Node, **values: str) -> int:
-    return int(node.services.view.set_secrets(ACME, json.dumps(values).encode())["secrets_epoch"])
+    return int(node.services.view.set_secrets(ACME, json.dumps(values).encode(), "me")["secrets_epoch"])
 
 
 def running(node: Node, count: int = 1) -> list[str]:
@@ -55,6 +55,17 @@ def test_guests_have_what_was_set_before_they_started(node: Node) -> None:
     assert seen(node, before) == digest(A="1")
 
 
+def test_whoever_sets_them_is_in_the_audit_trail(node: Node) -> None:
+    node.pool()
+    put(node, TOKEN="one")
+    (last,) = next(node.services.view.audit_tail(ACME, 1, follow=False))
+    assert [last[name] for name in ("kind", "verb", "actor", "from", "to", "job_id")] == [
+        "call", "tenant.set_secrets", "me", "epoch=0", "epoch=1", None,
+    ]  # fmt: skip
+    assert "one" not in str(last).split("'")
+    assert node.services.view.audit_verify(ACME)["whole"]
+
+
 def test_rotation_makes_an_epoch_and_reaches_running_guests(node: Node) -> None:
     node.pool()
     put(node, A="1")
@@ -67,13 +78,19 @@ def test_rotation_makes_an_epoch_and_reaches_running_guests(node: Node) -> None:
     assert again.result == job.result, "delivered twice it is one rotation"
 
 
-def test_a_rotation_that_lost_its_worker_makes_one_epoch(node: Node) -> None:
+def test_a_rotation_that_lost_its_worker_makes_one_epoch(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.pool()
     put(node, A="1")
     running(node)
-    node.host.fail("vmm.put_secrets", Failed("vmm.failed", "killed here"))
-    job = node.do(V.TENANT_SECRETS, "acme", rotate=True)
-    node.services.store.put_job(job.with_(state=job.state.RUNNING, error=None))
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    job = node.submit(V.TENANT_SECRETS, "acme", rotate=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(node.host.vmm, "put_secrets", killed)
+        with pytest.raises(Killed):
+            node.drain()
     final = node.services.runner.run(job)
     assert final.result is not None
     assert final.result["secrets_epoch"] == 2
@@ -211,7 +228,7 @@ def test_a_tenant_takes_its_secrets_along(node: Node) -> None:
     node.fails("secrets.none", V.TENANT_SECRETS, "acme", rotate=True)
     put(node, A="1")
     with pytest.raises(InvalidInput):
-        node.services.view.set_secrets(ACME, b"hush")
+        node.services.view.set_secrets(ACME, b"hush", "me")
     assert node.services.store.tenant(ACME).secrets_epoch == 1
     node.ok(V.TENANT_DESTROY, "acme")
     assert node.host.kept_secrets == {}

@@ -22,7 +22,7 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.drivers import processes
 from tests.support.local import free_port
-from tests.support.microvm import image_cache
+from tests.support.microvm import image_cache, lay_in, minimal_image
 from tests.support.waiting import until
 
 COMMAND = (sys.executable, "-m", "mvm")
@@ -159,10 +159,10 @@ def _end_abandoned() -> None:
 
 
 @contextlib.contextmanager
-def running_stack(driver: str = "qemu", **settings: str) -> Iterator[Stack]:
+def running_stack(driver: str = "qemu", *, builds: bool = False, **settings: str) -> Iterator[Stack]:
     """A stack of its own state directory, namespace and ports; nothing of it is left at the end.
 
-    What a test run left that was killed goes first.
+    It has the minimal image already, unless it `builds`. What a test run left that was killed goes first.
     """
     _end_abandoned()
     root = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -173,6 +173,8 @@ def running_stack(driver: str = "qemu", **settings: str) -> Iterator[Stack]:
     layout.package_cache.parent.mkdir(parents=True)
     image_cache().package_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     layout.package_cache.symlink_to(image_cache().package_cache)
+    if driver == "qemu" and not builds:
+        lay_in(layout, minimal_image())
     env = {name: value for name, value in os.environ.items() if not name.startswith("MVM_")}
     env |= {
         "MVM_STATE_DIR": str(layout.root), "MVM_FLOWER_PORT": str(free_port()), "MVM_METRICS_PORT": str(free_port()),
