@@ -250,8 +250,9 @@ def build_node(
     )  # fmt: skip
     networks = Networks(p.store, p.locks, p.network, p.packets, settings.plan)
     secrets = TenantSecrets(
-        store=p.store, secrets=p.secrets, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage
-    )
+        store=p.store, secrets=p.secrets, locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
+        audit=audit,
+    )  # fmt: skip
     microvms = MicroVms(
         store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, networks=networks, storage=p.storage,
         snapshots=snapshots, secrets=secrets, cgroups=p.cgroups,

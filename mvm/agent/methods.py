@@ -70,7 +70,7 @@ class NodeApi(Protocol):
         """An instance's memory, snapshot and times."""
         ...
 
-    def set_secrets(self, tenant: TenantId, content: bytes) -> Mapping[str, Any]:
+    def set_secrets(self, tenant: TenantId, content: bytes, actor: str) -> Mapping[str, Any]:
         """Keep the secrets in a secrets file; which epoch they are."""
         ...
 
@@ -109,6 +109,9 @@ class NodeApi(Protocol):
         ...
 
 
+_Actor = Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class _Params(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -135,11 +138,12 @@ class _Instance(_Params):
 
 
 class _Wake(_Instance):
-    actor: Annotated[str, Field(min_length=1, max_length=64)]
+    actor: _Actor
 
 
 class _Secrets(_Params):
     tenant: str
+    actor: _Actor
     content: Annotated[str, Field(max_length=MAX_BYTES * 2, pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
 
 
@@ -168,7 +172,7 @@ class _Desired(_Params):
 
 class _Apply(_Desired):
     expect: Annotated[str, Field(max_length=64)] | None = None
-    actor: Annotated[str, Field(min_length=1, max_length=64)]
+    actor: _Actor
 
 
 class _Request(_Params):
@@ -242,7 +246,7 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), long=True),
         "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
         "tenant.set_secrets": Method(
-            coordinator, _Secrets, one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content)))
+            coordinator, _Secrets, one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content), p.actor))
         ),
         "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
         "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),

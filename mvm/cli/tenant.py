@@ -133,8 +133,9 @@ def set_(fleet: Fleet, output: str, tenant_id: TenantId, from_file: str, wait: J
     node = fleet.tenant_route(tenant_id)
     # Straight to the agent: no message, job or log ever holds them.
     kept = fleet.call(
-        fleet.addresses[0], "tenant.set_secrets", tenant=str(tenant_id), content=b64encode(content).decode()
-    )
+        fleet.addresses[0], "tenant.set_secrets",
+        tenant=str(tenant_id), content=b64encode(content).decode(), actor=actor(),
+    )  # fmt: skip
     _deliver(fleet, output, tenant_id, node, {"secrets_epoch": kept["secrets_epoch"]}, wait)
 
 

@@ -41,6 +41,7 @@ class Kind(StrEnum):
 
     JOB = "job"  # how a job ended, and what it changed
     SWEEP = "sweep"  # a change that a sweep or a reconcile made without a job of its own
+    CALL = "call"  # a change that somebody made through the agent, without a job
     RECOVERED = "recovered"  # half a line that a crash had left was cut off
 
 

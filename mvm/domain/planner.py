@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
@@ -97,10 +98,10 @@ class _Planning:
             self._listed_tenant(wanted)
         for known in self.tenants.values():
             if known.id not in listed and not self.jobs.get(known.id):
+                room = self._room(known, known)
                 if self.desired.prune_unknown_tenants:
-                    self._prune_tenant(known)
+                    self._prune_tenant(known, room)
                 else:
-                    room = self._room(known, known)
                     for pool in self.pools[known.id].values():
                         self._unlisted_pool(pool, room)
         return Outcome(ordered(self.actions), tuple(self.remarks))
@@ -134,7 +135,7 @@ class _Planning:
         listed = {pool.ref for pool in wanted.pools}
         for unlisted in [pool for ref, pool in self.pools[wanted.id].items() if ref not in listed]:
             if self.desired.prune_unknown_pools and not wanted.pinned:
-                self._prune_pool(unlisted)
+                self._prune_pool(unlisted, room)
             else:
                 self._unlisted_pool(unlisted, room)
 
@@ -189,23 +190,22 @@ class _Planning:
         self.actions += scaled.actions
         self.remarks += [(str(need.ref), remark) for remark in scaled.remarks]
 
-    def _prune_tenant(self, tenant: Tenant) -> None:
-        gone = [self._prune_pool(pool) for pool in self.pools[tenant.id].values()]
+    def _prune_tenant(self, tenant: Tenant, room: Room) -> None:
+        gone = [self._prune_pool(pool, room) for pool in self.pools[tenant.id].values()]
         if all(gone):
             self.actions.append(DestroyTenant(tenant.id))
 
-    def _prune_pool(self, pool: WorkerPool) -> bool:
-        """Whether it goes with what is planned: not while something in it is under way or may not be touched."""
+    def _prune_pool(self, pool: WorkerPool, room: Room) -> bool:
+        """Whether it goes with what is planned: not while something in it is under way.
+
+        One that may not be touched stays, and is kept as any other pool that the document does not list.
+        """
         if self.jobs.get(str(pool.ref)):
             return False
-        if pool.pinned or pool.critical:
-            why = "pinned" if pool.pinned else "critical"
-            self.remarks.append((str(pool.ref), f"not asked for, and stays: it is {why}"))
-            return False
         there = self.instances.get(pool.ref, [])
-        held = [i for i in there if i.manual_override_until and i.manual_override_until > self.observed.now]
-        if held:
-            self.remarks.append((str(pool.ref), f"not asked for, and stays: a person has changed {held[0].ref}"))
+        if why := self._kept_for(pool, there):
+            self.remarks.append((str(pool.ref), f"not asked for, and stays: {why}"))
+            self._unlisted_pool(pool, room)
             return False
         self.actions += [
             Request(i.ref, Verb.DESTROY, i.status, Why.UNLISTED)
@@ -216,6 +216,12 @@ class _Planning:
             return False
         self.actions.append(DestroyPool(pool.ref))
         return True
+
+    def _kept_for(self, pool: WorkerPool, there: Sequence[Instance]) -> str | None:
+        if pool.pinned or pool.critical:
+            return f"it is {'pinned' if pool.pinned else 'critical'}"
+        held = [i for i in there if i.manual_override_until and i.manual_override_until > self.observed.now]
+        return f"a person has changed {held[0].ref}" if held else None
 
 
 def as_parameters(pool: DesiredPool) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import secrets
 import string
-import struct
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,8 @@ from mvm.errors import Failed, InvalidInput, TimedOut, Unreachable
 from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus, Worker
 
 _REPLY_GRACE_S = 5.0  # for a guest to end a late command and to send what it wrote
-_PLAIN = (string.ascii_letters + "+-./:;=@^_,~").encode()  # 64 characters that mean themselves, also after an octal
-_CLOCK_S, _CLOCK_TRIES = 0.005, 4
+_PLAIN = (string.ascii_letters + "+-./:;=@^_,~").encode()  # they mean themselves, also after an octal
+_CLOCK_S, _CLOCK_TRIES = 0.01, 4
 _HUGE = 1e18
 _LONGEST_REPLY = 4 << 20  # bytes; a command's two streams are cut at 1 MiB each
 _LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
@@ -57,10 +56,11 @@ class UnixGuestChannel:
         for name, value in fields.items():
             if not value.isascii() or not value.isprintable() or " " in value:
                 raise InvalidInput("guest.invalid_identity", f"the guest's {name} cannot be sent", field=name)
-        with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
-            moment = _moment(call.behind(identity.now, began), identity.entropy)
-            words = [f"moment={moment}", *(f"{name}={value}" for name, value in fields.items())]
-            call.ask_for(guest.CONFIGURE_STEPS, "configure", *words)
+        end = began + deadline_s
+        with _Call(ref, directory, deadline_s, (guest.CLOCK,)) as call:
+            call.set_moment(identity.now, began, identity.entropy, guest.CONFIGURE_STEPS)
+        with _Call(ref, directory, end - time.monotonic(), (guest.CONTROL,)) as call:
+            call.ask_for(guest.CONFIGURE_STEPS, "configure", *(f"{name}={value}" for name, value in fields.items()))
 
     def status(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> GuestStatus:
         """See the port."""
@@ -85,10 +85,10 @@ class UnixGuestChannel:
     ) -> None:
         """See the port."""
         began = time.monotonic()
-        with _Call(ref, directory, deadline_s, (guest.CONTROL,)) as call:
-            call.ask_for(
-                guest.WAKE_STEPS, "wake", _moment(call.behind(now, began), entropy), "1" if secrets else "0"
-            )  # fmt: skip
+        with _Call(ref, directory, deadline_s, (guest.CLOCK,)) as call:
+            call.set_moment(now, began, entropy, ["secrets"] if secrets else [])
+        if secrets:
+            self.mount_secrets(ref, directory, deadline_s=began + deadline_s - time.monotonic())
 
     def drop_secrets(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
         """See the port."""
@@ -145,7 +145,7 @@ class _Call:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._connection.close()
-        if isinstance(error, ValueError | OverflowError | struct.error):  # its guest says what it likes
+        if isinstance(error, ValueError | OverflowError):  # its guest says what it likes
             raise self.refused("unreadable reply") from None
 
     def left(self) -> float:
@@ -166,20 +166,21 @@ class _Call:
             raise self.refused(" ".join(reply))
         return reply
 
-    def behind(self, now: datetime, asked: float) -> float:
-        """By how many seconds the guest's clock is late; it was `now` at the monotonic time `asked`.
+    def set_moment(self, now: datetime, asked: float, entropy: bytes, later: Sequence[str]) -> None:
+        """Set the guest's clock, which it was `now` at the monotonic time `asked`, and give it entropy.
 
-        Known to half of the time that the answer takes, which is long for the first one of a guest just restored.
+        Exact to the time that the answer takes, which is long for the first one of a guest just restored: then again.
+        What is not acknowledged is missing, and so are the parts that were to come `later`.
         """
-        best = (float("inf"), 0.0)
+        start = round(now.timestamp() * 1e9)
         for _ in range(_CLOCK_TRIES):
-            before = time.monotonic()
-            told = _number(self.ask("time", words=1)[0])
-            after = time.monotonic()
-            best = min(best, (after - before, now.timestamp() + (before + after) / 2 - asked - told))
-            if best[0] < _CLOCK_S:
-                break
-        return best[1]
+            before, token = time.monotonic(), secrets.token_bytes(guest.MOMENT_ID_BYTES)
+            told = divmod(start + round((before - asked) * 1e9), 10**9)
+            code = self._exchange(guest.MOMENT.pack(entropy[: guest.ENTROPY_BYTES], *told, token), token)
+            if code != b"0":
+                raise self.refused(f"moment: call {code.decode('ascii', 'replace')} failed", ["moment", *later])
+            if time.monotonic() - before < _CLOCK_S:
+                return
 
     def ask_for(self, steps: Sequence[str], *request: str) -> None:
         """Send a request that must be answered with all of `steps`."""
@@ -203,6 +204,25 @@ class _Call:
                     if len(reply) < words:
                         raise self.refused(f"unreadable reply to {request[0]}")
                     return reply
+        except TimeoutError:
+            raise self._silent() from None
+        except ConnectionError:
+            pass
+        raise self._gone()
+
+    def _exchange(self, request: bytes, token: bytes) -> bytes:
+        """The digit after `token` in what comes after `request`."""
+        said = b""
+        try:
+            self._connection.socket.settimeout(self.left())
+            self._connection.socket.sendall(request)
+            while data := self._receive():
+                said += data
+                _, found, rest = said.partition(token)
+                if found and rest:
+                    return rest[:1]
+                if len(said) > _LONGEST_REPLY:
+                    raise self.refused("a reply without end")
         except TimeoutError:
             raise self._silent() from None
         except ConnectionError:
@@ -243,13 +263,6 @@ class _Call:
             "guest.silent", f"the guest of {self._ref} did not answer in time",
             hint="its console may tell why: mvm instance logs", subject=str(self._ref),
         )  # fmt: skip
-
-
-def _moment(behind_s: float, entropy: bytes) -> str:
-    """What is added to the clock, and entropy; see `mvm.guest`."""
-    # A guest reads every character by itself, so they are few and mean themselves: 6 bits of each byte.
-    spoken = entropy[: guest.ENTROPY_BYTES].translate(_PLAIN * 4)
-    return _escaped(struct.pack("<qq", *divmod(round(behind_s * 1e6), 10**6)) + spoken)
 
 
 def _escaped(data: bytes) -> str:

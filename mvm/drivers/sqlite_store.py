@@ -107,7 +107,7 @@ class SqliteStore:
             ) from error  # fmt: skip
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, durable: bool = True) -> Iterator[None]:
         """See ports/store.py."""
         with self._translated():
             db = self._db()
@@ -118,7 +118,8 @@ class SqliteStore:
                 db.execute("ROLLBACK")
                 raise
             db.execute("COMMIT")
-            self._reach_disk()
+            if durable:
+                self._reach_disk()
 
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         with self._translated():

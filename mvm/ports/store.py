@@ -31,10 +31,11 @@ class NodeStore(Protocol):
     processes may share it.
     """
 
-    def transaction(self) -> AbstractContextManager[None]:
+    def transaction(self, *, durable: bool = True) -> AbstractContextManager[None]:
         """All reads and writes of this thread within are one atomic step, seen by others whole or not at all.
 
-        It begins with the write lock, so what it reads stays true until it ends. It does not nest.
+        It begins with the write lock, so what it reads stays true until it ends. It does not nest. Its writes outlive
+        every process; those that are not `durable` may be lost with the machine's power, until a durable one follows.
         """
         ...
 

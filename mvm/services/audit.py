@@ -12,7 +12,7 @@ import structlog
 from mvm.domain.audit import START, AuditEntry, Kind, Link, chained, config_hash, cut_off, read_line, tenant_of, verify
 from mvm.domain.ids import InstanceRef, NodeId, PoolRef, Revision, TenantId
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job
+from mvm.domain.job import Job, Reason
 from mvm.domain.lifecycle import Status
 from mvm.errors import InvalidInput, MvmError, NotFound
 from mvm.ports.audit import AuditLog, AuditTrail
@@ -66,6 +66,15 @@ class Audit:
     ) -> None:
         """What `job`, one that goes over many instances, changed of this one by the way."""
         self._put(ref.tenant, self._changed(job, Kind.SWEEP, ref, before, why=why, code=code, result="succeeded"))
+
+    def called(self, tenant: TenantId, method: str, actor: str, before: str, after: str) -> None:
+        """What `actor` changed of `tenant` by a call of `method`."""
+        config, revision = self._configured(tenant)
+        self._put(tenant, AuditEntry(
+            at=self._clock.now(), node_id=self._node_id, kind=Kind.CALL, actor=actor, reason=Reason.MANUAL.value,
+            verb=method, subject=tenant, result="succeeded", before=before, after=after, config=config,
+            revision=revision,
+        ))  # fmt: skip
 
     def _changed(self, job: Job, kind: Kind, ref: InstanceRef, before: Instance | None, **changes: Any) -> AuditEntry:
         try:

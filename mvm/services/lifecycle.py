@@ -237,7 +237,9 @@ class Lifecycle:
 
         We hold the instance's lock, so a job that is still marked here lost its worker; ours takes over.
         """
-        with self._store.transaction():
+        # What a machine forgets when it fails, it forgets together with the claim.
+        in_memory = verb is Verb.WAKE and self._store.instance(ref).status is Status.WARM
+        with self._store.transaction(durable=not in_memory):
             instance = self._store.instance(ref)
             context.found(ref, instance)
             landing(instance.status, verb, ref)

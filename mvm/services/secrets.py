@@ -6,8 +6,8 @@ what it may have kept in its sleep all the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from mvm.ports.secrets import SecretStore
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import VmmDriver
+from mvm.services.audit import Audit
 from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.secrets")
@@ -38,7 +39,7 @@ class TenantSecrets:
 
     def __init__(
         self, *, store: NodeStore, secrets: SecretStore, locks: Locks, clock: Clock, vmm: VmmDriver,
-        guest: GuestChannel, storage: NodeStorage,
+        guest: GuestChannel, storage: NodeStorage, audit: Audit,
     ) -> None:  # fmt: skip
         self._store = store
         self._secrets = secrets
@@ -47,9 +48,12 @@ class TenantSecrets:
         self._vmm = vmm
         self._guest = guest
         self._storage = storage
+        self._audit = audit
 
-    def set(self, tenant: TenantId, content: bytes) -> Mapping[str, Any]:
+    def set(self, tenant: TenantId, content: bytes, actor: str) -> Mapping[str, Any]:
         """Keep what a secrets file holds, in place of all that was there; guests that start from now on have it.
+
+        It is `actor` who asks, through the agent: no job ever holds secrets, so the audit trail has an entry for it.
 
         Raises `InvalidInput` (``secrets.*``), and nothing has changed.
         """
@@ -63,7 +67,10 @@ class TenantSecrets:
                     raise
                 found = None  # whatever became of them, they are replaced
             epoch = max(known.secrets_epoch, found.epoch if found else 0) + 1
-            self._keep(tenant, Secrets(epoch, self._clock.now(), values))
+            with self._keeping(tenant, Secrets(epoch, self._clock.now(), values)):
+                before = f"epoch={known.secrets_epoch}"
+                self._audit.called(tenant, "tenant.set_secrets", actor, before, f"epoch={epoch}")
+        self._audit.soon()
         return {"tenant_id": str(tenant), "secrets_epoch": epoch, "count": len(values)}
 
     def deliver(self, context: JobContext) -> Mapping[str, Any]:
@@ -192,16 +199,22 @@ class TenantSecrets:
                 raise NotAllowed("secrets.none", f"tenant {tenant} has no secrets", subject=str(tenant),
                                  hint=f"mvm tenant secrets set {tenant} --from-file F")  # fmt: skip
             if found.job != job:  # else this job was here before it was killed
-                self._keep(tenant, Secrets(found.epoch + 1, self._clock.now(), found.values, job))
+                with self._keeping(tenant, Secrets(found.epoch + 1, self._clock.now(), found.values, job)):
+                    pass  # the job has its entry when it ends
 
     def _changing(self, tenant: TenantId) -> AbstractContextManager[None]:
         return self._locks.hold(f"secrets {tenant}", deadline_s=_LOCK_S)
 
-    def _keep(self, tenant: TenantId, secrets: Secrets) -> None:
-        """The file first: one that is newer than the record is right, an older one was put there."""
+    @contextmanager
+    def _keeping(self, tenant: TenantId, secrets: Secrets) -> Iterator[None]:
+        """They are kept, with what is written within.
+
+        The file first: one that is newer than the record is right, an older one was put there.
+        """
         self._secrets.save(tenant, secrets)
         with self._store.transaction():
             self._store.put_tenant(replace(self._store.tenant(tenant), secrets_epoch=secrets.epoch))
+            yield
 
     @staticmethod
     def _epoch(secrets: Secrets | None) -> int:

@@ -189,9 +189,9 @@ class NodeView:
         """What an instance takes: memory, snapshot, and how long its sleeping and waking took."""
         return self._insight.stats(ref)
 
-    def set_secrets(self, tenant: TenantId, content: bytes) -> Mapping[str, Any]:
+    def set_secrets(self, tenant: TenantId, content: bytes, actor: str) -> Mapping[str, Any]:
         """Keep the secrets in a secrets file; which epoch they are."""
-        return self._secrets.set(tenant, content)
+        return self._secrets.set(tenant, content, actor)
 
     def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
         """Wake an instance now, past every queue."""

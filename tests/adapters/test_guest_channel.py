@@ -14,7 +14,7 @@ from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.instance_sockets import listen
-from mvm.errors import Failed
+from mvm.errors import Failed, Unreachable
 
 REF = InstanceRef.parse("acme/web/i-00000001")
 Ask = Callable[[UnixGuestChannel, Path], object]
@@ -50,10 +50,55 @@ def test_a_status_that_is_none(tmp_path: Path, words: str) -> None:
     assert caught.value.code == "guest.refused"
 
 
-@pytest.mark.parametrize("words", ["soon", "nan", "1e300"])
-def test_a_time_that_is_none(tmp_path: Path, words: str) -> None:
-    with answering(tmp_path, guest.CONTROL, f"\nID 0 {words}\n"), pytest.raises(Failed) as caught:
-        UnixGuestChannel().wake(REF, tmp_path, now=datetime.now(UTC), entropy=bytes(64), secrets=False, deadline_s=5)
+@contextmanager
+def keeping_time(directory: Path, *answers: bytes) -> Iterator[list[bytes]]:
+    """A guest's ``moment`` that gives one answer to each request; ``ID`` stands for the request's. Yields them."""
+    requests: list[bytes] = []
+    with listen(directory, guest.CLOCK) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as client:
+                for answer in answers:
+                    requests.append(client.recv(65536))
+                    with suppress(BrokenPipeError, ConnectionResetError):  # it had heard enough
+                        client.sendall(answer.replace(b"ID", requests[-1][-guest.MOMENT_ID_BYTES :]))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield requests
+        thread.join()
+
+
+def wake(directory: Path, now: datetime) -> None:
+    UnixGuestChannel().wake(REF, directory, now=now, entropy=bytes(range(64)), secrets=False, deadline_s=20)
+
+
+def test_what_others_were_told_is_not_our_answer(tmp_path: Path) -> None:
+    now = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+    with keeping_time(tmp_path, *[b"\n\nanother10\nanother21\nID0\n"] * 4) as requests:  # a slow host asks again
+        wake(tmp_path, now)
+    entropy, seconds, nanoseconds, _ = guest.MOMENT.unpack(requests[0])
+    assert entropy == bytes(range(32))
+    assert now.timestamp() <= seconds + nanoseconds / 1e9 < now.timestamp() + 20
+
+
+@pytest.mark.parametrize("answer", [b"ID3\n", b"IDx\n", b"ID\n"])
+def test_a_moment_that_was_not_taken(tmp_path: Path, answer: bytes) -> None:
+    with keeping_time(tmp_path, answer), pytest.raises(Failed) as caught:
+        wake(tmp_path, datetime.now(UTC))
+    assert (caught.value.code, caught.value.fields["missing"]) == ("guest.refused", ["moment"])
+
+
+@pytest.mark.parametrize("answer", [b"ID", b"I", b""])
+def test_half_an_answer_is_none(tmp_path: Path, answer: bytes) -> None:
+    with keeping_time(tmp_path, answer), pytest.raises(Unreachable) as caught:
+        wake(tmp_path, datetime.now(UTC))
+    assert caught.value.code == "guest.gone"
+
+
+def test_an_answer_without_end_is_not_kept(tmp_path: Path) -> None:
+    with keeping_time(tmp_path, b"x" * (6 << 20)), pytest.raises(Failed) as caught:
+        wake(tmp_path, datetime.now(UTC))
     assert caught.value.code == "guest.refused"
 
 

@@ -100,7 +100,7 @@ def test_a_monitor_that_babbles_is_not_heard_for_long(tmp_path: Path, said: byte
     with listen(tmp_path, MONITOR) as listener:
         thread = threading.Thread(target=babble)
         thread.start()
-        with pytest.raises(Failed, match="does not speak QMP") as raised, Qmp(instance_ref(), tmp_path, 30):
-            pass
+        with pytest.raises(Failed, match="does not speak QMP") as raised, Qmp(instance_ref(), tmp_path, 30) as qmp:
+            qmp.run("stop")
         thread.join()
     assert raised.value.code == "vmm.failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
@@ -61,9 +62,13 @@ def test_it_converges_in_bounded_rounds(world: World) -> None:
             known, there = world.pools[pool.ref], world.of(pool.ref)
             assert known.source == known.built == pool.source
             if pool.desired and not (pool.pinned or pool.critical or any(_spared(world, i) for i in there)):
-                assert_counts(pool.desired, there)
+                assert _has_counts(pool.desired, there)
                 if not any(i.last_error for i in there):
                     assert {i.revision for i in there if i.status in UP} <= {known.revision}
+    listed = {pool.ref for tenant in world.desired.tenants for pool in tenant.pools}
+    for ref, pool in world.pools.items():
+        if ref not in listed and pool.desired and not any(_spared(world, i) for i in world.of(ref)):
+            assert pool.revision is None or pool.pinned or pool.critical or _has_counts(pool.desired, world.of(ref))
 
 
 def _spared(world: World, instance: Instance) -> bool:
@@ -72,12 +77,9 @@ def _spared(world: World, instance: Instance) -> bool:
     return unscaled or pool.pinned or pool.critical or instance.manual_override_until is not None
 
 
-def assert_counts(wanted: DesiredCounts, there: list[Instance]) -> None:
+def _has_counts(wanted: DesiredCounts, there: list[Instance]) -> bool:
     found = [sum(i.status is status for i in there) for status in UP]
-    if wanted.exact:
-        assert found == [wanted.running, wanted.warm, wanted.sleeping]
-    else:
-        assert sum(found) == wanted.running
+    return found == [wanted.running, wanted.warm, wanted.sleeping] if wanted.exact else sum(found) == wanted.running
 
 
 @given(worlds())
@@ -271,6 +273,22 @@ def test_a_tenant_is_pruned_from_the_inside_out() -> None:
     assert ready(actions) == actions[:2]
     settled(there)
     assert not there.tenants
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_what_is_not_pruned_after_all_is_kept_up(pinned: bool) -> None:
+    """After a reboot a pinned pool that the document does not list comes back all the same."""
+    state = DesiredState(NODE, prune_unknown_tenants=True)
+    there = world(state)
+    down, held = there.instances[instance_ref(0)], there.instances[instance_ref(1)]
+    there.pools[WEB] = replace(there.pools[WEB], pinned=pinned)
+    there.instances[down.ref] = replace(down, status=S.STOPPED)
+    if not pinned:
+        there.instances[held.ref] = replace(held, manual_override_until=START + timedelta(1))
+    outcome = decide(state, there.observed())
+    assert outcome.actions == (Request(down.ref, V.START, S.STOPPED, Why.TOO_FEW),)
+    why = "it is pinned" if pinned else f"a person has changed {held.ref}"
+    assert outcome.remarks == ((str(WEB), f"not asked for, and stays: {why}"),)
 
 
 def test_more_than_the_quota_is_not_planned_and_told() -> None:

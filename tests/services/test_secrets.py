@@ -25,7 +25,7 @@ class Killed(BaseException):
 
 
 def put(node: Node, **values: str) -> int:
-    return int(node.services.view.set_secrets(ACME, json.dumps(values).encode())["secrets_epoch"])
+    return int(node.services.view.set_secrets(ACME, json.dumps(values).encode(), "me")["secrets_epoch"])
 
 
 def running(node: Node, count: int = 1) -> list[str]:
@@ -53,6 +53,17 @@ def test_guests_have_what_was_set_before_they_started(node: Node) -> None:
     assert seen(node, after) == digest(A="1")
     assert node.ok(V.TENANT_SECRETS, "acme")["reached"] == sorted([before, after])
     assert seen(node, before) == digest(A="1")
+
+
+def test_whoever_sets_them_is_in_the_audit_trail(node: Node) -> None:
+    node.pool()
+    put(node, TOKEN="one")
+    (last,) = next(node.services.view.audit_tail(ACME, 1, follow=False))
+    assert [last[name] for name in ("kind", "verb", "actor", "from", "to", "job_id")] == [
+        "call", "tenant.set_secrets", "me", "epoch=0", "epoch=1", None,
+    ]  # fmt: skip
+    assert "one" not in str(last).split("'")
+    assert node.services.view.audit_verify(ACME)["whole"]
 
 
 def test_rotation_makes_an_epoch_and_reaches_running_guests(node: Node) -> None:
@@ -211,7 +222,7 @@ def test_a_tenant_takes_its_secrets_along(node: Node) -> None:
     node.fails("secrets.none", V.TENANT_SECRETS, "acme", rotate=True)
     put(node, A="1")
     with pytest.raises(InvalidInput):
-        node.services.view.set_secrets(ACME, b"hush")
+        node.services.view.set_secrets(ACME, b"hush", "me")
     assert node.services.store.tenant(ACME).secrets_epoch == 1
     node.ok(V.TENANT_DESTROY, "acme")
     assert node.host.kept_secrets == {}

@@ -79,7 +79,7 @@ class QemuDriver(QemuVmms):
             with Qmp(spec.ref, spec.directory, _SAVE_S) as qmp:
                 qmp.run("stop")
                 saved = _write_state(qmp, process, spec.mem_mib, half, Compression.NONE)
-                version = qmp.version
+                version = qmp.hello()
             self._end(spec.ref, process)  # which closes the overlay
             spec.overlay.chmod(0o400)
             files.sync(spec.overlay)
@@ -140,7 +140,7 @@ class QemuDriver(QemuVmms):
                         if disk:
                             files.sync(disk)
                     made = self._manifest(
-                        spec, Kind.DELTA if base else Kind.FULL, saved, qmp.version, revision, base, compression,
+                        spec, Kind.DELTA if base else Kind.FULL, saved, qmp.hello(), revision, base, compression,
                         _disk_state(spec),
                     )  # fmt: skip
                     files.write_manifest(half, made)
@@ -198,7 +198,7 @@ class QemuDriver(QemuVmms):
             disk = self._verified.check(template, DISK, base.files)
 
         def load(qmp: Qmp, process: ProcessIdentity) -> None:
-            _refuse(snapshot, other_version(said, qmp.version))
+            _refuse(snapshot, other_version(said, qmp.hello()))
             if pages:
                 try:
                     memory.unpack_into(memory.region(process, spec.mem_mib), pages)

@@ -16,6 +16,7 @@ from mvm.errors import Failed, TimedOut, Unreachable
 
 MONITOR = "monitor"
 _MOST_BYTES = 4 << 20  # on one connection
+_NEGOTIATE = b'{"execute":"qmp_capabilities"}\n'
 
 
 class CommandFailed(Exception):
@@ -34,7 +35,7 @@ class Qmp:
         self._end = time.monotonic() + deadline_s
         self._received, self._heard = b"", 0
         self._events: list[dict[str, Any]] = []
-        self.version = ""
+        self._version: str | None = None
 
     def __enter__(self) -> Qmp:
         try:
@@ -43,14 +44,6 @@ class Qmp:
             raise self._silent() from None
         except ConnectionError:
             raise self._gone() from None
-        try:
-            version = self._next("QMP")["QMP"]["version"]
-            qemu = version["qemu"]
-            self.version = f"{qemu['major']}.{qemu['minor']}.{qemu['micro']} {version['package']}".strip()
-            self.run("qmp_capabilities")
-        except BaseException:
-            self._connection.close()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,10 +53,37 @@ class Qmp:
         """Everything else within `seconds` from now, if there is less time."""
         self._end = max(self._end, time.monotonic() + seconds)
 
+    def hello(self) -> str:
+        """QEMU's version; it answers, so it has come up."""
+        if self._version is None:
+            self._send(_NEGOTIATE, ())
+            self._version = self._greeted()
+        return self._version
+
     def run(self, command: str, fds: Sequence[int] = (), **arguments: object) -> Any:
         """Run `command`, with descriptors `fds` for it; underscores in `arguments` are hyphens there."""
-        request = {"execute": command, "arguments": {name.replace("_", "-"): it for name, it in arguments.items()}}
-        self._send(json.dumps(request).encode() + b"\n", fds)
+        request: dict[str, object] = {"execute": command}
+        if arguments:
+            request["arguments"] = {name.replace("_", "-"): it for name, it in arguments.items()}
+        data = json.dumps(request, separators=(",", ":")).encode() + b"\n"
+        if self._version is not None:
+            self._send(data, fds)
+        else:  # in one go: nobody waits for the greeting, and QEMU reads byte by byte
+            self._send(_NEGOTIATE + data, fds)
+            self._version = self._greeted()
+        return self._returned()
+
+    def _greeted(self) -> str:
+        try:
+            version = self._next("QMP")["QMP"]["version"]
+            qemu = version["qemu"]
+            named = f"{qemu['major']}.{qemu['minor']}.{qemu['micro']} {version['package']}".strip()
+        except (KeyError, TypeError):
+            raise self._babbles() from None
+        self._returned()
+        return named
+
+    def _returned(self) -> Any:
         reply = self._next("return", "error")
         if "error" in reply:
             raise CommandFailed(reply["error"]["desc"])

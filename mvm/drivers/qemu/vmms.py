@@ -122,6 +122,7 @@ class QemuVmms:
             self._children.add(process)
         try:
             with Qmp(ref, directory, _UP_DEADLINE_S) as qmp:
+                qmp.hello()
                 then(qmp, process)
         except (CommandFailed, Unreachable, TimedOut) as error:
             self._kill(process)
