@@ -9,9 +9,11 @@
     ├── QuotaExceeded     exit 5   quota or capacity
     ├── Unreachable       exit 6   retryable: Redis, an agent or a guest did not answer
     ├── TimedOut          exit 6   retryable
+    │   └── Overdue       exit 6   a job's own deadline; another try would take as long
     ├── Forbidden         exit 7
     └── Failed            exit 1   the operation was tried and did not succeed
-        └── Cancelled     exit 1
+        ├── Cancelled     exit 1
+        └── Fenced        exit 1   somebody else has taken over what this job worked on
 
 A class says what *kind* of failure it is (exit code, whether trying again can help); `code` is the
 stable name of the failure, such as ``instance.not_found``. Foreign exceptions are translated at the edge
@@ -96,6 +98,13 @@ class TimedOut(MvmError):
     kind = "timed_out"
 
 
+class Overdue(TimedOut):
+    """A job took longer than its deadline allows; what it had begun is undone."""
+
+    retryable = False
+    kind = "overdue"
+
+
 class Forbidden(MvmError):
     """The caller lacks the permission."""
 
@@ -115,11 +124,17 @@ class Cancelled(Failed):
     kind = "cancelled"
 
 
+class Fenced(Failed):
+    """Another worker has taken over: whoever meets this acts no more, and undoes nothing."""
+
+    kind = "fenced"
+
+
 _KINDS: dict[str, type[MvmError]] = {
     cls.kind: cls
     for cls in (
-        MvmError, InvalidInput, NotFound, NotAllowed, QuotaExceeded, Unreachable, TimedOut, Forbidden, Failed,
-        Cancelled,
+        MvmError, InvalidInput, NotFound, NotAllowed, QuotaExceeded, Unreachable, TimedOut, Overdue, Forbidden,
+        Failed, Cancelled, Fenced,
     )
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from mvm.domain.firewall import Plan, parse_host_ports
 from mvm.domain.ids import NodeId, node_id_from_hostname
 from mvm.domain.layout import DEFAULT_STATE_DIR, StateLayout
+from mvm.domain.tries import TryPolicy, parse_deadlines
 from mvm.errors import InvalidInput
 
 
@@ -77,6 +78,13 @@ class Settings(BaseSettings):
     orphan_grace_s: float = Field(60.0, ge=0, le=86400)
     heartbeat_s: float = Field(3.0, ge=0.2, le=60)
     require_isolation: bool = False
+    job_attempts: int = Field(3, ge=1, le=100)
+    job_deadlines: str = ""
+    job_expires_s: float = Field(86400.0, gt=0, le=31_536_000)
+    job_worker_deaths: int = Field(5, ge=1, le=100)
+    retry_base_s: float = Field(1.0, ge=0, le=3600)
+    retry_cap_s: float = Field(60.0, ge=0, le=86400)
+    takeover_s: float = Field(30.0, ge=1, le=3600)
     keep_jobs: int = Field(10_000, ge=100, le=1_000_000)
 
     @field_validator("state_dir")
@@ -112,6 +120,20 @@ class Settings(BaseSettings):
     @classmethod
     def _networks(cls, value: str) -> str:
         return ",".join(str(IPv4Network(word)) for word in value.replace(",", " ").split())
+
+    @field_validator("job_deadlines")
+    @classmethod
+    def _deadlines(cls, value: str) -> str:
+        parse_deadlines(value)
+        return value
+
+    @property
+    def tries(self) -> TryPolicy:
+        """How jobs are tried again."""
+        return TryPolicy(
+            self.job_attempts, self.retry_base_s, self.retry_cap_s, self.job_worker_deaths,
+            parse_deadlines(self.job_deadlines),
+        )  # fmt: skip
 
     @property
     def plan(self) -> Plan:

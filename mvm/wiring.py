@@ -70,7 +70,8 @@ class Client:
         from mvm.services.jobs import Jobs
 
         link = RedisLink(self.connection["broker_url"], code="broker.unreachable")
-        return Jobs(self.registry, CeleryQueue(link), SystemClock())
+        expires_s = float(self.connection.get("job_expires_s", 86400.0))
+        return Jobs(self.registry, CeleryQueue(link), SystemClock(), expires_s=expires_s)
 
     @cached_property
     def agents(self) -> NodeAgents:
@@ -92,7 +93,10 @@ def open_client(connection: Mapping[str, str], layout: StateLayout) -> Client:
 
 def open_jobs(settings: Settings) -> Jobs:
     """Submitting jobs, for a process that has no node of its own."""
-    connection = {"node_id": settings.node, "redis_url": settings.redis, "broker_url": settings.broker}
+    connection = {
+        "node_id": settings.node, "redis_url": settings.redis, "broker_url": settings.broker,
+        "job_expires_s": str(settings.job_expires_s),
+    }  # fmt: skip
     return Client(connection, settings.layout).jobs
 
 
@@ -168,7 +172,7 @@ def open_ports(settings: Settings) -> NodePorts:
     store = SqliteStore(layout.database)
     registry = RedisRegistry(RedisLink(settings.redis, code="registry.unreachable"))
     queue = CeleryQueue(RedisLink(settings.broker, code="broker.unreachable"))
-    locks = FileLocks(layout.locks)
+    locks = FileLocks(layout.locks, takeover_s=settings.takeover_s)
     audit = FileAuditLog(layout.audit, locks)
     if settings.driver == "fake":
         from mvm.drivers.fake.shared import SharedFakeHost
@@ -230,6 +234,7 @@ def build_node(
     from mvm.services.pools import Pools
     from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
+    from mvm.services.recovery import Recovery
     from mvm.services.runner import Runner
     from mvm.services.secrets import TenantSecrets
     from mvm.services.snapshots import Snapshots
@@ -240,10 +245,10 @@ def build_node(
 
     p, node = ports, settings.node
     address = f"{settings.agent_host}:{settings.agent_port}"
-    jobs = Jobs(p.registry, p.queue, p.clock)
+    jobs = Jobs(p.registry, p.queue, p.clock, expires_s=settings.job_expires_s)
     precedence = Precedence(p.locks)
     audit = Audit(p.store, p.audit, p.clock, precedence, node)
-    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, observers)
+    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, settings.tries, observers)
     snapshots = Snapshots(
         locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
@@ -265,10 +270,11 @@ def build_node(
     )
     tenants = Tenants(p.store, p.registry, networks, secrets)
     pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks)
+    recovery = Recovery(p.store, p.locks, p.vmm, microvms, audit)
     sweeps = Sweeps(
         store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
         networks=networks, storage=p.storage, lifecycle=lifecycle, secrets=secrets, audit=audit, node_id=node,
-        grace_s=settings.orphan_grace_s, keep_jobs=settings.keep_jobs, cgroups=p.cgroups,
+        grace_s=settings.orphan_grace_s, keep_jobs=settings.keep_jobs, cgroups=p.cgroups, recovery=recovery,
     )  # fmt: skip
     idleness = Idleness(
         store=p.store, registry=p.registry, jobs=jobs, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
@@ -298,7 +304,9 @@ def build_node(
         JobVerb.SWEEP_RECONCILE: reconcile.sweep,
         JobVerb.SWEEP_IDLENESS: idleness.sweep,
     }.items():
-        runner.register(verb, handler)
+        marked = verb.value.startswith("instance.") and verb is not JobVerb.INSTANCE_CREATE
+        undo = lifecycle.undo_create if verb is JobVerb.INSTANCE_CREATE else recovery.undo if marked else None
+        runner.register(verb, handler, undo)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
     proof = NetworkProof(
         store=p.store, clock=p.clock, network=p.network, networks=networks, probing=p.probing, guest=p.guest,

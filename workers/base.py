@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from celery import Task
+from celery.exceptions import Retry
 
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Reason
@@ -40,10 +41,12 @@ class JobTask(Task):  # type: ignore[misc]
     def run_job(self, words: Mapping[str, Any]) -> str:
         """Run the job this task delivers; returns what became of it, for Flower."""
         job = job_of(self.name, self.request.id, words)
-        final = services().runner.run(job)
-        if final.state is not JobState.SUCCEEDED:
-            raise error_from_dict(final.error or Failed("job.failed", "no reason was recorded").to_dict())
-        return final.state.value
+        after = services().runner.run(job)
+        if after.retry_at is not None and not after.state.final:
+            raise Retry(after.setbacks[-1]["message"], when=after.retry_at)  # a message of its next try is on its way
+        if after.state is not JobState.SUCCEEDED:
+            raise error_from_dict(after.error or Failed("job.failed", "no reason was recorded").to_dict())
+        return after.state.value
 
 
 def job_of(task_name: str, task_id: str, words: Mapping[str, Any]) -> Job:
@@ -63,6 +66,7 @@ def job_of(task_name: str, task_id: str, words: Mapping[str, Any]) -> Job:
             params=words.get("params") or {},
             lane=Lane(words.get("lane", Lane.NORMAL)),
             parent=JobId(words["parent"]) if words.get("parent") else None,
+            retry_of=JobId(words["retry_of"]) if words.get("retry_of") else None,
         )
     except (KeyError, ValueError, TypeError) as error:
         raise InvalidInput("job.invalid_message", f"the message of job {task_id} is damaged: {error!r}") from None

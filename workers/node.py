@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from datetime import UTC, datetime
 from typing import Any
 
 import structlog
 from celery import signals
 
-from mvm.domain.job import JobState
-from mvm.errors import MvmError, TimedOut
+from mvm.errors import MvmError
 from mvm.telemetry.metrics import show_instances
 from workers.app import role, settings
 from workers.base import job_of, services
@@ -75,11 +73,12 @@ def _shutdown(**_: Any) -> None:
 
 @signals.task_revoked.connect
 def _expired(request: Any = None, expired: bool = False, **_: Any) -> None:
-    """A message nobody took in time (a sweep's) ends its job, so that none stays open for ever."""
+    """A message nobody took in time ends its job, so that none stays open for ever."""
     if not expired or request is None:
         return
-    job = job_of(request.name, request.id, request.kwargs or {})
-    error = TimedOut("job.expired", "no worker took it in time").to_dict()
-    registry = services().registry
-    registry.update(job.with_(state=JobState.CANCELLED, error=error, finished_at=datetime.now(UTC)))
-    registry.release_sweep(job.verb.value, job.node_id, job.job_id)
+    node, job = services(), job_of(request.name, request.id, request.kwargs or {})
+    known = node.store.job(job.job_id)
+    if known is None:
+        node.jobs.expired(job)
+    elif not known.state.final:  # it had been taken in time, by a worker that was killed
+        node.jobs.send_again([known])

@@ -10,8 +10,8 @@ import click
 from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet
-from mvm.cli.following import error_of, follow, note_of
-from mvm.cli.params import JOB, SECONDS, SUBJECT, counted, pass_fleet
+from mvm.cli.following import error_of, finish, follow, note_of
+from mvm.cli.params import JOB, SECONDS, SUBJECT, JobWait, actor, counted, job_options, pass_fleet
 from mvm.cli.render import Columns, age, emit, show_list, show_one, table
 from mvm.domain.ids import JobId
 from mvm.domain.job import Job, JobState, JobVerb
@@ -109,3 +109,17 @@ def cancel(fleet: Fleet, output: str, job_id: JobId) -> None:
         emit(asked.to_dict(), output)
     else:
         click.echo(f"{job_id}  {'cancelled' if asked.state.final else 'asked to end'}")
+
+
+@job.command()
+@click.argument("job_id", metavar="ID", type=JOB)
+@job_options
+@pass_fleet
+def retry(fleet: Fleet, output: str, job_id: JobId, wait: JobWait) -> None:
+    """Ask once more for what job ID did not do, as a new job; of a bulk job for the children that failed."""
+    again = fleet.jobs.retry(job_id, actor=actor())
+    finish(fleet, output, again, wait, lambda done: _show_state(done, output))
+
+
+def _show_state(job: Job, output: str) -> None:
+    emit(job.to_dict(), output) if output != "table" else click.echo(f"{job.job_id}  {job.state}")

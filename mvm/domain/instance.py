@@ -34,7 +34,8 @@ class Instance:
 
     `generation` grows by one with every write; a write names the generation it read (compare-and-set).
     `offset` is its place in the tenant's subnet; addresses derive from it. `cloned` says that it began as a clone of
-    its pool's template at `revision`, and not by a boot. Until `manual_override_until` it stays as a person left it:
+    its pool's template at `revision`, and not by a boot. `lease` grows whenever a job takes it: who had it before may
+    not act on it any more. Until `manual_override_until` it stays as a person left it:
     reconcile does not touch it.
     """
 
@@ -52,6 +53,7 @@ class Instance:
     last_started_at: datetime | None = None
     last_stopped_at: datetime | None = None
     manual_override_until: datetime | None = None
+    lease: int = 0
 
     @property
     def lands_on(self) -> Status:
@@ -85,6 +87,7 @@ class Instance:
             "last_started_at": _iso(self.last_started_at),
             "last_stopped_at": _iso(self.last_stopped_at),
             "manual_override_until": _iso(self.manual_override_until),
+            "lease": self.lease,
         }
 
     @classmethod
@@ -106,6 +109,7 @@ class Instance:
             last_started_at=_time(data["last_started_at"]),
             last_stopped_at=_time(data["last_stopped_at"]),
             manual_override_until=_time(data.get("manual_override_until")),
+            lease=data.get("lease", 0),
         )
 
 

@@ -107,7 +107,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job. `params` are JSON values without secrets; `error` is `MvmError.to_dict`'s form."""
+    """One job. `params` are JSON values without secrets; `error` is `MvmError.to_dict`'s form.
+
+    `attempt` counts the tries begun, of `attempts` that it has; `deaths` how often a worker died in it. Each try that
+    failed and each death is one of `setbacks` (``at, code, message``). It is tried again at `retry_at`; the try under
+    way ends at `deadline_at`; what nobody has taken at `expires_at` is dropped. `retry_of` is the job it repeats.
+    """
 
     job_id: JobId
     verb: JobVerb
@@ -126,6 +131,19 @@ class Job:
     parent: JobId | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    attempt: int = 0
+    attempts: int = 1
+    deaths: int = 0
+    setbacks: tuple[Mapping[str, str], ...] = ()
+    retry_at: datetime | None = None
+    deadline_at: datetime | None = None
+    expires_at: datetime | None = None
+    retry_of: JobId | None = None
+
+    @property
+    def run(self) -> int:
+        """Grows whenever the job is begun: who began it before has no say any more."""
+        return self.attempt + self.deaths
 
     def with_(self, **changes: Any) -> Job:
         """A copy with `changes`."""
@@ -147,10 +165,18 @@ class Job:
             "result": dict(self.result) if self.result is not None else None,
             "parent": self.parent,
             "submitted_at": self.submitted_at.isoformat(),
-            "started_at": self.started_at.isoformat() if self.started_at else None,
-            "finished_at": self.finished_at.isoformat() if self.finished_at else None,
+            "started_at": _iso(self.started_at),
+            "finished_at": _iso(self.finished_at),
             "params": dict(self.params),
             "lane": self.lane.value,
+            "attempt": self.attempt,
+            "attempts": self.attempts,
+            "deaths": self.deaths,
+            "setbacks": [dict(setback) for setback in self.setbacks],
+            "retry_at": _iso(self.retry_at),
+            "deadline_at": _iso(self.deadline_at),
+            "expires_at": _iso(self.expires_at),
+            "retry_of": self.retry_of,
         }
 
     @classmethod
@@ -175,7 +201,19 @@ class Job:
             parent=JobId(data["parent"]) if data.get("parent") else None,
             started_at=_time(data.get("started_at")),
             finished_at=_time(data.get("finished_at")),
+            attempt=data.get("attempt", 0),
+            attempts=data.get("attempts", 1),
+            deaths=data.get("deaths", 0),
+            setbacks=tuple(data.get("setbacks") or ()),
+            retry_at=_time(data.get("retry_at")),
+            deadline_at=_time(data.get("deadline_at")),
+            expires_at=_time(data.get("expires_at")),
+            retry_of=JobId(data["retry_of"]) if data.get("retry_of") else None,
         )
+
+
+def _iso(when: datetime | None) -> str | None:
+    return when.isoformat() if when else None
 
 
 def _time(text: str | None) -> datetime | None:

@@ -12,8 +12,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mvm.domain.ids import JobId, NodeId
@@ -35,7 +34,7 @@ def queue_key(job: Job) -> str:
     return f"{name}{PRIORITY_SEPARATOR}{priority}" if priority else name
 
 
-def task_message(job: Job, expires: datetime | None) -> dict[str, Any]:
+def task_message(job: Job) -> dict[str, Any]:
     """The envelope of `job`, ready to be dumped as JSON."""
     kwargs = task_kwargs(job)
     body: tuple[list[Any], dict[str, Any], dict[str, None]] = (
@@ -52,8 +51,8 @@ def task_message(job: Job, expires: datetime | None) -> dict[str, Any]:
             "task": job.verb.task_name,
             "id": job.job_id,
             "shadow": None,
-            "eta": None,
-            "expires": expires.isoformat() if expires else None,
+            "eta": job.retry_at.isoformat() if job.retry_at else None,
+            "expires": job.expires_at.isoformat() if job.expires_at else None,
             "group": None,
             "group_index": None,
             "retries": 0,
@@ -90,6 +89,7 @@ def task_kwargs(job: Job) -> dict[str, Any]:
         "submitted_at": job.submitted_at.isoformat(),
         "params": dict(job.params) or None,
         "parent": job.parent,
+        "retry_of": job.retry_of,
         "lane": job.lane.value,
     }
     return {name: value for name, value in kwargs.items() if value is not None}
@@ -107,16 +107,27 @@ class CeleryQueue:
     def __init__(self, link: RedisLink) -> None:
         self._link = link
 
-    def send(self, jobs: Sequence[Job], *, expires_s: float | None = None) -> None:
+    def send(self, jobs: Sequence[Job]) -> None:
         """See ports/queue.py."""
-        expires = datetime.now(UTC) + timedelta(seconds=expires_s) if expires_s is not None else None
-        pushes = [("LPUSH", queue_key(job), json.dumps(task_message(job, expires))) for job in jobs]
+        pushes = [("LPUSH", queue_key(job), json.dumps(task_message(job))) for job in jobs]
         for start in range(0, len(pushes), _BATCH):
             self._link.pipeline(pushes[start : start + _BATCH])
 
     def queued(self, node: NodeId) -> frozenset[JobId]:
         """See ports/queue.py."""
+        return frozenset(job_id for _, _, job_id in self._waiting(node))
+
+    def discard(self, node: NodeId, jobs: frozenset[JobId]) -> None:
+        """See ports/queue.py."""
+        drops = [("LREM", key, 0, raw) for key, raw, job_id in self._waiting(node) if job_id in jobs]
+        for start in range(0, len(drops), _BATCH):
+            self._link.pipeline(drops[start : start + _BATCH])
+
+    def _waiting(self, node: NodeId) -> Iterator[tuple[str, bytes, JobId]]:
+        """Each message in the node's queues: the list's key, the message, its job."""
         names = {node_queue(node, lane) for lane in Lane}
         keys = [f"{name}{PRIORITY_SEPARATOR}{p}" if p else name for name in names for p in PRIORITY_STEPS]
         lists = self._link.pipeline([("LRANGE", key, 0, -1) for key in keys])
-        return frozenset(JobId(json.loads(raw)["headers"]["id"]) for raws in lists for raw in raws)
+        for key, raws in zip(keys, lists, strict=True):
+            for raw in raws:
+                yield key, raw, JobId(json.loads(raw)["headers"]["id"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from threading import Lock
 
 from mvm.domain.ids import JobId, NodeId
@@ -22,29 +23,35 @@ class MemoryQueue:
         self.down = False
         self._clock = clock
         self._lock = Lock()
-        self._sent: dict[tuple[NodeId, Lane], deque[tuple[Job, float | None]]] = {}
+        self._sent: dict[tuple[NodeId, Lane], deque[Job]] = {}
 
-    def send(self, jobs: Sequence[Job], *, expires_s: float | None = None) -> None:
+    def send(self, jobs: Sequence[Job]) -> None:
         """See ports/queue.py."""
         if self.down:
             raise Unreachable("broker.unreachable", "the broker does not answer", hint="see: mvm status")
-        expires = None if expires_s is None else self._clock.monotonic() + expires_s
         with self._lock:
             for job in jobs:
-                self._sent.setdefault((job.node_id, job.lane), deque()).append((job, expires))
+                self._sent.setdefault((job.node_id, job.lane), deque()).append(job)
 
     def waiting(self, queue: str) -> Sequence[Job]:
         """What lies in `queue` (see `node_queue`), expired or not, in the order it will be taken."""
         with self._lock:
-            return [job for key in self._keys() if node_queue(*key) == queue for job, _ in self._sent[key]]
+            return [job for key in self._keys() if node_queue(*key) == queue for job in self._sent[key]]
 
     def queued(self, node: NodeId) -> frozenset[JobId]:
         """See ports/queue.py."""
         with self._lock:
-            return frozenset(job.job_id for key in self._keys() if key[0] == node for job, _ in self._sent[key])
+            return frozenset(job.job_id for key in self._keys() if key[0] == node for job in self._sent[key])
+
+    def discard(self, node: NodeId, jobs: frozenset[JobId]) -> None:
+        """See ports/queue.py."""
+        with self._lock:
+            for key in self._keys():
+                if key[0] == node:
+                    self._sent[key] = deque(job for job in self._sent[key] if job.job_id not in jobs)
 
     def drain(self, run: Callable[[Job], object], *, node: NodeId | None = None) -> int:
-        """Deliver to `run` until nothing is left (for `node`, if given), also what `run` sends; returns how many.
+        """Deliver to `run` until nothing is due (for `node`, if given), also what `run` sends; returns how many.
 
         Urgent jobs come first and bulk ones last, as a node's workers take them.
         """
@@ -57,11 +64,24 @@ class MemoryQueue:
     def _keys(self) -> Sequence[tuple[NodeId, Lane]]:
         return sorted(self._sent, key=lambda key: _ORDER.index(key[1]))
 
+    def next_due(self) -> datetime | None:
+        """When the next job is due of those that wait for their time."""
+        with self._lock:
+            times = [job.retry_at for key in self._keys() for job in self._sent[key] if job.retry_at]
+        return min(times, default=None)
+
     def _take(self, node: NodeId | None) -> Job | None:
         with self._lock:
+            now = self._clock.now()
             for key in self._keys():
-                while self._sent[key] and node in (None, key[0]):
-                    job, expires = self._sent[key].popleft()
-                    if expires is None or self._clock.monotonic() < expires:
+                while node in (None, key[0]) and (index := self._first_due(key)) is not None:
+                    job = self._sent[key][index]
+                    del self._sent[key][index]
+                    if job.expires_at is None or now < job.expires_at:
                         return job
             return None
+
+    def _first_due(self, key: tuple[NodeId, Lane]) -> int | None:
+        now = self._clock.now()
+        waiting = enumerate(self._sent[key])
+        return next((index for index, job in waiting if not job.retry_at or job.retry_at <= now), None)

@@ -245,6 +245,18 @@ class MemoryRegistry:
         with self._changed:
             return job_id in self._cancels
 
+    def expired_jobs(self, now: datetime) -> Sequence[Job]:
+        """See ports/registry.py."""
+        with self._changed:
+            queued = [job for job in self._jobs.values() if job.state is JobState.QUEUED]
+            return sorted((j for j in queued if j.expires_at and j.expires_at <= now), key=lambda job: job.job_id)
+
+    def expire(self, job: Job) -> None:
+        """See ports/registry.py."""
+        with self._changed:
+            self._cancels.add(job.job_id)
+        self.update(job)
+
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:
         """See ports/registry.py."""
         end = None if deadline_s is None else monotonic() + deadline_s

@@ -236,6 +236,17 @@ class RedisRegistry:
         """See ports/registry.py."""
         return bool(self._link.command("EXISTS", f"mvm:cancel:{job_id}"))
 
+    def expired_jobs(self, now: datetime) -> Sequence[Job]:
+        """See ports/registry.py."""
+        keys = self._link.command("KEYS", "mvm:open:*")  # one per node
+        found = [job for key in keys for job in self._get(sorted(self._link.command("SMEMBERS", key)))]
+        return [job for job in found if job.state is JobState.QUEUED and job.expires_at and job.expires_at <= now]
+
+    def expire(self, job: Job) -> None:
+        """See ports/registry.py."""
+        self._link.command("SET", f"mvm:cancel:{job.job_id}", 1, "EX", _KEEP_JOB_S)
+        self.update(job)
+
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:
         """See ports/registry.py."""
         end = None if deadline_s is None else monotonic() + deadline_s

@@ -23,7 +23,7 @@ from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import not_found
 from mvm.domain.tenant import Tenant
 from mvm.drivers.group_commit import GroupCommit
-from mvm.errors import Failed, NotAllowed
+from mvm.errors import Failed, Fenced, NotAllowed
 from mvm.ports.store import Note
 
 _SCHEMA = """
@@ -46,6 +46,10 @@ CREATE TABLE IF NOT EXISTS audit_heads (tenant TEXT PRIMARY KEY, seq INTEGER NOT
 CREATE TABLE IF NOT EXISTS audit_pending (tenant TEXT NOT NULL, seq INTEGER NOT NULL, line TEXT NOT NULL,
     PRIMARY KEY (tenant, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS desired (id INTEGER PRIMARY KEY CHECK (id = 1), doc TEXT NOT NULL)
+"""
+_PUT_JOB = """
+INSERT INTO jobs VALUES (?1, ?2, ?3) ON CONFLICT (id) DO UPDATE SET final = ?2, doc = ?3
+WHERE final = 0 AND coalesce(doc ->> 'attempt', 0) + coalesce(doc ->> 'deaths', 0) <= ?4
 """
 _BUSY_MS = 10_000
 
@@ -125,11 +129,11 @@ class SqliteStore:
         with self._translated():
             return self._db().execute(sql, values).fetchall()
 
-    def _write(self, sql: str, *values: Any) -> int:
+    def _write(self, sql: str, *values: Any, durable: bool = True) -> int:
         with self._translated():
             db = self._db()
             changed = db.execute(sql, values).rowcount
-            if not db.in_transaction:
+            if durable and not db.in_transaction:
                 self._reach_disk()
             return changed
 
@@ -232,6 +236,11 @@ class SqliteStore:
             )  # fmt: skip
         return saved
 
+    def lease(self, ref: InstanceRef) -> int | None:
+        """See ports/store.py."""
+        rows = self._rows("SELECT doc ->> 'lease' FROM instances WHERE ref = ?", str(ref))
+        return (rows[0][0] or 0) if rows else None
+
     def delete_instance(self, ref: InstanceRef) -> None:
         """See ports/store.py."""
         self._write("DELETE FROM notes WHERE ref = ?", str(ref))
@@ -272,9 +281,13 @@ class SqliteStore:
 
     def put_job(self, job: Job) -> None:
         """See ports/store.py."""
-        self._write(
-            "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", job.job_id, job.state.final, json.dumps(job.to_dict())
+        # One that is not final goes to the disk with the next write: a commit is mostly waiting for that.
+        written = self._write(
+            _PUT_JOB, job.job_id, job.state.final, json.dumps(job.to_dict()), job.run, durable=job.state.final
         )
+        if not written:
+            raise Fenced("job.taken_over", f"job {job.job_id} was taken over by another worker",
+                         hint=f"see: mvm job show {job.job_id}", subject=job.job_id)  # fmt: skip
 
     def last_job(self, subject: str, *, state: JobState | None = None) -> Job | None:
         """See ports/store.py."""

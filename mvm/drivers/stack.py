@@ -89,6 +89,7 @@ def connection(settings: Settings) -> dict[str, Any]:
         "node_id": str(settings.node),
         "redis_url": settings.redis,
         "broker_url": settings.broker,
+        "job_expires_s": settings.job_expires_s,
         "agent_address": agent_address(settings),
         "netns": settings.namespace,
         "flower_url": f"http://127.0.0.1:{settings.flower_port}",

@@ -17,10 +17,14 @@ def node_queue(node: NodeId, lane: Lane = Lane.NORMAL) -> str:
 class JobQueue(Protocol):
     """Sends recorded jobs to their nodes. Raises `Unreachable` (``broker.unreachable``) within a second."""
 
-    def send(self, jobs: Sequence[Job], *, expires_s: float | None = None) -> None:
-        """Send each to its node's queue; one that nobody takes within `expires_s` seconds is dropped."""
+    def send(self, jobs: Sequence[Job]) -> None:
+        """Send each to its node's queue: delivered at its ``retry_at``, if it has one, and not after ``expires_at``."""
         ...
 
     def queued(self, node: NodeId) -> frozenset[JobId]:
         """The jobs whose messages wait in the node's queues; not those that a worker has taken."""
+        ...
+
+    def discard(self, node: NodeId, jobs: frozenset[JobId]) -> None:
+        """Take these jobs' messages out of the node's queues."""
         ...

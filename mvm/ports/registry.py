@@ -129,6 +129,14 @@ class Registry(Protocol):
         """Whether somebody asked; still true after its end, for a message of it may come later."""
         ...
 
+    def expired_jobs(self, now: datetime) -> Sequence[Job]:
+        """Queued jobs of any node whose ``expires_at`` has passed."""
+        ...
+
+    def expire(self, job: Job) -> None:
+        """`job` ends so, cancelled; a message of it that comes later finds it so, as after `request_cancel`."""
+        ...
+
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:
         """Each of these jobs as it is now, and again at every change, until all are final.
 

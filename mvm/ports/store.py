@@ -94,6 +94,10 @@ class NodeStore(Protocol):
         """
         ...
 
+    def lease(self, ref: InstanceRef) -> int | None:
+        """The newest lease of an instance; None when there is no such instance. Cheap: asked before every act."""
+        ...
+
     def delete_instance(self, ref: InstanceRef) -> None:
         """Forget it, and the notes on it."""
         ...
@@ -123,7 +127,12 @@ class NodeStore(Protocol):
         ...
 
     def put_job(self, job: Job) -> None:
-        """Insert or replace."""
+        """Insert or replace.
+
+        Raises `Fenced` (``job.taken_over``) for a record that is final, or that somebody has begun anew since: the
+        caller was taken for dead. A record that is not final outlives its writer's death at once, and the host's with
+        the next write of another kind.
+        """
         ...
 
     def last_job(self, subject: str, *, state: JobState | None = None) -> Job | None:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason, lane_of
 from mvm.domain.refusals import job_not_found
-from mvm.errors import InvalidInput, MvmError
+from mvm.errors import InvalidInput, MvmError, NotAllowed, TimedOut
 from mvm.ports.clock import Clock
 from mvm.ports.queue import JobQueue
 from mvm.ports.registry import Registry
 
 NODE_LIVE_S = 15.0
+_VAIN = (JobState.FAILED, JobState.CANCELLED)
 
 
 class Asked(NamedTuple):
@@ -29,29 +30,33 @@ class Asked(NamedTuple):
 class Jobs:
     """Records a job, then sends it: never the other way round."""
 
-    def __init__(self, registry: Registry, queue: JobQueue, clock: Clock) -> None:
+    def __init__(self, registry: Registry, queue: JobQueue, clock: Clock, *, expires_s: float = 86400.0) -> None:
         self._registry = registry
         self._queue = queue
         self._clock = clock
+        self._expires_s = expires_s
 
     def new(
         self, verb: JobVerb, subject: str, node: NodeId, *, params: Mapping[str, Any] | None = None,
         reason: Reason = Reason.MANUAL, actor: str, parent: JobId | None = None, lane: Lane | None = None,
+        expires_s: float | None = None, retry_of: JobId | None = None,
     ) -> Job:  # fmt: skip
-        """A job that is not known anywhere yet."""
+        """A job that is not known anywhere yet; dropped if nobody takes it within `expires_s` seconds."""
         now = self._clock.now()
         job_id = JobId.make(int(now.timestamp() * 1000), self._clock.random(5))
         lane = lane or lane_of(verb, bulk=parent is not None)
-        return Job(job_id, verb, subject, node, actor, reason, now, params or {}, lane, parent=parent)
+        expires = now + timedelta(seconds=expires_s or self._expires_s)
+        return Job(job_id, verb, subject, node, actor, reason, now, params or {}, lane, parent=parent,
+                   expires_at=expires, retry_of=retry_of)  # fmt: skip
 
     def submit(
         self, verb: JobVerb, subject: str, node: NodeId, *, params: Mapping[str, Any] | None = None,
         reason: Reason = Reason.MANUAL, actor: str, expires_s: float | None = None,
     ) -> Job:  # fmt: skip
         """Record and send one job. Raises `Unreachable` when it could not be accepted."""
-        job = self.new(verb, subject, node, params=params, reason=reason, actor=actor)
+        job = self.new(verb, subject, node, params=params, reason=reason, actor=actor, expires_s=expires_s)
         self._registry.record([job])
-        self._send([job], expires_s)
+        self._send([job])
         return job
 
     def submit_bulk(
@@ -69,10 +74,7 @@ class Jobs:
             self.new(verb, s, node_of(s), params=params, reason=reason, actor=actor, parent=parent.job_id)
             for s in subjects
         ]
-        hold = frozenset(child.job_id for child in children[parallel or len(children) :])
-        self._registry.record([parent, *children], hold=hold)
-        self._send([child for child in children if child.job_id not in hold], None)
-        return parent
+        return self._spread(parent, children, parallel)
 
     def submit_group(self, asked: Sequence[Asked], node: NodeId, *, reason: Reason, actor: str) -> Job:
         """One parent with a child for each of `asked`, whatever their verbs, all at once. Returns the parent."""
@@ -82,8 +84,40 @@ class Jobs:
             self.new(a.verb, a.subject, node, params=a.params, reason=reason, actor=actor, parent=parent.job_id)
             for a in asked
         ]
-        self._registry.record([parent, *children])
-        self._send(children, None)
+        return self._spread(parent, children, None)
+
+    def retry(self, job_id: JobId, *, actor: str) -> Job:
+        """Ask for what `job_id` did not achieve once more, as a new job: all of it, or a bulk job's children of these.
+
+        Raises `NotFound`, and `NotAllowed` (``job.not_failed``) when there is nothing that failed or was cancelled.
+        """
+        job = self.job(job_id)
+        if job.state not in _VAIN or job.verb.is_sweep:
+            raise NotAllowed(
+                "job.not_failed", f"job {job_id} ({job.verb}) is {job.state}",
+                hint="what failed or was cancelled can be asked for again; sweeps come by themselves",
+                subject=job_id, state=job.state.value,
+            )  # fmt: skip
+        if job.verb is not JobVerb.BULK:
+            again = self._again(job, actor, None)
+            self._registry.record([again])
+            self._send([again])
+            return again
+        left = [child for child in self.children(job_id) if child.state in _VAIN]
+        params = {**job.params, "count": len(left)}
+        parent = self._parent(params, [child.subject for child in left], job.node_id, Reason.MANUAL, actor)
+        children = [self._again(child, actor, parent.job_id) for child in left]
+        return self._spread(parent.with_(retry_of=job_id), children, job.params.get("parallel"))
+
+    def _again(self, job: Job, actor: str, parent: JobId | None) -> Job:
+        return self.new(
+            job.verb, job.subject, job.node_id, params=job.params, actor=actor, parent=parent, retry_of=job.job_id
+        )
+
+    def _spread(self, parent: Job, children: Sequence[Job], parallel: int | None) -> Job:
+        hold = frozenset(child.job_id for child in children[parallel or len(children) :])
+        self._registry.record([parent, *children], hold=hold)
+        self._send([child for child in children if child.job_id not in hold])
         return parent
 
     def _parent(
@@ -95,18 +129,20 @@ class Jobs:
 
     def sweep(self, verb: JobVerb, *, every_s: float) -> Sequence[Job]:
         """Ask every live node that has none of this kind queued or running for a sweep."""
+        if verb is JobVerb.SWEEP_ORPHANS:
+            self.expire()  # a dead node sweeps nothing
         sent = []
         for node in self._registry.live_nodes(self._clock.now() - timedelta(seconds=NODE_LIVE_S)):
-            job = self.new(verb, str(node), node, reason=Reason.SWEEP, actor="beat")
+            job = self.new(verb, str(node), node, reason=Reason.SWEEP, actor="beat", expires_s=4 * every_s)
             if self._registry.claim_sweep(verb.value, node, job.job_id, ttl_s=max(30.0, 5 * every_s)):
                 self._registry.record([job])
-                self._send([job], 4 * every_s)
+                self._send([job])
                 sent.append(job)
         return sent
 
-    def _send(self, jobs: Sequence[Job], expires_s: float | None) -> None:
+    def _send(self, jobs: Sequence[Job]) -> None:
         try:
-            self._queue.send(jobs, expires_s=expires_s)
+            self._queue.send(jobs)
         except MvmError as error:
             for job in jobs:  # recorded but never sent: say so where people look
                 self._registry.update(
@@ -125,7 +161,7 @@ class Jobs:
             job
             for job in self._registry.open_jobs(node)
             if job.state is JobState.QUEUED
-            and job.submitted_at <= before
+            and (job.retry_at or job.submitted_at) <= before
             and job.verb is not JobVerb.BULK
             and not job.verb.is_sweep
         ]
@@ -138,6 +174,32 @@ class Jobs:
         if lost:
             self._queue.send(lost)
         return lost
+
+    def expire(self) -> Sequence[Job]:
+        """End the queued jobs that no worker took in time, of live nodes and dead ones; returns them."""
+        late = self._registry.expired_jobs(self._clock.now())
+        for job in late:
+            self.expired(job)
+        for node in {job.node_id for job in late}:
+            self._queue.discard(node, frozenset(job.job_id for job in late if job.node_id == node))
+        return late
+
+    def expired(self, job: Job) -> None:
+        """No worker took `job` in time: it ends, whatever message of it still comes."""
+        hint = "sweeps come by themselves" if job.verb.is_sweep else f"is the node up? then: mvm job retry {job.job_id}"
+        error = TimedOut("job.expired", f"no worker of node {job.node_id} took it in time", hint=hint)
+        ended = job.with_(state=JobState.CANCELLED, error=error.to_dict(), finished_at=self._clock.now())
+        self._registry.expire(ended)
+        if job.verb.is_sweep:
+            self._registry.release_sweep(job.verb.value, job.node_id, job.job_id)
+
+    def send_again(self, jobs: Sequence[Job]) -> None:
+        """Send jobs that are known: each is delivered at its ``retry_at``, or at once."""
+        self._queue.send(jobs)
+
+    def queued(self, node: NodeId) -> frozenset[JobId]:
+        """The jobs whose messages wait for the node's workers."""
+        return self._queue.queued(node)
 
     def release_children(self, parent: JobId) -> None:
         """Send the children of a bulk job that may run now that others ended."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
-from mvm.domain.addressing import free_offset
+from mvm.domain.addressing import TenantNetwork, free_offset
 from mvm.domain.ids import InstanceId, InstanceRef, PoolRef
 from mvm.domain.instance import InFlight, Instance
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status, Verb, landing
-from mvm.errors import Cancelled, InvalidInput, MvmError, NotFound
+from mvm.errors import Cancelled, Fenced, InvalidInput, MvmError, NotFound
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.store import NodeStore, Note
@@ -26,6 +27,7 @@ from mvm.services.views import instance_view
 
 MAX_CREATE = 1000
 _LOCK_S = 300.0
+_UNUSED = (Status.CREATED, Status.READY)
 
 
 class Lifecycle:
@@ -49,27 +51,39 @@ class Lifecycle:
                                field="count", value=count)  # fmt: skip
         created = self.add(PoolRef.parse(context.job.subject), count, context.job)
         network = self._store.tenant(created[0].ref.tenant).network
-        try:
+        with context.undoing(partial(self._undo_create, created, network)):
             for done, instance in enumerate(created):
                 context.step("prepare disks", done, count)
                 self._prepare(instance.ref)
-        except MvmError:
-            for instance in created:
-                with self._locked(instance.ref):
-                    self._microvms.remove(instance, network)
-                    self._store.delete_instance(instance.ref)
-            raise
         for instance in created:
             context.found(instance.ref, None)
         return {"instances": [instance_view(network, self._store.instance(i.ref)) for i in created]}
+
+    def undo_create(self, context: JobContext) -> None:
+        """What a create made that will not be done to its end is gone, but for what somebody uses already."""
+        made = self._refs(context.job, PoolRef.parse(context.job.subject), context.job.params.get("count", 1))
+        known = {i.ref: i for i in self._store.instances(pool=PoolRef.parse(context.job.subject))}
+        unused = [i for ref in made if (i := known.get(ref)) and i.in_flight is None and i.status in _UNUSED]
+        if unused:
+            self._undo_create(unused, self._store.tenant(unused[0].ref.tenant).network)
+
+    @staticmethod
+    def _refs(job: Job, pool: PoolRef, count: int) -> list[InstanceRef]:
+        digests = (sha256(f"{job.job_id} {n}".encode()).digest() for n in range(count))
+        return [pool.instance(InstanceId.from_bytes(digest)) for digest in digests]
+
+    def _undo_create(self, created: Iterable[Instance], network: TenantNetwork) -> None:
+        for instance in created:
+            with self._locked(instance.ref):
+                self._microvms.remove(instance, network)
+                self._store.delete_instance(instance.ref)
 
     def add(self, ref: PoolRef, count: int, job: Job) -> list[Instance]:
         """Write down `count` new instances of `ref`, if the quota admits them.
 
         Their ids derive from the job's, so that a job delivered again after a crash finds those it made.
         """
-        digests = (sha256(f"{job.job_id} {n}".encode()).digest() for n in range(count))
-        refs = [ref.instance(InstanceId.from_bytes(digest)) for digest in digests]
+        refs = self._refs(job, ref, count)
         with self._store.transaction():
             pool, tenant = self._store.pool(ref), self._store.tenant(ref.tenant)
             existing = {i.ref: i for i in self._store.instances(tenant=ref.tenant)}
@@ -106,21 +120,21 @@ class Lifecycle:
             ):
                 self._rouse(context, instance)
                 return {}
-            try:
+            with context.undoing(partial(self._undo_start, ref, network)):
                 instance = self._microvms.bring_up(context, instance, pool, network)
-            except Exception:
-                instance = self._store.instance(ref)  # the boot step has written the process since
-                if instance.status is Status.SLEEPING and self._microvms.has_snapshot(instance):
-                    raise  # nothing has begun: it sleeps on
-                self._microvms.take_down(instance, network)
-                # A sleeping one that was to forget its memory has: there is nothing left to wake it from.
-                status = Status.STOPPED if instance.status is Status.SLEEPING else instance.status
-                self._store.save_instance(replace(instance, process=None, status=status))
-                raise
             running = instance.moved(Status.RUNNING, last_error=None, last_started_at=self._clock.now())
             with context.ending(**instance_view(network, running)):
                 self._store.save_instance(running)
         return {}
+
+    def _undo_start(self, ref: InstanceRef, network: TenantNetwork) -> None:
+        instance = self._store.instance(ref)  # the boot step has written the process since
+        if instance.status is Status.SLEEPING and self._microvms.has_snapshot(instance):
+            return  # nothing has begun: it sleeps on
+        self._microvms.take_down(instance, network)
+        # A sleeping one that was to forget its memory has: there is nothing left to wake it from.
+        status = Status.STOPPED if instance.status is Status.SLEEPING else instance.status
+        self._store.save_instance(replace(instance, process=None, status=status))
 
     def wake(self, context: JobContext) -> Mapping[str, Any]:
         """The subject instance, warm or sleeping, runs again where it was."""
@@ -224,9 +238,13 @@ class Lifecycle:
         ref = InstanceRef.parse(context.job.subject)
         with self._locked(ref):
             claimed = self._admit(ref, verb, context)
+            context.leased(claimed)
             try:
                 yield claimed
+            except Fenced:
+                raise
             except Exception as error:
+                context.check_lease()
                 failed = self._store.instance(ref)
                 kept = failed.last_error if isinstance(error, Cancelled) else _reason(error)
                 self._store.save_instance(replace(failed, in_flight=None, last_error=kept, manual_override_until=None))
@@ -257,7 +275,10 @@ class Lifecycle:
                 admit_warm(self._store, self._store.tenant(ref.tenant))
             context.record()
             flight = InFlight(context.job.job_id, verb)
-            return self._store.save_instance(replace(instance, in_flight=flight, **self._hold(context.job)))
+            lease = instance.lease + 1
+            return self._store.save_instance(
+                replace(instance, in_flight=flight, lease=lease, **self._hold(context.job))
+            )
 
     def _hold(self, job: Job) -> dict[str, Any]:
         """What a person does holds for a while: reconcile leaves the instance as it then is."""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 
 import structlog
@@ -177,15 +178,14 @@ class MicroVms:
         """Its memory is on disk; no process and no TAP are left."""
         spec = self.spec(instance, pool, network)
         self._secrets.withdrawn(instance.ref, surely=not force)
-        try:
-            with self._telling(instance.ref):
-                manifest = self._snapshots.sleep(context, instance, pool, spec, force=force)
-        except Exception:
-            if instance.status is Status.RUNNING:
-                self._secrets.try_refresh(instance)
-            raise
+        with context.undoing(partial(self._give_secrets_back, instance)), self._telling(instance.ref):
+            manifest = self._snapshots.sleep(context, instance, pool, spec, force=force)
         self._networks.disconnect(instance, network)
         return manifest
+
+    def _give_secrets_back(self, instance: Instance) -> None:
+        if instance.status is Status.RUNNING:
+            self._secrets.try_refresh(instance)
 
     def held(self, instance: Instance) -> int:
         """Bytes of memory that its VMM has to itself; 0 when it has ended."""
@@ -206,7 +206,7 @@ class MicroVms:
         again = context.job.step is not None  # by another worker, which was killed
         context.step("connect network", 0, 3)
         self._networks.connect(instance, network)
-        try:
+        with context.undoing(partial(self.put_back, instance, network)):
             spec = self.spec(instance, pool, network)
             stale = self._secrets.stale(instance.ref, spec.secrets)
             if stale:
@@ -215,15 +215,16 @@ class MicroVms:
                 self._secrets.given(instance.ref, spec.secrets, unsure=again)
             with self._telling(instance.ref):
                 process = self._snapshots.wake(context, instance, pool, spec)
-        except Exception:
-            self._vmm.kill(instance.ref, None)
-            self._secrets.withdrawn(instance.ref, surely=False)  # it may have run, and sleep anew
-            self._networks.disconnect(instance, network)
-            raise
         instance = replace(instance, process=process)
         if again or stale:
             self._secrets.try_refresh(instance)
         return instance
+
+    def put_back(self, instance: Instance, network: TenantNetwork) -> None:
+        """It sleeps on, or now: no process and no TAP, and what it slept in stays."""
+        self._vmm.kill(instance.ref, None)
+        self._secrets.withdrawn(instance.ref, surely=False)  # it may have run, and sleep anew
+        self._networks.disconnect(instance, network)
 
     def has_snapshot(self, instance: Instance) -> bool:
         """Whether what it slept in is there."""

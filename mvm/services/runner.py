@@ -1,9 +1,9 @@
-"""Running a job once: the record, the locks, the steps, the end."""
+"""Running a job once: the record, the locks, the tries, the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import structlog
@@ -11,7 +11,8 @@ import structlog
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason
-from mvm.errors import Cancelled, MvmError, Unreachable
+from mvm.domain.tries import TryPolicy
+from mvm.errors import Cancelled, Failed, Fenced, MvmError, Overdue, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
@@ -23,21 +24,24 @@ from mvm.services.precedence import Precedence
 log = structlog.get_logger("mvm.jobs")
 
 _DUPLICATE_WAIT_S = 900.0
-"""How long a second delivery waits for the first one to end."""
+"""How long a second delivery waits for the first one to end, and a suspect for the one before it."""
 
 Handler = Callable[["JobContext"], Mapping[str, Any]]
+Undo = Callable[["JobContext"], None]
 Observer = Callable[[Job], None]
 
 
 class JobContext:
     """What a handler has of its job: its words, its steps, and the way to end it."""
 
-    def __init__(self, job: Job, runner: Runner) -> None:
+    def __init__(self, job: Job, runner: Runner, end: float) -> None:
         self.job = job
         self.touched: dict[str, Instance | None] = {}
         self.change: tuple[str | None, str | None] = (None, None)
         self._runner = runner
+        self._end = end
         self._remarks: list[str] = []
+        self._lease: Instance | None = None
         self.left_at: str | None = None
         """The step at which another job left what this one works on, when its worker was killed."""
 
@@ -54,12 +58,39 @@ class JobContext:
         """What the job changed, when it is of no instance; for the audit trail."""
         self.change = (before, after)
 
+    def leased(self, instance: Instance) -> None:
+        """The job acts on `instance` for as long as nobody takes another lease of it."""
+        self._lease = instance
+
+    def check_lease(self) -> None:
+        """Raises `Fenced` when another worker has taken over what this job works on: before whatever changes it."""
+        if self._lease is not None:
+            self._runner.check_lease(self._lease)
+
     def step(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Begin step `name`, the `done`-th of `total`; raises `Cancelled` here if somebody asked for it."""
+        """Begin step `name`, the `done`-th of `total`: it is written down, then done.
+
+        Here a job ends that has lost its lease (`Fenced`), that somebody wants cancelled (`Cancelled`), or whose
+        deadline has passed (`Overdue`).
+        """
+        self.check_lease()
         self._runner.check_cancelled(self.job)
+        self._runner.check_deadline(self.job, self._end)
         self.job = self.job.with_(step=name, progress=Progress(done, total))
         self._runner.save(self.job)
         log.debug("step", step=name)
+
+    @contextmanager
+    def undoing(self, undo: Callable[[], object]) -> Iterator[None]:
+        """What fails within is undone, unless somebody else has taken over: then it is theirs."""
+        try:
+            yield
+        except Fenced:
+            raise
+        except Exception:
+            self.check_lease()
+            undo()
+            raise
 
     def record(self) -> None:
         """The job is at work: for the transaction in which it claims what it works on."""
@@ -80,7 +111,7 @@ class Runner:
 
     def __init__(
         self, store: NodeStore, registry: Registry, locks: Locks, clock: Clock, jobs: Jobs,
-        precedence: Precedence, audit: Audit, observers: tuple[Observer, ...] = (),
+        precedence: Precedence, audit: Audit, tries: TryPolicy, observers: tuple[Observer, ...] = (),
     ) -> None:  # fmt: skip
         self.store = store
         self._registry = registry
@@ -89,18 +120,19 @@ class Runner:
         self._jobs = jobs
         self._precedence = precedence
         self._audit = audit
+        self._tries = tries
         self._observers = observers
-        self._handlers: dict[JobVerb, Handler] = {}
+        self._handlers: dict[JobVerb, tuple[Handler, Undo | None]] = {}
 
-    def register(self, verb: JobVerb, handler: Handler) -> None:
-        """`handler` does what `verb` says."""
-        self._handlers[verb] = handler
+    def register(self, verb: JobVerb, handler: Handler, undo: Undo | None = None) -> None:
+        """`handler` does what `verb` says; `undo` takes back what a job left that will not be done again."""
+        self._handlers[verb] = handler, undo
 
     def run(self, job: Job) -> Job:
-        """Do `job`, once, and return its final record; its errors are in the record, not raised.
+        """Do `job`, once, and return its record; its errors are in the record, not raised.
 
-        A second delivery waits for the first, then returns what was recorded. A job whose worker was killed is
-        taken up from its beginning: every step observes before it acts.
+        The record is final, or queued until ``retry_at``. A second delivery waits for the first, then returns what
+        was recorded. A job whose worker was killed is taken up from its beginning: every step observes before it acts.
         """
         self._give_way(job)
         with structlog.contextvars.bound_contextvars(
@@ -111,48 +143,95 @@ class Runner:
                 log.info("delivered again", state=known.state.value)
                 self._publish(known)
                 return known
-            final = self._run_once(known or job)
+            if known is not None and self._tries.early(known, self._clock.now()):
+                log.info("delivered before its time", retry_at=known.retry_at)
+                return known
+            after = self._run_once(known or job)
+            if not after.state.final:
+                self._try_later(after)
+                return after
             if not job.verb.is_sweep:
                 self._audit.soon()
             self._give_way(job)  # it holds no instance any more that a wake could wait for
-            self._publish(final)
+            self._publish(after)
             if job.verb.is_sweep:
                 self._release_sweep(job)
             for observe in self._observers:
-                observe(final)
-            return final
+                observe(after)
+            return after
 
     def _give_way(self, job: Job) -> None:
         if job.lane is not Lane.URGENT:
             self._precedence.given()
 
     def _run_once(self, job: Job) -> Job:
-        job = job.with_(state=JobState.RUNNING, started_at=job.started_at or self._clock.now())
-        context = JobContext(job, self)
+        died = job.state is JobState.RUNNING  # whoever ran it holds its lock no more and has not ended it
+        job = self._tries.begun(job, self._clock.now(), died=died)
+        context = JobContext(job, self, self._clock.monotonic() + self._tries.deadline_s(job.verb))
         try:
             self.check_cancelled(job)
-            if job.reason is not Reason.URGENT:  # it is recorded with its claim: each commit reaches the disk
-                self.save(job)
-            log.info("began")
-            result = self._handlers[job.verb](context)
+            with self._alone(job):
+                if job.reason is not Reason.URGENT or died:  # it is recorded with its claim
+                    self.save(job)
+                log.info("began", attempt=job.attempt, deaths=job.deaths)
+                self._refuse_poison(context)
+                result = self._handlers[job.verb][0](context)
             if not context.job.state.final:
                 with context.ending(**result):
                     pass
             log.info("succeeded")
         except MvmError as error:
-            state = JobState.CANCELLED if isinstance(error, Cancelled) else JobState.FAILED
-            self._end(context, state, error)
-            log.warning("ended", state=state.value, code=error.code, error=error.message)
+            self._fail(context, error)
         except Exception:  # the last line of defence: a bug must not leave a job without an end
             bug = MvmError("internal", "an unexpected error; its details are in the node's log",
                            hint=f"look for {job.job_id} in the worker's log")  # fmt: skip
-            self._end(context, JobState.FAILED, bug)
             log.exception("crashed")
+            self._fail(context, bug)
         return context.job
 
-    def _end(self, context: JobContext, state: JobState, error: MvmError) -> None:
-        with self.store.transaction():
-            self.record_end(context, self.ended(context.job, state, error=error.to_dict()))
+    def _refuse_poison(self, context: JobContext) -> None:
+        """Give a job up in which too many workers died, and undo what it left; if they die of that, without."""
+        job, limit = context.job, self._tries.deaths
+        if job.deaths < limit:
+            return
+        undo = self._handlers[job.verb][1]
+        if undo is not None and job.deaths == limit:
+            undo(context)
+        raise Failed(
+            "job.poison", f"{job.deaths} workers ended while they ran it, the last one in step {job.step or 'one'}",
+            hint=f"look for the reason in the worker's log; then: mvm job retry {job.job_id}", deaths=job.deaths,
+        )  # fmt: skip
+
+    def _alone(self, job: Job) -> AbstractContextManager[None]:
+        """Suspects run one at a time, so that those who merely stood by are not taken for what their worker died of."""
+        return self._locks.hold("suspects", deadline_s=_DUPLICATE_WAIT_S) if self._tries.suspect(job) else nullcontext()
+
+    def _fail(self, context: JobContext, error: MvmError) -> None:
+        """Record that the try ended with `error`: the job's end, or a pause before the next try."""
+        pause = self._tries.pause_s(context.job, error, self._clock.random(1)[0] / 255)
+        try:
+            if pause is not None:
+                job = self._tries.failed(context.job, self._clock.now(), error, pause)
+                self.store.put_job(job)
+                context.job = job
+                log.warning("tried in vain", code=error.code, error=error.message, again_in_s=round(pause, 2))
+                return
+            state = JobState.CANCELLED if isinstance(error, Cancelled) else JobState.FAILED
+            with self.store.transaction():
+                self.record_end(context, self.ended(context.job, state, error=error.to_dict()))
+            log.warning("ended", state=state.value, code=error.code, error=error.message)
+        except Fenced as fenced:  # its record is another worker's, too
+            log.warning("another worker has taken over", code=fenced.code)
+            context.job = self.store.job(context.job.job_id) or context.job
+
+    def _try_later(self, job: Job) -> None:
+        """Tell of it and send the message of the next try. Should that fail, a sweep does it."""
+        if job.state is not JobState.QUEUED or not self._tell(job):
+            return
+        try:
+            self._jobs.send_again([job])
+        except MvmError as error:
+            log.warning("next try not sent", code=error.code, error=error.message)
 
     def record_end(self, context: JobContext, job: Job) -> None:
         """Within a transaction: the final record of the context's job, and what the audit trail says of it."""
@@ -163,7 +242,7 @@ class Runner:
     def ended(self, job: Job, state: JobState, **changes: Any) -> Job:
         """`job` at its end; a finished step count says that all of it is done."""
         progress = Progress(job.progress.total, job.progress.total) if state is JobState.SUCCEEDED else job.progress
-        return job.with_(state=state, finished_at=self._clock.now(), progress=progress, **changes)
+        return job.with_(state=state, finished_at=self._clock.now(), progress=progress, deadline_at=None, **changes)
 
     def check_cancelled(self, job: Job) -> None:
         """Raises `Cancelled` if somebody asked for it. An unreachable registry has nobody's wishes."""
@@ -175,6 +254,22 @@ class Runner:
             return
         if asked:
             raise Cancelled("job.cancelled", "cancelled on request; what it had begun is undone")
+
+    def check_deadline(self, job: Job, end: float) -> None:
+        """Raises `Overdue` once the try has taken too long."""
+        if self._clock.monotonic() >= end:
+            limit = self._tries.deadline_s(job.verb)
+            raise Overdue(
+                "job.deadline", f"{job.verb} was not done within {limit:g} s; what it had begun is undone",
+                hint="set by MVM_JOB_DEADLINES; to ask again: mvm job retry " + job.job_id, deadline_s=limit,
+                step=job.step,
+            )  # fmt: skip
+
+    def check_lease(self, held: Instance) -> None:
+        """Raises `Fenced` unless `held` is the newest lease of its instance."""
+        if self.store.lease(held.ref) != held.lease:
+            raise Fenced("job.fenced", f"another worker has taken {held.ref} over meanwhile",
+                         hint=f"see: mvm job list --subject {held.ref}", subject=str(held.ref))  # fmt: skip
 
     def save(self, job: Job) -> None:
         """Record a running job's state here, then for those who follow it."""

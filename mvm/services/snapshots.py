@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -145,22 +146,22 @@ class Snapshots:
         driver.discard(into)
         context.step("prepare guest", 0, 3)
         paused = driver.paused(ref, process)
-        try:
+        with context.undoing(partial(self._undo_sleep, context, instance, paused=paused)):
             if not (paused and force):
                 driver.resume(ref, process)  # a warm one too is asked
                 self._ask_to_sleep(instance, force=force)
             context.step(_SAVING, 1, 3)
             manifest = self._save(instance, process, pool, spec)
-        except MvmError:
-            with suppress(Unreachable):  # what went wrong may be that it has ended
-                if paused:
-                    driver.pause(ref, process)
-                elif context.job.step == _SAVING:  # it stood still meanwhile
-                    with suppress(TimedOut, Failed):
-                        self._tell_time(instance, secrets=False)
-            raise
         log.info("asleep", bytes=manifest.size)
         return manifest
+
+    def _undo_sleep(self, context: JobContext, instance: Instance, *, paused: bool) -> None:
+        with suppress(Unreachable):  # what went wrong may be that it has ended
+            if paused:
+                self._driver().pause(instance.ref, _process(instance))
+            elif context.job.step == _SAVING:  # it stood still meanwhile
+                with suppress(TimedOut, Failed):
+                    self._tell_time(instance, secrets=False)
 
     def _save(self, instance: Instance, process: ProcessIdentity, pool: WorkerPool, spec: BootSpec) -> SnapshotManifest:
         return self._driver().save(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import structlog
 
 from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
+from mvm.domain.job import Job, Reason
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, NotFound, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
@@ -26,6 +28,7 @@ from mvm.services.audit import Audit
 from mvm.services.jobs import Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.networks import Networks
+from mvm.services.recovery import Recovery
 from mvm.services.runner import JobContext
 from mvm.services.secrets import TenantSecrets
 
@@ -56,7 +59,7 @@ class Sweeps:
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver,
         network: HostNetwork, networks: Networks, storage: NodeStorage, lifecycle: Lifecycle, secrets: TenantSecrets,
-        audit: Audit, node_id: NodeId, grace_s: float, keep_jobs: int, cgroups: Cgroups,
+        audit: Audit, node_id: NodeId, grace_s: float, keep_jobs: int, cgroups: Cgroups, recovery: Recovery,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -74,6 +77,7 @@ class Sweeps:
         self._grace_s = grace_s
         self._keep_jobs = keep_jobs
         self._cgroups = cgroups
+        self._recovery = recovery
         self._first_seen: dict[str, float] = {}
 
     def stale_pids(self, context: JobContext) -> Mapping[str, Any]:
@@ -93,11 +97,12 @@ class Sweeps:
                     log.warning("instance gone", instance=str(instance.ref), why=reason)
             except TimedOut:
                 continue  # a job holds it and will see for itself
+        settled = self._recovery.left(context.job)
         self._secrets.catch_up()
         self._publish_ends()
         self._audit.complete()
         self._store.forget_jobs(keep=self._keep_jobs)
-        return {"changed": bool(gone), "stopped": gone}
+        return {"changed": bool(gone or settled), "stopped": gone, "settled": settled}
 
     def _reason(self, instance: Instance) -> str:
         pid = instance.process.pid if instance.process else "?"
@@ -120,7 +125,7 @@ class Sweeps:
     def orphans(self, context: JobContext) -> Mapping[str, Any]:
         """Processes, control groups, TAPs, bridges, directories, files that no record owns; rules changed by hand."""
         context.step("compare host and store", 0, 1)
-        sent = self._send_lost()
+        sent = self._send_lost(context.job)
         found = self._find_orphans()
         now = self._clock.monotonic()
         self._first_seen = {name: self._first_seen.get(name, now) for name in found}
@@ -137,12 +142,31 @@ class Sweeps:
             "sent_again": sent, "repaired": repaired[:_REPAIRED],
         }  # fmt: skip
 
-    def _send_lost(self) -> list[str]:
+    def _send_lost(self, own: Job) -> list[str]:
+        """Jobs that wait in no queue, and those begun here that nobody works on and nobody will be told to."""
         try:
-            lost = self._jobs.send_lost(self._node_id, older_than_s=_LOST_S)
+            lost = [*self._jobs.send_lost(self._node_id, older_than_s=_LOST_S), *self._left(own)]
         except Unreachable:
             return []
         return [str(job.job_id) for job in lost]
+
+    def _left(self, own: Job) -> Sequence[Job]:
+        """A message too many does no harm, so a job is sent again that may only just have lost its worker."""
+        due = self._clock.now() - timedelta(seconds=_LOST_S)
+        open_jobs = [
+            job
+            for job in self._store.unfinished_jobs()
+            if job.reason is not Reason.URGENT  # their agent takes them up
+            and job.job_id != own.job_id
+            and (job.retry_at or job.started_at or due) <= due
+            and self._locks.wait_free(f"job {job.job_id}", deadline_s=0)
+        ]
+        if not open_jobs:
+            return []
+        queued = self._jobs.queued(self._node_id)
+        left = [job for job in open_jobs if job.job_id not in queued]
+        self._jobs.send_again(left)
+        return left
 
     def _find_orphans(self) -> dict[str, Orphan]:
         # The host is read before the store: what is being created is written down first, so it has an owner by then.

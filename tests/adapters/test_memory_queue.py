@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from mvm.domain.ids import NodeId
@@ -59,13 +61,31 @@ def test_another_nodes_jobs_wait(queue: MemoryQueue) -> None:
 
 
 def test_what_nobody_took_in_time_is_dropped(queue: MemoryQueue, clock: ManualClock) -> None:
-    late, patient = job(), job()
-    queue.send([late], expires_s=10)
-    queue.send([patient])
+    late, patient = job(expires_at=clock.now() + timedelta(seconds=10)), job()
+    queue.send([late, patient])
     clock.advance(10)
     got: list[Job] = []
     assert queue.drain(got.append) == 1
     assert got == [patient]
+
+
+def test_the_next_try_waits_for_its_time_and_holds_nobody_up(queue: MemoryQueue, clock: ManualClock) -> None:
+    later, now = job(retry_at=clock.now() + timedelta(seconds=5)), job()
+    queue.send([later, now])
+    got: list[Job] = []
+    assert queue.drain(got.append) == 1
+    assert queue.next_due() == later.retry_at
+    clock.advance(5)
+    assert queue.drain(got.append) == 1
+    assert got == [now, later]
+
+
+def test_messages_can_be_taken_out(queue: MemoryQueue) -> None:
+    dropped, kept = job(), job()
+    queue.send([dropped, kept])
+    queue.discard(N2, frozenset({dropped.job_id}))
+    queue.discard(NODE, frozenset({dropped.job_id}))
+    assert list(queue.waiting("node.n1")) == [kept]
 
 
 def test_a_broker_that_is_down_says_so(queue: MemoryQueue) -> None:

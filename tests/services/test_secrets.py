@@ -78,13 +78,19 @@ def test_rotation_makes_an_epoch_and_reaches_running_guests(node: Node) -> None:
     assert again.result == job.result, "delivered twice it is one rotation"
 
 
-def test_a_rotation_that_lost_its_worker_makes_one_epoch(node: Node) -> None:
+def test_a_rotation_that_lost_its_worker_makes_one_epoch(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.pool()
     put(node, A="1")
     running(node)
-    node.host.fail("vmm.put_secrets", Failed("vmm.failed", "killed here"))
-    job = node.do(V.TENANT_SECRETS, "acme", rotate=True)
-    node.services.store.put_job(job.with_(state=job.state.RUNNING, error=None))
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    job = node.submit(V.TENANT_SECRETS, "acme", rotate=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(node.host.vmm, "put_secrets", killed)
+        with pytest.raises(Killed):
+            node.drain()
     final = node.services.runner.run(job)
     assert final.result is not None
     assert final.result["secrets_epoch"] == 2

@@ -1,0 +1,104 @@
+"""How often a job is tried, how long one try may take, and when it is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from types import MappingProxyType
+
+from mvm.domain.job import Job, JobState, JobVerb, Reason
+from mvm.errors import MvmError
+
+DEADLINE_S = 300.0
+DEADLINES: Mapping[JobVerb, float] = MappingProxyType(
+    {
+        JobVerb.POOL_BUILD: 3600.0,
+        JobVerb.INSTANCE_CREATE: 900.0,
+        JobVerb.INSTANCE_START: 900.0,  # its pool's template may have to be made first
+        JobVerb.INSTANCE_SLEEP: 900.0,
+    }
+)
+"""Seconds that one try of a verb may take, where it is not `DEADLINE_S`."""
+
+_LONGEST_S = 604_800
+
+_LASTING = frozenset({"vmm.gone", "guest.gone", "guest.silent"})
+"""Nobody answered, and nobody will: a process has ended, or a guest was given its time twice."""
+
+_SUSPECT = 2
+"""Deaths after which a job runs beside no other suspect, so that the next death tells which of them it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class TryPolicy:
+    """Tries and their pauses; `deaths` is how many workers may die in a job before it is given up."""
+
+    attempts: int = 3
+    base_s: float = 1.0
+    cap_s: float = 60.0
+    deaths: int = 5
+    deadlines: Mapping[JobVerb, float] = field(default_factory=lambda: DEADLINES)
+
+    def deadline_s(self, verb: JobVerb) -> float:
+        """How long one try of `verb` may take."""
+        return self.deadlines.get(verb, DEADLINE_S)
+
+    def tries(self, job: Job) -> int:
+        """How many tries `job` has. Who waits for an urgent wake tries again himself, and Beat asks for sweeps anew."""
+        return 1 if job.reason is Reason.URGENT or job.verb.is_sweep else self.attempts
+
+    def pause_s(self, job: Job, error: MvmError, luck: float) -> float | None:
+        """Seconds until `job`, whose try ended with `error`, is tried again; None when that is no use.
+
+        Each pause is twice the last one at most, and by `luck` (0 to 1) half of that at least.
+        """
+        if not error.retryable or error.code in _LASTING or job.attempt >= job.attempts:
+            return None
+        return float(min(self.cap_s, self.base_s * 2 ** (job.attempt - 1)) * (1 + luck) / 2)
+
+    def begun(self, job: Job, now: datetime, *, died: bool) -> Job:
+        """`job` as its next try begins, or the same try again because its worker `died`."""
+        if died:
+            where = f"its worker ended in step {job.step!r}" if job.step else "its worker ended"
+            job = _set_back(job, now, "job.worker_died", where).with_(deaths=job.deaths + 1)
+        else:
+            job = job.with_(attempt=job.attempt + 1, attempts=self.tries(job))
+        return job.with_(
+            state=JobState.RUNNING, started_at=job.started_at or now, retry_at=None, expires_at=None,
+            deadline_at=now + timedelta(seconds=self.deadline_s(job.verb)),
+        )  # fmt: skip
+
+    def failed(self, job: Job, now: datetime, error: MvmError, pause_s: float) -> Job:
+        """`job`, whose try ended with `error`, until its next one."""
+        job = _set_back(job, now, error.code, error.message)
+        return job.with_(state=JobState.QUEUED, retry_at=now + timedelta(seconds=pause_s), deadline_at=None)
+
+    def early(self, job: Job, now: datetime) -> bool:
+        """Whether the next try of `job` is still to come. Not for ever: clocks are set back."""
+        if job.state is not JobState.QUEUED or job.retry_at is None:
+            return False
+        return timedelta(0) < job.retry_at - now <= timedelta(seconds=self.cap_s)
+
+    def suspect(self, job: Job) -> bool:
+        """Whether `job` may be what its workers die of."""
+        return job.deaths >= _SUSPECT
+
+
+def _set_back(job: Job, now: datetime, code: str, message: str) -> Job:
+    return job.with_(setbacks=(*job.setbacks, {"at": now.isoformat(), "code": code, "message": message}))
+
+
+def parse_deadlines(text: str) -> Mapping[JobVerb, float]:
+    """`DEADLINES` with changes such as ``pool.build=7200 instance.start=60``. Raises `ValueError`."""
+    changed = {}
+    for word in text.replace(",", " ").split():
+        name, _, seconds = word.partition("=")
+        try:
+            verb, limit = JobVerb(name), float(seconds)
+        except ValueError:
+            raise ValueError(f"{word!r} is not VERB=SECONDS, such as instance.start=60") from None
+        if not 0 < limit <= _LONGEST_S:
+            raise ValueError(f"{word!r} is not within 0 and {_LONGEST_S} seconds")
+        changed[verb] = limit
+    return {**DEADLINES, **changed}
