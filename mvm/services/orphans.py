@@ -18,7 +18,7 @@ import structlog
 from mvm.domain.findings import OrphanFound, OrphanResult
 from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job, Reason
+from mvm.domain.job import Job
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, NotFound, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
@@ -112,8 +112,7 @@ class Orphans:
         open_jobs = [
             job
             for job in self._store.unfinished_jobs()
-            if job.reason is not Reason.URGENT  # their agent takes them up
-            and job.job_id != own.job_id
+            if job.job_id != own.job_id
             and (job.retry_at or job.started_at or due) <= due
             and self._locks.wait_free(f"job {job.job_id}", deadline_s=0)
         ]

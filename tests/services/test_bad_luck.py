@@ -497,3 +497,28 @@ def test_a_child_that_is_never_done_holds_up_no_sibling(node: Node, how: str) ->
     node.drain()
     assert node.services.jobs.job(second.job_id).state is JobState.SUCCEEDED
     assert node.services.jobs.job(bulk.job_id).state.final
+
+
+def test_an_urgent_wake_that_could_not_be_ended_is_taken_up_by_a_sweep(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent lives, and nobody delivers it again."""
+    node.pool()
+    (ref,) = node.create()
+    node.ok(V.INSTANCE_START, ref)
+    node.ok(V.INSTANCE_SLEEP, ref)
+
+    def full(*_: object, **__: object) -> None:
+        raise Failed("disk.full", "no space left")
+
+    monkeypatch.setattr(node.host.network, "ensure_tap", full)
+    monkeypatch.setattr(node.services.runner, "record_end", full)
+    with pytest.raises(Failed):
+        node.services.urgent.wake(InstanceRef.parse(ref), "test")
+    monkeypatch.undo()
+    assert len(node.services.store.unfinished_jobs()) == 1
+    node.clock.advance(31)
+    node.sweep(V.SWEEP_ORPHANS)
+    node.drain()
+    assert not node.services.store.unfinished_jobs()
+    assert node.instance(ref).status is Status.RUNNING

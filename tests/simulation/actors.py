@@ -10,7 +10,9 @@ import contextvars
 import threading
 from _thread import allocate_lock
 from collections.abc import Callable
+from datetime import UTC, datetime
 
+from mvm.domain.instance import Instance
 from mvm.errors import MvmError
 
 
@@ -38,14 +40,18 @@ class _Thread:
 
 
 class Actor:
-    """One piece of work of a process. `subject` is what its job is about; `error` what it ended with."""
+    """One piece of work of a process. `verb` and `subject` are its job's; `error` what it ended with."""
 
     def __init__(self, process: Process, name: str, work: Callable[[], object]) -> None:
         self.process = process
         self.name = name
+        self.verb = ""
         self.subject = ""
         self.late = False
         """It began when the record of its job was final already."""
+        self.began = datetime.max.replace(tzinfo=UTC)
+        self.spare: list[Instance] = []
+        """What could have been started when it made more."""
         self.at = "its begin"
         self.calls = 0
         self.left: int | None = None

@@ -57,6 +57,7 @@ def begin(seed: int) -> World:
     base, world = _base(seed % KINDS), World()
     world.clock.elapsed, world.clock._draws = base.clock.elapsed, base.clock._draws
     world.store = base.store.copy(world.store_call)
+    world.store.inserted = world.inserted
     world.registry.set_state(base.registry.state())
     source, host = base.host, world.host
     for name in ("taps", "bridges", "files", "saved", "machines", "consoles"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mvm.domain.job import JobVerb
 from tests.simulation.bases import begin
-from tests.simulation.checks import after_event, at_the_end
+from tests.simulation.checks import after_event, at_the_end, left_lying
 from tests.simulation.events import Event, events_of
 from tests.simulation.world import HOLD_S, World
 
@@ -56,6 +56,9 @@ def settle(world: World) -> tuple[int, list[str]]:
     world.redis_down = False
     world.restart()
     _drain(world)
+    left = left_lying(world)
+    if left:
+        return 0, left
     # A person's word holds as long as it was given for, and a sweep that came from a clock that was ahead until then.
     until = [row.manual_override_until for row in world.rows().values() if row.manual_override_until]
     until += [j.expires_at for j in world.registry.all_jobs().values() if j.verb.is_sweep and j.expires_at]

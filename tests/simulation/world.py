@@ -33,6 +33,8 @@ SETTINGS = Settings(
 V = JobVerb
 SWEEPS = (V.SWEEP_STALE_PIDS, V.SWEEP_RECONCILE, V.SWEEP_ORPHANS, V.SWEEP_IDLENESS)
 _INSTANCE = (V.INSTANCE_START, V.INSTANCE_STOP, V.INSTANCE_WARM, V.INSTANCE_SLEEP, V.INSTANCE_WAKE, V.INSTANCE_DESTROY)
+_SCALING = (V.POOL_SCALE, V.NODE_RECONCILE, V.SWEEP_RECONCILE)
+_STARTABLE = (Status.CREATED, Status.READY, Status.STOPPED)
 _POOLED = ("create", "scale", "scale exactly", "bulk", "build", "update", "quota", "rotate", "tenant", "pool")
 _FAULTS: Sequence[tuple[str, MvmError]] = (
     *((f"guest.{name}", TimedOut("guest.silent", "no answer")) for name in ("hello", "configure", "wake", "settle")),
@@ -65,14 +67,17 @@ class World:
         self.redis_down = False
         self.accepted: list[JobId] = []
         self.excused: set[JobId] = set()
+        self.lost: set[JobId] = set()
+        """Jobs of which a message was lost on its way."""
         self.harmed: set[InstanceRef] = set()
         self.tainted: set[InstanceRef] = set()
         self.quotas: dict[TenantId, list[Quota]] = {}
         self.breaches: list[str] = []
         self.told: list[str] | None = None
         self.remembers = False
-        self.forgot = False
+        self.forgot = self.was_full = False
         """Redis was away or lost something: it may cancel what it does not know to have begun."""
+        self._acted: dict[str, list[Actor]] = {}
         self._past: list[tuple[float, Any, Any, int]] = []
         self._services: dict[str, NodeServices] = {}
 
@@ -85,8 +90,29 @@ class World:
         if self.store.in_transaction and not actor.doomed:
             return  # killed in a transaction is killed before it
         actor.call(point)
-        if actor.late and point in ACTS:
+        if point in ACTS:
+            self._acts(actor, point)
+
+    def _acts(self, actor: Actor, point: str) -> None:
+        if actor.late:
             self.breach(f"done twice: {actor.name} calls {point}, and had ended before")
+        acted = self._acted.setdefault(actor.subject, [])
+        if actor.subject.count("/") == 2 and actor in acted and acted[-1] is not actor:
+            self.breach(f"two at work: {actor.name} calls {point}, and {acted[-1].name} has been at work since")
+        if actor not in acted[-1:]:
+            acted.append(actor)
+
+    def inserted(self, instance: Instance) -> None:
+        """Somebody makes one more: so none may be there that only has to be started."""
+        actor, now, pool = self.current, self.clock.now(), self.store._pools[instance.ref.pool_ref]
+        if actor is None or actor.verb not in _SCALING or pool.critical or actor.spare:
+            return
+        taken = {job.subject for job in self.registry.all_jobs().values() if not job.state.final}
+        actor.spare = [
+            i for i in self.rows().values() if i.ref.pool_ref == pool.ref and i.status in _STARTABLE
+            and i.in_flight is None and str(i.ref) not in taken and i.created_at < actor.began
+            and (i.manual_override_until is None or i.manual_override_until <= now)
+        ]  # fmt: skip
 
     def store_call(self, point: str) -> None:
         """As `call`, of the node's store, which may be on a full disk."""
@@ -178,6 +204,10 @@ class World:
             self.breach(f"crashed: {actor.name}: {error!r}")
         else:
             self.tell(f"      {actor.name} ends{_outcome(actor.result)}")
+            asked = {job.subject for job in self.registry.all_jobs().values()} if actor.spare else set()
+            for spare in actor.spare:
+                if self.rows().get(spare.ref) == spare and str(spare.ref) not in asked:
+                    self.breach(f"not converging: {actor.name} made more, and {spare.ref} was {spare.status} and free")
             if isinstance(actor.result, Job) and actor.result.error and actor.result.error["code"] == "internal":
                 self.breach(f"crashed: {actor.name} ended with an unexpected error")
 
@@ -231,7 +261,8 @@ class World:
         self.queue.take(message, name)
         known = self.store._jobs.get(job.job_id)
         actor = Actor(self.processes[name], f"{name}: {told_job(job)}", lambda: self._run(name, message))
-        actor.subject, actor.late = job.subject, known is not None and known.state.final
+        actor.verb, actor.subject, actor.late = job.verb, job.subject, known is not None and known.state.final
+        actor.began = self.clock.now()
         actor.then = lambda: self.queue.ack(message)
         self.step(actor, calls)
         return actor
@@ -474,6 +505,7 @@ class World:
         if message is None:
             return "nothing"
         self.queue.ready.remove(message)
+        self.lost.add(message.job.job_id)
         return told_job(message.job)
 
     def _do_duplicate(self, event: Event) -> str:
@@ -501,6 +533,7 @@ class World:
 
     def _do_full(self, event: Event) -> str:
         self.host.disk_full = not self.host.disk_full
+        self.was_full = True
         return "the disk is full" if self.host.disk_full else "the disk has room again"
 
     def _do_silence(self, event: Event) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -134,6 +135,16 @@ class Stack:
         found = QemuDriver(self.layout, LocalShell()).processes().values()
         return [process.pid for several in found for process in several]
 
+    def end(self) -> None:
+        """Whatever it is in the middle of, it and its instances are gone."""
+        try:
+            self.run("down", "--instances", timeout_s=60)
+        except subprocess.TimeoutExpired:  # its workers may have been stopped
+            for pid in self.vmms():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.run("down")
+
     def rest(self) -> list[str]:
         """Processes that still name this state directory."""
         left = []
@@ -149,12 +160,13 @@ class Stack:
 def _end_abandoned() -> None:
     """End the stacks of those that have ended without doing so themselves."""
     for mark in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}"):
-        with contextlib.suppress(FileNotFoundError):
-            owner = json.loads(mark.read_text() or "null")
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), mark.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or somebody else is at it
+            owner = json.loads(file.read() or "null")
             if owner is None or processes.runs(ProcessIdentity(*owner)):
                 continue
             env = {**os.environ, "MVM_STATE_DIR": str(mark.parent / "s"), "PYTHONPATH": str(_ROOT)}
-            Stack(StateLayout(mark.parent / "s"), env).run("down", "--instances")
+            Stack(StateLayout(mark.parent / "s"), env).end()
             shutil.rmtree(mark.parent, ignore_errors=True)
 
 
@@ -189,5 +201,5 @@ def running_stack(driver: str = "qemu", *, builds: bool = False, **settings: str
         stack.mvm("down", "--instances")
         assert not stack.rest()
     finally:
-        stack.run("down", "--instances")
+        stack.end()
         shutil.rmtree(root, ignore_errors=True)
