@@ -63,6 +63,7 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._local = threading.local()
+        self._turn = threading.RLock()  # SQLite lets writers wait by sleeping, ever longer
         with self._translated():
             db = self._db()
             with self.transaction():
@@ -111,7 +112,7 @@ class SqliteStore:
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[None]:
         """See ports/store.py."""
-        with self._translated():
+        with self._translated(), self._turn:
             db = self._db()
             if not durable:
                 db.execute("PRAGMA synchronous = NORMAL")
@@ -132,7 +133,7 @@ class SqliteStore:
             return self._db().execute(sql, values).fetchall()
 
     def _write(self, sql: str, *values: Any) -> int:
-        with self._translated():
+        with self._translated(), self._turn:
             return self._db().execute(sql, values).rowcount
 
     # --- tenants
@@ -206,10 +207,11 @@ class SqliteStore:
         ref = instance.ref
         doc = json.dumps(instance.to_dict())
         try:
-            self._db().execute(
-                "INSERT INTO instances VALUES (?, ?, ?, ?, ?)",
-                (str(ref), ref.tenant, str(ref.pool_ref), instance.generation, doc),
-            )
+            with self._turn:
+                self._db().execute(
+                    "INSERT INTO instances VALUES (?, ?, ?, ?, ?)",
+                    (str(ref), ref.tenant, str(ref.pool_ref), instance.generation, doc),
+                )
         except sqlite3.IntegrityError:
             raise NotAllowed("instance.exists", f"instance {ref} exists already", subject=str(ref)) from None
 
@@ -273,15 +275,12 @@ class SqliteStore:
 
     def put_job(self, job: Job) -> None:
         """See ports/store.py."""
-        db = self._db()
-        hasty = not job.state.final and not db.in_transaction
-        if hasty:  # its next write takes it along to the disk: a commit is mostly waiting for that
-            db.execute("PRAGMA synchronous = NORMAL")
-        try:
-            written = self._write(_PUT_JOB, job.job_id, job.state.final, json.dumps(job.to_dict()), job.run)
-        finally:
-            if hasty:
-                db.execute("PRAGMA synchronous = FULL")
+        values = job.job_id, job.state.final, json.dumps(job.to_dict()), job.run
+        if job.state.final or self._db().in_transaction:
+            written = self._write(_PUT_JOB, *values)
+        else:  # its next write takes it along to the disk: a commit is mostly waiting for that
+            with self.transaction(durable=False):
+                written = self._write(_PUT_JOB, *values)
         if not written:
             raise Fenced("job.taken_over", f"job {job.job_id} was taken over by another worker",
                          hint=f"see: mvm job show {job.job_id}", subject=job.job_id)  # fmt: skip
