@@ -41,7 +41,7 @@ class _Inline:
 
 
 def simulated() -> AbstractContextManager[object]:
-    """Within, the services start no threads and say nothing."""
+    """Within, the services start no threads and say nothing; what runs begin with is there, made by sound code."""
     stack = ExitStack()
     stack.enter_context(patch("mvm.services.idle.ThreadPoolExecutor", _Inline))
     stack.enter_context(patch("mvm.services.urgent.Future", patched_future(lambda: _current[-1])))
@@ -49,6 +49,8 @@ def simulated() -> AbstractContextManager[object]:
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False)
     stack.callback(lambda: structlog.configure(**before))
+    for kind in range(KINDS):
+        _base(kind)
     return stack
 
 

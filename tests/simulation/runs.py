@@ -56,7 +56,7 @@ def settle(world: World) -> tuple[int, list[str]]:
     world.redis_down = False
     world.restart()
     _drain(world)
-    left = left_lying(world)
+    left = world.breaches or left_lying(world)
     if left:
         return 0, left
     # A person's word holds as long as it was given for, and a sweep that came from a clock that was ahead until then.
