@@ -43,7 +43,8 @@ class _Inline:
 def simulated() -> AbstractContextManager[object]:
     """Within, the services start no threads and say nothing; what runs begin with is there, made by sound code."""
     stack = ExitStack()
-    stack.enter_context(patch("mvm.services.idle.ThreadPoolExecutor", _Inline))
+    for module in ("idle", "health"):
+        stack.enter_context(patch(f"mvm.services.{module}.ThreadPoolExecutor", _Inline))
     stack.enter_context(patch("mvm.services.urgent.Future", patched_future(lambda: _current[-1])))
     stack.enter_context(patch.object(Audit, "soon", lambda self: None))
     before = structlog.get_config()

@@ -68,7 +68,10 @@ def settle(world: World) -> tuple[int, list[str]]:
     breaches: list[str] = []
     for number in range(1, ROUNDS + 1):
         world.pass_time(35.0)
-        for verb in (JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE):
+        sweeps = [JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE]
+        if any(machine.hung for machine in world.host.machines.values()):
+            sweeps.insert(0, JobVerb.SWEEP_HEALTH)
+        for verb in sweeps:
             world.jobs().sweep(verb, every_s=15.0)
             _drain(world)
         if world.breaches:

@@ -28,10 +28,12 @@ NODE = NodeId("n1")
 HOLD_S = 60.0
 SETTINGS = Settings(
     state_dir=Path("/nonexistent"), node_id=NODE, driver="fake", parallel_boots=1024, orphan_grace_s=60,
-    manual_hold_s=HOLD_S, idleness_sweep_s=30,
+    manual_hold_s=HOLD_S, idleness_sweep_s=30, health_checks=2,
 )  # fmt: skip
 V = JobVerb
-SWEEPS = (V.SWEEP_STALE_PIDS, V.SWEEP_RECONCILE, V.SWEEP_ORPHANS, V.SWEEP_IDLENESS)
+SWEEPS = (
+    V.SWEEP_STALE_PIDS, V.SWEEP_RECONCILE, V.SWEEP_ORPHANS, V.SWEEP_IDLENESS, V.SWEEP_HEALTH, V.SWEEP_DISK,
+)  # fmt: skip
 _INSTANCE = (V.INSTANCE_START, V.INSTANCE_STOP, V.INSTANCE_WARM, V.INSTANCE_SLEEP, V.INSTANCE_WAKE, V.INSTANCE_DESTROY)
 _SCALING = (V.POOL_SCALE, V.NODE_RECONCILE, V.SWEEP_RECONCILE)
 _STARTABLE = (Status.CREATED, Status.READY, Status.STOPPED)
