@@ -187,6 +187,7 @@ def _agreement(world: World) -> Iterator[str]:
         if world.registry._pools.get(pool) != NODE:
             yield f"stores disagree: the registry does not know where {pool} is"
 
+
 def _trails(world: World) -> Iterator[str]:
     for tenant_id in list(world.store._heads):
         verdict = world.services("agent").view.audit_verify(tenant_id)

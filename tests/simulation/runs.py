@@ -72,6 +72,7 @@ def settle(world: World) -> tuple[int, list[str]]:
         if any(machine.hung for machine in world.host.machines.values()):
             sweeps.insert(0, JobVerb.SWEEP_HEALTH)
         for verb in sweeps:
+            world.heartbeat()  # a sweep may have waited for silent guests
             world.jobs().sweep(verb, every_s=15.0)
             _drain(world)
         if world.breaches:
@@ -104,7 +105,7 @@ def _drain(world: World) -> None:
 
 
 def shrink(seed: int, events: Sequence[Event], fails: Callable[[Sequence[Event]], bool]) -> list[Event]:
-    """The fewest of `events` that still fail: pieces are left out, ever smaller ones, then what is left is made plain."""
+    """The fewest of `events` that still fail: ever smaller pieces are left out, then the rest is made plain."""
     left, size = list(events), max(1, len(events) // 2)
     while True:
         shorter = False

@@ -44,7 +44,7 @@ _FAULTS: Sequence[tuple[str, MvmError]] = (
     *((f"vmm.{name}", Failed("vmm.failed", "it does not")) for name in ("boot", "clone", "restore", "save", "resume")),
     ("vmm.clone", Failed("snapshot.damaged", "memory differs")), ("vmm.pause", Unreachable("vmm.gone", "ended")),
     ("vmm.kill", Failed("vmm.failed", "cannot be ended")), ("network.ensure_tap", Failed("network.failed", "no TAP")),
-    ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "it is")),
+    ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "is")),
     ("storage.fresh_overlay", Failed("storage.failed", "no overlay")), ("images.build", Failed("build.failed", "no")),
     ("packets.change", Failed("firewall.refused", "no such set")), ("vmm.put_secrets", Failed("vmm.failed", "no")),
 )  # fmt: skip
@@ -151,7 +151,8 @@ class World:
             return  # a template
         known = self.quotas.setdefault(ref.tenant, [self.store._tenants[ref.tenant].quota])
         limit = max(quota.max_running for quota in known)
-        running = sum(not m.paused for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows())
+        there = [m for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows()]
+        running = sum(not machine.paused for machine in there)
         if running > limit:
             self.breach(f"quota breach: {running} VMMs of {ref.tenant} run, at most {limit} may")
 
@@ -191,7 +192,7 @@ class World:
             return
         self.current = actor
         try:
-            actor.step(calls)
+            actor.step(calls, alone=len(self.actors()) == 1)
         finally:
             self.current = None
         if not actor.done:
@@ -410,6 +411,7 @@ class World:
     def _do_beat(self, event: Event) -> str:
         verb = SWEEPS[event.pick % len(SWEEPS)]
         jobs = self.jobs()
+        self.heartbeat()
         self.outsider(f"beat: {verb}", lambda: jobs.sweep(verb, every_s=15.0), event.calls)
         return verb.value
 
