@@ -14,7 +14,7 @@ from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.tenant import Quota
-from mvm.errors import Failed, MvmError, TimedOut, Unreachable
+from mvm.errors import Failed, MvmError, TimedOut
 from mvm.services.jobs import Jobs
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
@@ -42,7 +42,7 @@ _FAULTS: Sequence[tuple[str, MvmError]] = (
     *((f"guest.{name}", TimedOut("guest.silent", "no answer")) for name in ("hello", "configure", "wake", "settle")),
     *((f"guest.{name}", Failed("guest.refused", "it says no")) for name in ("prepare_sleep", "shutdown", "configure")),
     *((f"vmm.{name}", Failed("vmm.failed", "it does not")) for name in ("boot", "clone", "restore", "save", "resume")),
-    ("vmm.clone", Failed("snapshot.damaged", "memory differs")), ("vmm.pause", Unreachable("vmm.gone", "ended")),
+    ("vmm.clone", Failed("snapshot.damaged", "memory differs")),
     ("vmm.kill", Failed("vmm.failed", "cannot be ended")), ("network.ensure_tap", Failed("network.failed", "no TAP")),
     ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "is")),
     ("storage.fresh_overlay", Failed("storage.failed", "no overlay")), ("images.build", Failed("build.failed", "no")),
