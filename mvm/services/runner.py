@@ -173,7 +173,7 @@ class Runner:
             with self._alone(job):
                 if job.reason is not Reason.URGENT or died:  # it is recorded with its claim
                     self.save(job)
-                log.info("began", attempt=job.attempt, deaths=job.deaths)
+                log.debug("began", attempt=job.attempt, deaths=job.deaths)
                 self._refuse_poison(context)
                 result = self._handlers[job.verb][0](context)
             if not context.job.state.final:
