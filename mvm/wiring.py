@@ -238,7 +238,7 @@ def build_node(
     from mvm.services.runner import Runner
     from mvm.services.secrets import TenantSecrets
     from mvm.services.snapshots import Snapshots
-    from mvm.services.sweeps import Sweeps
+    from mvm.services.sweeps import Sweeps, one_at_a_time
     from mvm.services.tenants import Tenants
     from mvm.services.urgent import UrgentWake
     from mvm.services.views import NodeView
@@ -306,7 +306,7 @@ def build_node(
     }.items():
         marked = verb.value.startswith("instance.") and verb is not JobVerb.INSTANCE_CREATE
         undo = lifecycle.undo_create if verb is JobVerb.INSTANCE_CREATE else recovery.undo if marked else None
-        runner.register(verb, handler, undo)
+        runner.register(verb, one_at_a_time(p.locks, handler) if verb.is_sweep else handler, undo)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
     proof = NetworkProof(
         store=p.store, clock=p.clock, network=p.network, networks=networks, probing=p.probing, guest=p.guest,

@@ -15,7 +15,7 @@ from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, Reason
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, NotFound, TimedOut, Unreachable
+from mvm.errors import Cancelled, Failed, NotFound, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
@@ -29,7 +29,7 @@ from mvm.services.jobs import Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.networks import Networks
 from mvm.services.recovery import Recovery
-from mvm.services.runner import JobContext
+from mvm.services.runner import Handler, JobContext
 from mvm.services.secrets import TenantSecrets
 
 log = structlog.get_logger("mvm.sweeps")
@@ -42,6 +42,21 @@ _CONSOLE_BYTES = 1 << 20  # of a running guest's console that are kept
 _REPAIRED = 20  # lines of rules that a result names
 
 _UP = (Status.RUNNING, Status.WARM)
+
+
+def one_at_a_time(locks: Locks, handler: Handler) -> Handler:
+    """A sweep that never overlaps one of its kind on this node, however slow it is: the later one ends at once."""
+
+    def sweep(context: JobContext) -> Mapping[str, Any]:
+        verb = context.job.verb
+        with ExitStack() as held:
+            try:
+                held.enter_context(locks.hold(f"{verb}", deadline_s=0))
+            except TimedOut:
+                raise Cancelled("sweep.under_way", f"{verb} is still under way on {context.job.node_id}") from None
+            return handler(context)
+
+    return sweep
 
 
 @dataclass(frozen=True, slots=True)

@@ -445,3 +445,24 @@ def test_a_message_that_was_lost_is_sent_again_and_only_that(node: Node) -> None
     assert node.services.jobs.job(waiting.job_id).state is JobState.SUCCEEDED
     assert node.services.jobs.job(lost.job_id).state is JobState.SUCCEEDED
     assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
+
+
+def test_a_slow_sweep_is_never_overlapped_by_the_next(node: Node) -> None:
+    with node.host.locks.hold("sweep.orphans", deadline_s=1):
+        job = node.do(V.SWEEP_ORPHANS, str(NODE))
+    assert (job.state, (job.error or {})["code"]) == (JobState.CANCELLED, "sweep.under_way")
+    assert node.do(V.SWEEP_ORPHANS, str(NODE)).state is JobState.SUCCEEDED
+
+
+def test_a_period_has_one_sweep_whoever_asks(node: Node) -> None:
+    node.services.heartbeat.beat()
+    (job,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)
+    node.drain()
+    assert node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60) == []
+    node.clock.advance(60)
+    node.services.heartbeat.beat()
+    (later,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)
+    assert later.params["tick"] == job.params["tick"] + 1
+    node.clock.advance(60)
+    node.services.heartbeat.beat()
+    assert node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60) == [], "it is still queued"
