@@ -28,6 +28,8 @@ def schedule(settings: Settings) -> dict[str, dict[str, Any]]:
         JobVerb.SWEEP_RECONCILE: settings.reconcile_sweep_s,
         JobVerb.SWEEP_ORPHANS: settings.orphan_sweep_s,
         JobVerb.SWEEP_IDLENESS: settings.idleness_sweep_s,
+        JobVerb.SWEEP_DISK: settings.disk_sweep_s,
+        JobVerb.SWEEP_HEALTH: settings.health_sweep_s,
     }
     return {
         verb.value: {"task": verb.task_name, "schedule": Ticks(timedelta(seconds=period))}

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from xdist.workermanage import NodeManager
 
 from mvm.drivers.redis_link import RedisLink
+from tests.support.microvm import image_cache
 from tests.support.redis_server import RedisServer
+
+NodeManager.EXIT_TIMEOUT = 180  # after Ctrl-C: for the workers to take down what they have brought up
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: short ones fill the processors up at the end."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def package_lists() -> None:
+    """apt remembers its lists as it does by default; in container images it reads them anew at each call."""
+    if "APT_CONFIG" in os.environ:
+        return
+    root = image_cache().root
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings = f'{{Dir "/" {{Cache "var/cache/apt/" {{pkgcache "{root}/pkgcache.bin";}};}};}};\n'
+    config = root / f"apt.conf.{os.getpid()}"
+    config.write_text("".join(f"Binary::{program} {settings}" for program in ("apt-get", "apt-cache")))
+    os.environ["APT_CONFIG"] = str(config.rename(root / "apt.conf"))
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,8 @@ def _probes(rows: list[dict[str, Any]]) -> Iterator[str]:
     wrong = [row for row in rows if not row["ok"]]
     if wrong:
         yield ""
-        yield from table(wrong, {name: name for name in ("kind", "source", "target", "expected", "seen")})
+        told = ["why"] if any("why" in row for row in wrong) else []
+        yield from table(wrong, {name: name for name in ("kind", "source", "target", "expected", "seen", *told)})
     yield f"{len(rows)} probes, {len(wrong)} not as expected"
 
 

@@ -15,6 +15,7 @@ from mvm.domain.ids import PoolId
 PORT = 9  # discard
 STRAY, STRAY_MAC = "mvmstray", "02:6e:00:00:00:01"
 TEMPLATE, TEMPLATE_MAC, TEMPLATE_NEAR = "mvmtmpl999", "02:6e:00:00:00:02", "02:6e:00:00:00:03"
+ANSWERS = '*"bytes from"*|SSH-*'  # a line that says so, as a pattern of the shell
 OTHER_MAC = "02:6e:00:00:00:04"
 
 
@@ -106,7 +107,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a guest tries itself: a command that succeeds when `target`, of `tenant`, answers, and a word for that."""
+    """What a guest tries itself: `command` prints `ANSWERS` if `target`, of `tenant`, answers; `word` stands for it."""
 
     kind: str
     tenant: str

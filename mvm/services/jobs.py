@@ -16,6 +16,7 @@ from mvm.ports.queue import JobQueue
 from mvm.ports.registry import Registry
 
 NODE_LIVE_S = 15.0
+_AHEAD_S = 120.0  # further ahead than any next try: the clock has been set back since
 _VAIN = (JobState.FAILED, JobState.CANCELLED)
 
 
@@ -164,19 +165,23 @@ class Jobs:
         A message is lost when a worker is killed between taking and noting it, or a caller between recording its job
         and sending it. A message too many is harmless: a job is done once. Sweeps are not worth it.
         """
-        before = self._clock.now() - timedelta(seconds=older_than_s)
+        now = self._clock.now()
+        before, ahead = now - timedelta(seconds=older_than_s), now + timedelta(seconds=_AHEAD_S)
         waiting = [
             job
             for job in self._registry.open_jobs(node)
             if job.state is JobState.QUEUED
-            and (job.retry_at or job.submitted_at) <= before
+            and not before < (job.retry_at or job.submitted_at) <= ahead
             and job.verb is not JobVerb.BULK
             and not job.verb.is_sweep
         ]
         if not waiting:
             return []
+        parents = {job.parent for job in waiting if job.parent}
+        for parent in parents:
+            self.release_children(parent)  # whoever ended the one before may not have come to it
         known = set(self._queue.queued(node))
-        for parent in {job.parent for job in waiting if job.parent}:
+        for parent in parents:
             known |= self._registry.held_children(parent)
         lost = [job for job in waiting if job.job_id not in known]
         if lost:
@@ -200,6 +205,8 @@ class Jobs:
         self._registry.expire(ended)
         if job.verb.is_sweep:
             self._registry.release_sweep(job.verb.value, job.node_id, job.job_id)
+        if job.parent:
+            self.release_children(job.parent)
 
     def send_again(self, jobs: Sequence[Job]) -> None:
         """Send jobs that are known: each is delivered at its ``retry_at``, or at once."""
@@ -232,7 +239,10 @@ class Jobs:
 
     def cancel(self, job_id: JobId) -> Job:
         """Ask it to end; see `Registry.request_cancel`."""
-        return self._registry.request_cancel(job_id)
+        job = self._registry.request_cancel(job_id)
+        if job.parent and job.state.final:
+            self.release_children(job.parent)
+        return job
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None = None) -> Iterator[Job]:
         """See `Registry.follow`."""

@@ -146,7 +146,8 @@ class Lifecycle:
         ref = instance.ref
         network, began = self._store.tenant(ref.tenant).network, self._clock.monotonic()
         if instance.status is Status.WARM:
-            instance = self._microvms.resume(instance)
+            with context.undoing(partial(self._microvms.warm, instance)):
+                instance = self._microvms.resume(instance)
         else:
             instance = self._microvms.wake(context, instance, self._store.pool(ref.pool_ref), network)
         running = instance.moved(Status.RUNNING, last_error=None, last_started_at=self._clock.now())

@@ -16,6 +16,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.isolation import calls, greetings, probes, ways_out
 from mvm.domain.lifecycle import Status
 from mvm.domain.probes import (
+    ANSWERS,
     PORT,
     STRAY,
     STRAY_MAC,
@@ -28,7 +29,7 @@ from mvm.domain.probes import (
     Stand,
     Tokens,
 )
-from mvm.errors import MvmError, NotAllowed, QuotaExceeded, TimedOut
+from mvm.errors import MvmError, NotAllowed, NotFound, QuotaExceeded, TimedOut
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
 from mvm.ports.network import HostNetwork
@@ -45,6 +46,16 @@ _GUESTS_AT_ONCE = 4
 _INSIDE_S = 60.0
 _TRIES = 3  # of what should pass: a guest on a busy host may be late
 _DONE = "done"  # a guest's last word
+_SCRIPT = """
+dir=/run/mvm/proof.$$
+mkdir $dir
+{{ {at_once}
+wait; }} 2>/dev/null
+for file in $dir/*; do
+while read -r line; do case $line in {answers}) echo ${{file##*/}}; break ;; esac; done <$file
+done
+rm -r $dir
+echo done"""
 _WIDEST = (Egress.NAT, Egress.ALLOW, Egress.NONE)
 
 
@@ -143,6 +154,8 @@ class NetworkProof:
             heard |= self._ask(ref, [c for c in all_calls if c.tenant != party.name])
         except MvmError as error:
             log.warning("guest not asked", instance=ref, why=error.message)
+            if not self._runs(ref):
+                return []  # it was stopped or put to sleep meanwhile
             why = error.message
         rows = []
         for call in all_calls:
@@ -155,13 +168,20 @@ class NetworkProof:
             )
         return rows
 
+    def _runs(self, ref: str) -> bool:
+        try:
+            return self._store.instance(InstanceRef.parse(ref)).status is Status.RUNNING
+        except NotFound:
+            return False
+
     def _ask(self, ref: str, tried: Sequence[Call]) -> set[str]:
         """The words of those calls that were answered. Raises when they cannot all be tried."""
         if not tried:
             return set()
         instance = InstanceRef.parse(ref)
-        at_once = " ".join(f"({call.command} && echo {call.word}) &" for call in tried)
-        command = f"{{ {at_once} wait; }} 2>/dev/null; echo {_DONE}"
+        # One process for each call and none to judge it: there are many, and all guests are busy with theirs.
+        at_once = "\n".join(f"{call.command} </dev/null >$dir/{call.word} 2>&1 &" for call in tried)
+        command = _SCRIPT.format(at_once=at_once, answers=ANSWERS)
         done = self._guest.execute(instance, self._storage.directory(instance), command, deadline_s=_INSIDE_S)
         words = set(done.stdout.decode(errors="replace").split())
         if _DONE not in words:

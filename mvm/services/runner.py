@@ -169,10 +169,10 @@ class Runner:
         job = self._tries.begun(job, self._clock.now(), died=died)
         context = JobContext(job, self, self._clock.monotonic() + self._tries.deadline_s(job.verb))
         try:
-            self.check_cancelled(job)
             with self._alone(job):
                 if job.reason is not Reason.URGENT or died:  # it is recorded with its claim
                     self.save(job)
+                self.check_cancelled(job)  # not before: until it is told to run, whoever cancels it ends it there
                 log.debug("began", attempt=job.attempt, deaths=job.deaths)
                 self._refuse_poison(context)
                 result = self._handlers[job.verb][0](context)

@@ -144,7 +144,7 @@ def test_a_vmm_that_wants_more_memory_than_it_may_have_is_ended(
     host.vmm.resume(own.ref, process)
     assert host.cgroups.out_of_memory(own.ref) == 0
     with pytest.raises(MvmError):
-        host.guest.execute(own.ref, own.directory, "head -c 150m /dev/urandom >/dev/shm/x", deadline_s=ANSWER_S)
+        host.guest.execute(own.ref, own.directory, "head -c 150m /dev/zero >/dev/shm/x", deadline_s=BOOT_S)
     assert host.vmm.wait_gone(process, deadline_s=ANSWER_S)
     assert host.cgroups.out_of_memory(own.ref) == 1
     record(f"memory: a guest that wrote 150 MiB was ended, since its VMM may have {LIMIT_MIB} MiB")
@@ -173,8 +173,10 @@ def run_in(
             text=True,
         )  # fmt: skip
     with made:
-        yield made
-        cgroups.remove(ref)
+        try:
+            yield made
+        finally:
+            cgroups.remove(ref)
 
 
 def record(line: str) -> None:
@@ -191,9 +193,9 @@ def record(line: str) -> None:
 def test_the_cpu_limit_bites(cgroups: LinuxCgroups) -> None:
     script = "while :; do :; done & while :; do :; done"
     with run_in(cgroups, ONE, GroupLimits(64, 0.25, 20), script) as busy:
-        until(lambda: _cpu_s(busy.pid) > 0, 5, "it is busy")
+        until(lambda: _cpu_s(busy.pid) > 0, 60, "it is busy")
         began, used = time.monotonic(), _cpu_s(busy.pid)
-        until(lambda: time.monotonic() - began > 2, 5, "two seconds have passed")
+        until(lambda: time.monotonic() - began > 2, 60, "two seconds have passed")
         share = (_cpu_s(busy.pid) - used) / (time.monotonic() - began)
     record(f"cpu: two busy loops in a group of 0.25 CPUs used {share:.3f} CPUs")
     assert share < 0.3
@@ -213,10 +215,10 @@ def _cpu_s(leader: int) -> float:
 
 @pytest.mark.root
 def test_the_pids_limit_bites(cgroups: LinuxCgroups) -> None:
-    script = "for n in $(seq 40); do sleep 30 & echo $n; done"
+    script = "for n in $(seq 40); do sleep 30 >/dev/null 2>&1 & echo $n; done"
     with run_in(cgroups, ONE, GroupLimits(64, 1, 10), script) as bomb:
         assert bomb.stdout is not None
-        *started, last = iter(bomb.stdout.readline, "") if bomb.wait(10) else [""]
+        *started, last = iter(bomb.stdout.readline, "") if bomb.wait(60) else [""]
     record(f"pids: in a group of 10 processes the shell started {len(started)} more: {last.strip()}")
     assert len(started) < 10
     assert "fork" in last
@@ -232,7 +234,7 @@ def test_removing_a_group_kills_all_of_it(cgroups: LinuxCgroups) -> None:
             pass
         assert caught.value.code == "cgroup.failed"
         cgroups.remove(ONE)
-        assert several.wait(10) != 0
+        assert several.wait(60) != 0
         assert several.stdout.read() == ""  # nobody has it open any more
 
 

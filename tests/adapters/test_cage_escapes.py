@@ -70,7 +70,7 @@ def world(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         listener.bind(str(tmp_path / "redis.sock"))
         (tmp_path / "redis.sock").chmod(0o777)
         listener.listen()
-        victim = stack.enter_context(subprocess.Popen(["sleep", "60"], user=UID, group=UID, extra_groups=[]))
+        victim = stack.enter_context(subprocess.Popen(["sleep", "600"], user=UID, group=UID, extra_groups=[]))
         stack.callback(victim.kill)
         template = stack.enter_context(closing_fd(os.memfd_create("template", os.MFD_ALLOW_SEALING)))
         os.write(template, b"\0" * PAGE)

@@ -49,7 +49,7 @@ def flower(settings: Settings, enter: list[str]) -> Iterator[subprocess.Popen[by
             yield process
         finally:
             process.terminate()
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_password_and_read_only(root: Path, redis_server: RedisServer) -> None:
     settings = make_settings(root, redis_server, "host")
     port, password = settings.flower_port, settings.layout.flower_password.read_text().strip()
     with flower(settings, []) as process:
-        until(lambda: get(port, "/healthcheck") == 200, 20, "Flower answers")
+        until(lambda: get(port, "/healthcheck") == 200, 60, "Flower answers")
         assert get(port, "/tasks") == 401
         assert get(port, "/tasks", "wrong") == 401
         assert get(port, "/tasks", password) == 200
@@ -87,7 +87,7 @@ def test_it_listens_in_both_namespaces(root: Path, redis_server: RedisServer) ->
     netns.create(shell, name)
     try:
         with flower(settings, ["nsenter", f"--net={netns.path_of(name)}", "--"]):
-            until(lambda: get(settings.flower_port, "/healthcheck") == 200, 20, "Flower answers out here")
+            until(lambda: get(settings.flower_port, "/healthcheck") == 200, 60, "Flower answers out here")
             with netns.entered(netns.path_of(name)):
                 assert get(settings.flower_port, "/healthcheck") == 200
                 assert get(settings.flower_port, "/tasks") == 401

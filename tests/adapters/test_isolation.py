@@ -41,7 +41,7 @@ def test_of_six_tenants_with_two_guests_each_none_reaches_another(tmp_path: Path
         after = node.check.verify(active=False)
         assert after["clean"], "probes leave nothing behind"
         assert [bridge["ports"] for bridge in after["bridges"]] == [[]] * TENANTS
-        assert not netns.names("mvm-probe-")
+        assert not node.probe_names()
 
 
 def test_without_rules_everything_is_open_and_the_probes_say_so(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_connection_from_before_the_rules_does_not_live_on(tmp_path: Path) -> 
             node.packets.remove()
             one, two = (party.one for party in trial.parties)
             homes = {}
-            for name in netns.names("mvm-probe-"):
+            for name in node.probe_names():
                 with netns.entered(netns.path_of(name)):
                     for address in node.network.addresses():
                         homes[address] = netns.path_of(name)
@@ -124,7 +124,7 @@ def test_an_interface_that_is_not_ours_is_in_nobodys_way(tmp_path: Path) -> None
             node.check.verify(active=True)
         assert refused.value.code == "network.failed"
         assert "bridge" in node.shell.run(["ip", "-d", "link", "show", "tn0i2"]).stdout
-        assert not netns.names("mvm-probe-")
+        assert not node.probe_names()
         assert list(node.networks.differences()) == []
 
 

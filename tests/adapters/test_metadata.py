@@ -144,11 +144,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         env = {**os.environ, **settings.environment()}
         service = subprocess.Popen([sys.executable, "-m", "mvm.metadata"], env=env)
         try:
-            until(lambda: host.health() == 0, 20, "the service is there")
+            until(lambda: host.health() == 0, 60, "the service is there")
             yield host
         finally:
             service.terminate()
-            assert service.wait(10) == 0
+            assert service.wait(60) == 0
             store.close()
 
 
@@ -157,7 +157,7 @@ def guests(host: Host) -> tuple[Guest, Guest, Guest]:
     """Two of one tenant, and another's."""
     first, second = host.tenant(1), host.tenant(2)
     made = host.guest(first, 3), host.guest(first, 4), host.guest(second, 3)
-    until(lambda: host.health() == 2, 10, "it listens on both bridges")
+    until(lambda: host.health() == 2, 60, "it listens on both bridges")
     return made
 
 
@@ -305,13 +305,13 @@ def test_bridges_come_and_go(host: Host, guests: tuple[Guest, Guest, Guest]) -> 
     before = host.health()
     network = host.tenant(9)
     guest = host.guest(network, 5)
-    until(lambda: host.health() == before + 1, 10, "it listens on the new one")
+    until(lambda: host.health() == before + 1, 60, "it listens on the new one")
     assert guest.who() == guest.instance_id
     host.network.remove_bridges(frozenset({network.bridge}))
-    until(lambda: host.health() == before, 10, "it has let it go")
+    until(lambda: host.health() == before, 60, "it has let it go")
     host.network.ensure_bridge(network)
     host.shell.run(["ip", "link", "set", "v9o5", "master", network.bridge])
-    until(lambda: host.health() == before + 1, 10, "it listens on the one made anew")
+    until(lambda: host.health() == before + 1, 60, "it listens on the one made anew")
     assert guest.who() == guest.instance_id
 
 

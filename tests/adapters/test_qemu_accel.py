@@ -103,6 +103,7 @@ def test_the_probe_guest_says_its_word(tmp_path: Path, monkeypatch: pytest.Monke
         return base("tcg")
 
     monkeypatch.setattr(accel.argv, "base", on_tcg)
+    monkeypatch.setattr(accel, "_DEADLINE_S", 120)
     image = minimal_image()
     chosen = probe(tmp_path, LocalShell()).choose(lambda: (image / "vmlinux", image / "initramfs.cpio"))
     assert chosen == Accelerator("kvm", "a guest booted on it")

@@ -113,10 +113,11 @@ def test_twenty_clones_have_nothing_in_common(host: QemuHost, template: Path) ->
             "ip -o -4 addr show eth0 | awk '{print $4}'",
             "cat /proc/sys/kernel/random/uuid",
         )
-        answers = [[execute(host, spec, command) for spec in specs] for command in asked]
+        said = [execute(host, spec, "; echo --; ".join(asked)).split("\n--\n") for spec in specs]
+        answers = list(zip(*said, strict=True))
         assert [len(set(told)) for told in answers] == [20] * len(asked)
-        assert answers[2] == [spec.nic.mac for spec in specs]
-        assert answers[4] == addresses
+        assert answers[2] == tuple(spec.nic.mac for spec in specs)
+        assert answers[4] == tuple(addresses)
     finally:
         for spec in specs:
             host.vmm.kill(spec.ref, None)
@@ -130,7 +131,7 @@ def test_nothing_a_clone_does_reaches_the_template(host: QemuHost, template: Pat
     fd = memory.sealed_in(process.pid, name)
     assert fd is not None
     shared = sha256(os.pread(fd, own.mem_mib * MIB, 0)).digest()
-    execute(host, own, "head -c 64m /dev/urandom >/dev/shm/x; cp /dev/shm/x /root/x; sync; rm /dev/shm/x")
+    execute(host, own, "head -c 16m /dev/urandom >/dev/shm/x; cp /dev/shm/x /root/x; sync; rm /dev/shm/x")
     assert sha256(os.pread(fd, own.mem_mib * MIB, 0)).digest() == shared
     writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
     for attempt in (lambda: os.pwrite(writable, b"x", 0), lambda: os.truncate(writable, 0)):
@@ -336,7 +337,7 @@ def test_a_full_disk_leaves_the_guest_running_and_nothing_else(
 ) -> None:
     process = clone(host, template, own)
     configure(host, own)
-    execute(host, own, "head -c 24m /dev/urandom >/dev/shm/x")
+    execute(host, own, "head -c 12m /dev/urandom >/dev/shm/x")
     host.shell.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(tmp_path)])
     try:
         with pytest.raises(Failed) as caught:

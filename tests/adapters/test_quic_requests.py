@@ -56,7 +56,7 @@ def test_a_long_answer_comes_in_parts_and_is_joined(agent: Agent) -> None:
     agent.node.many = 0
     assert call(agent, "instance.list") == {"items": []}
 
-    result = call(agent, "instance.exec", ref=REF, command="echo", deadline_s=5.0)
+    result = call(agent, "instance.exec", ref=REF, command="echo", deadline_s=30.0)
     assert (result["exit_code"], result["truncated"]) == (3, True)
     assert b64decode(result["stdout_b64"], validate=True) == b"echo" * 7
     assert b64decode(result["stderr_b64"], validate=True) == b"e" * (1 << 20)
@@ -84,12 +84,12 @@ def test_bad_input_names_its_field(agent: Agent, method: str, params: dict[str, 
 
 def test_a_node_may_ask_for_node_info_and_nothing_else(agent: Agent) -> None:
     other = QuicAgents(agent.certs_dir, identity="node")
-    assert other.call(agent.address, "node.info", {}, deadline_s=5) == {"node_id": "node-a"}
+    assert other.call(agent.address, "node.info", {}, deadline_s=30) == {"node_id": "node-a"}
     before = list(agent.node.calls)
     for method in ("node.ping", "node.stats", "tenant.list", "pool.list", "instance.list", "instance.info",
                    "instance.exec", "instance.logs"):  # fmt: skip
         with pytest.raises(Forbidden) as caught:
-            other.call(agent.address, method, {}, deadline_s=5)
+            other.call(agent.address, method, {}, deadline_s=30)
         assert caught.value.code == "agent.forbidden"
     assert agent.node.calls == before
 
@@ -133,11 +133,11 @@ def test_one_connection_serves_request_after_request(agent: Agent, monkeypatch: 
     monkeypatch.setattr(client, "open_connection", lambda *args: (opened.append(args[0]), connect(*args))[1])
     with agent.agents.connected(agent.address) as asked:
         for _ in range(20):
-            assert asked.call("node.ping", {}, deadline_s=5) == {}
+            assert asked.call("node.ping", {}, deadline_s=30) == {}
         assert len(opened) == 1
         with pytest.raises(InvalidInput):
-            asked.call("instance.info", {"ref": 7}, deadline_s=5)
-        assert asked.call("node.ping", {}, deadline_s=5) == {}
+            asked.call("instance.info", {"ref": 7}, deadline_s=30)
+        assert asked.call("node.ping", {}, deadline_s=30) == {}
 
 
 @pytest.mark.parametrize("goodbye", [True, False], ids=["closed", "forgotten"])
@@ -147,15 +147,15 @@ def test_a_connection_that_the_agent_does_not_know_any_more_is_made_anew(
     certs_dir, port = make_certs(tmp_path), free_udp_port()
     with running_agent(certs_dir, port=port) as first:
         asked = client.KeptConnection(first.address, lambda: first.connect(coordinator(first.ca)))
-        assert asked.call("node.info", {}, deadline_s=5) == {"node_id": "node-a"}
+        assert asked.call("node.info", {}, deadline_s=30) == {"node_id": "node-a"}
         if not goodbye:  # as if it had been killed
             monkeypatch.setattr(Endpoint, "close", lambda self: self._transport.close())
     monkeypatch.undo()
     monkeypatch.setattr(client, "FRESH_S", 0)
     with running_agent(certs_dir, port=port), closing(asked):
-        assert asked.call("node.ping", {}, deadline_s=5) == {}
+        assert asked.call("node.ping", {}, deadline_s=30) == {}
     with pytest.raises(Unreachable):
-        asked.call("node.ping", {}, deadline_s=5)
+        asked.call("node.ping", {}, deadline_s=30)
 
 
 def test_a_request_too_large_is_not_even_sent(agent: Agent) -> None:
@@ -191,7 +191,7 @@ def test_nobody_there_is_known_at_once(agent: Agent) -> None:
 @pytest.mark.parametrize("address", ["", "localhost", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", ":4433", "a:b"])
 def test_an_address_is_host_and_port(agent: Agent, address: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        agent.agents.call(address, "node.ping", {}, deadline_s=5)
+        agent.agents.call(address, "node.ping", {}, deadline_s=30)
     assert caught.value.code == "agent.invalid_address"
 
 
@@ -201,7 +201,7 @@ def test_closing_a_stream_ends_its_generator(agent: Agent) -> None:
     assert next(stream)["text"] == ""  # the node is alive and has nothing to say
     assert not agent.node.log_closed.is_set()
     stream.close()
-    assert agent.node.log_closed.wait(10)
+    assert agent.node.log_closed.wait(60)
 
 
 def test_much_text_arrives_whole(agent: Agent) -> None:
@@ -211,7 +211,7 @@ def test_much_text_arrives_whole(agent: Agent) -> None:
     taken = [next(stream) for _ in range(200)]
     assert sum(len(part["text"]) for part in taken) == 200 * 50_000
     stream.close()
-    assert agent.node.log_closed.wait(10)
+    assert agent.node.log_closed.wait(60)
 
 
 class FullOutlet:
@@ -265,9 +265,9 @@ def test_a_request_at_work_is_finished_when_the_agent_stops(tmp_path: Path) -> N
     with ThreadPoolExecutor(1) as pool:
         with running_agent(make_certs(tmp_path)) as agent:
             answer = pool.submit(call, agent, "pool.list")
-            until(lambda: agent.node.calls == ["pools"], 10, "the request is at work")
+            until(lambda: agent.node.calls == ["pools"], 60, "the request is at work")
             threading.Timer(0.2, agent.node.gate.set).start()
-        assert answer.result(10) == {"items": []}
+        assert answer.result(60) == {"items": []}
 
 
 def test_twenty_clients_at_once(agent: Agent) -> None:

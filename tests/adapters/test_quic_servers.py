@@ -94,16 +94,16 @@ def impostor(identity: Issued, *, asks: bool = True, alpn: str = ALPN) -> Iterat
 
     thread = threading.Thread(target=main)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     try:
         yield started[0], seen
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(60)
 
 
 def ping(address: str, certs_dir: Path) -> dict[str, object]:
-    return QuicAgents(certs_dir).call(address, "node.ping", {}, deadline_s=5)
+    return QuicAgents(certs_dir).call(address, "node.ping", {}, deadline_s=30)
 
 
 def ca_of(certs_dir: Path) -> Issued:
@@ -143,7 +143,7 @@ def test_the_impostor_would_do_with_the_right_certificate(tmp_path: Path) -> Non
     certs_dir = make_certs(tmp_path)
     with impostor(node(ca_of(certs_dir))) as (address, seen):
         assert ping(address, certs_dir) == {}
-        until(lambda: len(seen) >= 2, 10, "the request and the certificate are seen")
+        until(lambda: len(seen) >= 2, 60, "the request and the certificate are seen")
 
 
 def test_another_protocol_is_told_apart(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def agent_process(state: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     settings = {"MVM_STATE_DIR": str(state), "MVM_AGENT_PORT": str(port), "MVM_NODE_ID": NODE}
     with subprocess.Popen([sys.executable, "-c", AGENT], env=os.environ | settings, cwd=Path.cwd()) as process:
         try:
-            until(lambda: _serves(state / "certs", f"127.0.0.1:{port}"), 30, "the agent serves")
+            until(lambda: _serves(state / "certs", f"127.0.0.1:{port}"), 60, "the agent serves")
             yield process, f"127.0.0.1:{port}"
         finally:
             process.kill()
@@ -226,7 +226,7 @@ def test_sigterm_ends_the_agent_in_good_order(tmp_path: Path) -> None:
     make_certs(tmp_path)
     with agent_process(tmp_path) as (process, address):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         with pytest.raises(Unreachable):
             ping(address, tmp_path / "certs")
 
@@ -238,7 +238,7 @@ def test_a_killed_agent_is_noticed_in_the_middle_of_a_call(tmp_path: Path) -> No
         stream = QuicAgents(certs_dir).stream(address, "instance.logs", params, deadline_s=None)
         next(stream)
         process.kill()
-        process.wait(20)
+        process.wait(60)
         with pytest.raises(Unreachable) as caught:
             list(stream)
     assert caught.value.code == "agent.unreachable"

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from mvm.drivers.stack import Stack, programs, running_settings
 from mvm.drivers.supervisor import Program
 from mvm.errors import Failed, Forbidden, InvalidInput, NotAllowed, Unreachable
 from mvm.settings import Settings, load_settings
-from tests.support.local import free_port
+from tests.support.local import free_port, running
 from tests.support.redis_server import RedisServer
 
 pytestmark = pytest.mark.redis
@@ -196,7 +195,7 @@ def test_the_namespace_is_made_and_stays_while_something_runs_in_it(settings: Se
     try:
         pid = stack.status()[0].pid
         assert Path(f"/proc/{pid}/ns/net").stat().st_ino == netns.path_of(name).stat().st_ino
-        with subprocess.Popen(["nsenter", f"--net={netns.path_of(name)}", "sleep", "300"]) as guest:
+        with running(["nsenter", f"--net={netns.path_of(name)}", "sleep", "300"]) as guest:
             inside = netns.path_of(name).stat().st_ino
             while Path(f"/proc/{guest.pid}/ns/net").stat().st_ino != inside:
                 assert guest.poll() is None

@@ -72,28 +72,28 @@ def test_environment_reaches_the_program_as_it_was(supervisor: Supervisor, layou
     value = 'p%40"s,s=w:ö'
     show = [sys.executable, "-c", "import os, signal; print(os.environ['URL'], flush=True); signal.pause()"]
     supervisor.start([Program("show", show, 10)], {"URL": value})
-    until(lambda: value in tail(log_of(layout, "show")), 10, "the program has spoken")
+    until(lambda: value in tail(log_of(layout, "show")), 60, "the program has spoken")
     assert (layout.run / "supervisord.conf").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_part_that_dies_is_started_again(supervisor: Supervisor) -> None:
     supervisor.start([Program("part", SLEEP, 10)], {})
-    until(lambda: supervisor.parts()["part"].state == "RUNNING", 10, "the part runs")
+    until(lambda: supervisor.parts()["part"].state == "RUNNING", 60, "the part runs")
     first = supervisor.parts()["part"].pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
-    until(lambda: supervisor.parts()["part"].pid not in (None, first), 10, "another one runs")
+    until(lambda: supervisor.parts()["part"].pid not in (None, first), 60, "another one runs")
 
 
 def test_a_disk_too_full_for_logs_does_not_end_it(supervisor: Supervisor, layout: StateLayout) -> None:
     for name in ("supervisord.log", "supervisord.out", "part.log"):
         (layout.logs / name).symlink_to("/dev/full")
     supervisor.start([Program("part", SLEEP, 10)], {})
-    until(lambda: supervisor.parts()["part"].state == "RUNNING", 10, "the part runs")
+    until(lambda: supervisor.parts()["part"].state == "RUNNING", 60, "the part runs")
     first = supervisor.parts()["part"].pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
-    until(lambda: supervisor.parts()["part"].pid not in (None, first), 10, "another one runs")
+    until(lambda: supervisor.parts()["part"].pid not in (None, first), 60, "another one runs")
 
 
 def test_stop_ends_everything_but_other_sessions(supervisor: Supervisor, layout: StateLayout) -> None:
@@ -109,7 +109,7 @@ def test_stop_ends_everything_but_other_sessions(supervisor: Supervisor, layout:
     file = layout.run / "part.py"
     file.write_text(script)
     supervisor.start([Program("part", [sys.executable, str(file)], 10, stop_s=1)], {})
-    until(lambda: len(tail(log_of(layout, "part")).split()) == 2, 10, "the part has its children")
+    until(lambda: len(tail(log_of(layout, "part")).split()) == 2, 60, "the part has its children")
     own, child = map(int, tail(log_of(layout, "part")).split())
     members = supervisor.pids()
     assert child in members
@@ -127,10 +127,10 @@ def test_stop_ends_everything_but_other_sessions(supervisor: Supervisor, layout:
 
 def test_nothing_runs_on_when_supervisord_is_killed(supervisor: Supervisor, layout: StateLayout) -> None:
     supervisor.start([Program("part", SLEEP, 10)], {})
-    until(lambda: "here" in tail(log_of(layout, "part")), 10, "the part runs")
+    until(lambda: "here" in tail(log_of(layout, "part")), 60, "the part runs")
     members = supervisor.pids()
     os.kill(int((layout.run / "supervisord.pid").read_text()), signal.SIGKILL)
-    until(lambda: not any(alive(pid) for pid in members), 10, "all are gone")
+    until(lambda: not any(alive(pid) for pid in members), 60, "all are gone")
     assert not supervisor.running()
     supervisor.stop()
     supervisor.start([Program("part", SLEEP, 10)], {})

@@ -54,7 +54,7 @@ def _redis(directory: Path, name: str) -> LocalRedis:
     argv = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(where), "--save", "",
             "--appendonly", "yes"]  # fmt: skip
     redis = LocalRedis(LocalContainer(name, argv, where, port=port))
-    until(lambda: _answers(port), 10, "the broker answers")
+    until(lambda: _answers(port), 60, "the broker answers")
     return redis
 
 

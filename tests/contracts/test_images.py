@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.file_storage import FileStorage
@@ -15,7 +13,7 @@ from mvm.drivers.images_builtin import BuiltinImages
 from mvm.drivers.shell import LocalShell
 from mvm.ports.images import ImageBuilder
 from mvm.ports.storage import NodeStorage
-from tests.support.microvm import fresh_layout
+from tests.support.microvm import image_cache
 
 
 @dataclass
@@ -25,11 +23,11 @@ class Side:
 
 
 @pytest.fixture(params=["fake", "builtin"], scope="module")
-def side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Side:
+def side(request: pytest.FixtureRequest) -> Side:
     if request.param == "fake":
         host = FakeHost()
         return Side(host.images, host.storage)
-    layout: StateLayout = fresh_layout(Path(tmp_path_factory.mktemp("images"), "state"))
+    layout = image_cache()
     return Side(BuiltinImages(layout, LocalShell()), FileStorage(layout, LocalShell()))
 
 

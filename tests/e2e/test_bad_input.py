@@ -14,7 +14,7 @@ from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.redis]
 
-_AT_ONCE_S = 3.0  # a second for the missing part to answer; the rest is a process that starts on a busy machine
+_AT_ONCE_S = 10.0  # less than any patience of ours; most of it is a process that starts on a busy machine
 _NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--")
 _POOL = "--flake builtin: --profile minimal"
 _REF = "acme/web/i-00000000"
@@ -154,7 +154,7 @@ def test_without_a_worker_a_job_waits_and_says_so(fake_stack: Stack, refs: dict[
         job = fake_stack.mvm("tenant", "update", "acme", "--max-vcpus", "8", "--no-wait").strip()
         fake_stack.fails(6, "job.wait_timeout", "job", "wait", job, "--timeout", "0.5")
         fake_stack.mvm("instance", "stop", refs["running"])  # what is urgent has a worker of its own
-        until(lambda: "note" in fake_stack.json("job", "show", job), 40, "the worker is missed")
+        until(lambda: "note" in fake_stack.json("job", "show", job), 60, "the worker is missed")
         shown = fake_stack.json("job", "show", job)
         assert shown["state"] == "queued"
         assert shown["note"].startswith("no worker has taken it: node n1's worker was last seen ")

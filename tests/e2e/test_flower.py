@@ -68,7 +68,7 @@ def test_flower_shows_every_job_with_its_arguments(fake_stack: Stack, tmp_path: 
         starts = [row for row in rows if row.get("Name") == "mvm.instance.start"]
         return sorted(row["State"] for row in starts) == ["FAILURE", "SUCCESS", "SUCCESS"]
 
-    until(shown, 30, "Flower shows the three starts at their end")
+    until(shown, 60, "Flower shows the three starts at their end")
     by_name = {row["Name"]: row for row in rows}
     assert {"mvm.tenant.create", "mvm.pool.create", "mvm.pool.build", "mvm.instance.create"} <= set(by_name)
     created = by_name["mvm.tenant.create"]

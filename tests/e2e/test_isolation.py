@@ -34,7 +34,7 @@ def stack() -> Iterator[Stack]:
         for number in range(TENANTS):
             running.mvm("tenant", "create", f"t{number}")
             egress = ("--egress", "nat") if number == 0 else ()
-            words = ("--flake", "builtin:", "--profile", "minimal", "--mem", "96", *egress)
+            words = ("--flake", "builtin:", "--profile", "minimal", "--mem", "96", "--pinned", *egress)
             running.mvm("pool", "create", f"t{number}/web", *words)
             running.mvm("pool", "build", f"t{number}/web", timeout_s=600)
             refs = running.json("instance", "create", f"t{number}/web", "--count", str(GUESTS))

@@ -18,7 +18,7 @@ import pytest
 from mvm.domain.layout import StateLayout
 from mvm.drivers.shell import LocalShell
 from mvm.drivers.supervisor import Supervisor
-from tests.support.local import alive, free_port
+from tests.support.local import alive, free_port, running
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.redis
@@ -42,11 +42,11 @@ def status(env: dict[str, str]) -> tuple[int, dict[str, Any]]:
 def test_the_whole_stack(env: dict[str, str]) -> None:
     layout = StateLayout(Path(env["MVM_STATE_DIR"]))
     supervisor = Supervisor(layout, LocalShell())
-    with subprocess.Popen([*MVM, "up"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as up:
+    with running([*MVM, "up"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as up:
         until(lambda: layout.connection.exists() or up.poll() is not None, 100, "mvm up is ready")
         code, parts = status(env)
         assert code == 0, parts
-        assert list(parts) == ["redis", "worker", "urgent", "beat", "agent", "metadata", "flower", "metrics"]
+        assert list(parts) == ["redis", "worker", "urgent", "beat", "agent", "flower", "metrics"]
         assert all(part["answers"] and part["pid"] and part["since"] for part in parts.values())
 
         again = subprocess.run([*MVM, "up"], env=env, capture_output=True, check=False)

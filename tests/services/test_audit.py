@@ -138,7 +138,7 @@ def test_an_urgent_wake_does_not_wait_for_the_trail(node: Node) -> None:
         assert node.services.view.wake(InstanceRef.parse(ref), "ann")["status"] == "running"
         assert len(node.host.trails[ACME]) == before
         assert len(node.services.store.pending_audit(ACME)) == 1
-    until(lambda: len(node.host.trails[ACME]) > before, 10, "the entry is appended")
+    until(lambda: len(node.host.trails[ACME]) > before, 60, "the entry is appended")
 
 
 def test_a_damaged_line_is_shown_as_such(mvm: CommandLine, node: Node) -> None:
@@ -227,7 +227,7 @@ def test_following_shows_what_comes(node: Node) -> None:
 
 def test_the_trail_is_appended_without_anybody_asking(node: Node) -> None:
     node.ok(JobVerb.TENANT_CREATE, "acme")
-    until(lambda: bool(node.host.trails.get(ACME)), 10, "the entry is appended")
+    until(lambda: bool(node.host.trails.get(ACME)), 60, "the entry is appended")
     (line,) = bytes(node.host.trails[ACME]).split(b"\n")[:-1]
     entry = read_line(line)
     assert entry is not None

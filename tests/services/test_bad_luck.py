@@ -447,11 +447,81 @@ def test_a_message_that_was_lost_is_sent_again_and_only_that(node: Node) -> None
     assert {i["status"] for i in node.services.view.instances(None, None, None)} == {"running"}
 
 
-def test_a_slow_sweep_is_never_overlapped_by_the_next(node: Node) -> None:
-    with node.host.locks.hold("sweep.orphans", deadline_s=1):
-        job = node.do(V.SWEEP_ORPHANS, str(NODE))
-    assert (job.state, (job.error or {})["code"]) == (JobState.CANCELLED, "sweep.under_way")
-    assert node.do(V.SWEEP_ORPHANS, str(NODE)).state is JobState.SUCCEEDED
+def test_a_job_cancelled_in_the_moment_it_begins_is_not_done(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the registry is told that it runs, whoever cancels it is told that it is cancelled."""
+    node.pool()
+    (ref,) = node.create()
+    job = node.submit(V.INSTANCE_START, ref)
+    put_job, cancels = node.services.store.put_job, []
+
+    def cancelled_before(written: Job) -> None:
+        if not cancels:
+            cancels.append(node.services.jobs.cancel(job.job_id).state)
+        put_job(written)
+
+    monkeypatch.setattr(node.services.store, "put_job", cancelled_before)
+    node.drain()
+    assert cancels == [JobState.CANCELLED]
+    known = node.services.store.job(job.job_id)
+    assert known is not None
+    assert known.state is JobState.CANCELLED
+    assert node.instance(ref).status is Status.READY
+
+
+def test_a_job_lost_while_the_clock_was_wrong_is_sent_again(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.clock.advance(3600)
+    lost = node.services.jobs.new(V.INSTANCE_START, ref, NODE, actor="test")
+    node.registry.record([lost])  # its sender died here
+    node.clock.advance(-3600)
+    assert [job.job_id for job in node.services.jobs.send_lost(NODE, older_than_s=30)] == [lost.job_id]
+    node.drain()
+    assert node.services.jobs.job(lost.job_id).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("how", ["cancelled", "expired", "forgotten"])
+def test_a_child_that_is_never_done_holds_up_no_sibling(node: Node, how: str) -> None:
+    node.pool()
+    refs = node.create(2)
+    bulk = node.services.jobs.submit_bulk(V.INSTANCE_START, refs, lambda _: NODE, parallel=1, actor="test")
+    first, second = node.services.jobs.children(bulk.job_id)
+    if how == "cancelled":
+        node.services.jobs.cancel(first.job_id)
+    elif how == "expired":
+        node.services.jobs.expired(first)
+    else:  # its end was told, and whoever told it was killed before it sent the next
+        node.registry.request_cancel(first.job_id)
+        node.clock.advance(31)
+        node.services.jobs.send_lost(NODE, older_than_s=30)
+    node.drain()
+    assert node.services.jobs.job(second.job_id).state is JobState.SUCCEEDED
+    assert node.services.jobs.job(bulk.job_id).state.final
+
+
+def test_an_urgent_wake_that_could_not_be_ended_is_taken_up_by_a_sweep(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent lives, and nobody delivers it again."""
+    node.pool()
+    (ref,) = node.create()
+    node.ok(V.INSTANCE_START, ref)
+    node.ok(V.INSTANCE_SLEEP, ref)
+
+    def full(*_: object, **__: object) -> None:
+        raise Failed("disk.full", "no space left")
+
+    monkeypatch.setattr(node.host.network, "ensure_tap", full)
+    monkeypatch.setattr(node.services.runner, "record_end", full)
+    with pytest.raises(Failed):
+        node.services.urgent.wake(InstanceRef.parse(ref), "test")
+    monkeypatch.undo()
+    assert len(node.services.store.unfinished_jobs()) == 1
+    node.clock.advance(31)
+    node.sweep(V.SWEEP_ORPHANS)
+    node.drain()
+    assert not node.services.store.unfinished_jobs()
+    assert node.instance(ref).status is Status.RUNNING
 
 
 def test_a_period_has_one_sweep_whoever_asks(node: Node) -> None:

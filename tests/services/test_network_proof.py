@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from ipaddress import IPv4Network
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.isolation import calls
+from mvm.domain.lifecycle import Status
 from mvm.domain.probes import Party, Stand
 from mvm.errors import TimedOut
 from mvm.ports.guest import ExecResult
@@ -27,8 +30,16 @@ class Guest:
 
     def execute(self, ref: object, directory: Path, command: str, *, deadline_s: float) -> ExecResult:
         self.asked += 1
-        tried = [part.split()[0].rstrip(")") for part in command.split("echo ")[1:-1]]
+        tried = re.findall(r">\$dir/(\S+)", command)
         return ExecResult(0, "\n".join(self._answer(tried, self.asked)).encode(), b"")
+
+
+class Store:
+    def __init__(self, status: Status) -> None:
+        self._status = status
+
+    def instance(self, ref: object) -> object:
+        return SimpleNamespace(status=self._status)
 
 
 class Storage:
@@ -46,12 +57,15 @@ ALL = calls(PARTIES)
 OWN = [call.word for call in ALL if call.tenant == "a"]
 
 
-def rows(answer: Callable[[list[str], int], list[str]]) -> tuple[list[dict[str, Any]], int]:
+def rows(
+    answer: Callable[[list[str], int], list[str]], status: Status = Status.RUNNING
+) -> tuple[list[dict[str, Any]], int]:
     nothing: Any = None
+    store: Any = Store(status)
     guest: Any = Guest(answer)
     storage: Any = Storage()
     proof = NetworkProof(
-        store=nothing, clock=nothing, network=nothing, networks=nothing, probing=None, guest=guest, storage=storage
+        store=store, clock=nothing, network=nothing, networks=nothing, probing=None, guest=guest, storage=storage
     )
     return proof._inside(REF, PARTIES[0], ALL), guest.asked
 
@@ -100,3 +114,7 @@ def test_a_tenant_that_reaches_another_is_told_though_it_falls_silent() -> None:
     found, _ = rows(lambda tried, turn: [*tried, "done"])
     assert {row["seen"] for row in found} == {"passes"}
     assert [row["ok"] for row in found] == [call.tenant == "a" for call in ALL]
+
+
+def test_one_that_was_put_to_sleep_meanwhile_is_none_of_those_that_run() -> None:
+    assert rows(silent, Status.WARM) == ([], 1)

@@ -343,3 +343,15 @@ def test_a_wake_whose_guest_does_not_answer_sleeps_anew_and_can_be_woken(node: N
     assert not node.host.vmm.processes()
     node.ok(V.INSTANCE_WAKE, ref)
     assert not node.host.leaks()
+
+
+def test_a_warm_one_whose_guest_does_not_answer_stays_warm(node: Node) -> None:
+    """Else it would run and count as warm: more would run than the quota gives."""
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.host.hang_guest(InstanceRef.parse(ref))
+    node.fails("guest.silent", V.INSTANCE_WAKE, ref)
+    assert node.instance(ref).status is Status.WARM
+    assert node.host.machines[InstanceRef.parse(ref)].paused
+    node.ok(V.INSTANCE_STOP, ref)
+    assert not node.host.leaks()

@@ -73,6 +73,10 @@ class Apart:
             for policy in egress[number % len(egress) : number % len(egress) + 1] if egress else ():
                 self.ok(JobVerb.POOL_CREATE, f"t{number}/web", flake_ref="builtin:", profile="minimal", egress=policy)
 
+    def probe_names(self) -> list[str]:
+        """Namespaces of probes of the namespace that we are in."""
+        return netns.names(f"mvm-probe-{Path('/proc/thread-self/ns/net').stat().st_ino}-")
+
     def nft(self, text: str) -> None:
         self.shell.run(["nft", "-f", "-"], stdin=text)
 

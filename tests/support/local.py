@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def free_port() -> int:
@@ -18,3 +22,13 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def running(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A program that is killed when the block is left before its end; `Popen` alone would wait for it forever."""
+    with subprocess.Popen(argv, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,10 +55,28 @@ def fresh_layout(root: Path) -> StateLayout:
 
 
 @cache
-def minimal_image() -> Path:
-    """The directory of the built-in minimal image, built by the first caller."""
+def built_image(profile: str) -> Path:
+    """The directory of a built-in image, built by the first caller."""
     layout = image_cache()
-    return layout.revision(BuiltinImages(layout, LocalShell()).build(ImageSource("builtin:", "minimal"), print))
+    return layout.revision(BuiltinImages(layout, LocalShell()).build(ImageSource("builtin:", profile), print))
+
+
+def minimal_image() -> Path:
+    """The directory of the built-in minimal image."""
+    return built_image("minimal")
+
+
+def lay_in(layout: StateLayout, image: Path) -> None:
+    """A state directory has an image as if it had built it: its files have a second name there."""
+    layout.images.mkdir(parents=True, exist_ok=True, mode=0o700)
+    shutil.copytree(image, layout.images / image.name, copy_function=_second_name)
+
+
+def _second_name(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def running_agent(certs_dir: Path, node: StubNode | None = None, *, port: int = 
         finally:
             with suppress(RuntimeError):  # it did not start; the result says why
                 loop.call_soon_threadsafe(stop.set)
-            serving.result(20)
+            serving.result(60)
 
 
 def coordinator(ca: Issued | None, **changes: Any) -> Issued:

@@ -30,7 +30,7 @@ class RedisServer:
                  "--appendonly", "yes", "--save", "", "--daemonize", "no"],
                 stdout=log, stderr=log,
             )  # fmt: skip
-        until(self.answers, 10, "redis-server answers")
+        until(self.answers, 60, "redis-server answers")
 
     def answers(self) -> bool:
         """Whether it answers a PING."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.drivers import processes
 from tests.support.local import free_port
-from tests.support.microvm import image_cache
+from tests.support.microvm import image_cache, lay_in, minimal_image
 from tests.support.waiting import until
 
 COMMAND = (sys.executable, "-m", "mvm")
@@ -134,6 +135,16 @@ class Stack:
         found = QemuDriver(self.layout, LocalShell()).processes().values()
         return [process.pid for several in found for process in several]
 
+    def end(self) -> None:
+        """Whatever it is in the middle of, it and its instances are gone."""
+        try:
+            self.run("down", "--instances", timeout_s=60)
+        except subprocess.TimeoutExpired:  # its workers may have been stopped
+            for pid in self.vmms():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.run("down")
+
     def rest(self) -> list[str]:
         """Processes that still name this state directory."""
         left = []
@@ -149,20 +160,21 @@ class Stack:
 def _end_abandoned() -> None:
     """End the stacks of those that have ended without doing so themselves."""
     for mark in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}"):
-        with contextlib.suppress(FileNotFoundError):
-            owner = json.loads(mark.read_text() or "null")
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), mark.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or somebody else is at it
+            owner = json.loads(file.read() or "null")
             if owner is None or processes.runs(ProcessIdentity(*owner)):
                 continue
             env = {**os.environ, "MVM_STATE_DIR": str(mark.parent / "s"), "PYTHONPATH": str(_ROOT)}
-            Stack(StateLayout(mark.parent / "s"), env).run("down", "--instances")
+            Stack(StateLayout(mark.parent / "s"), env).end()
             shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def running_stack(driver: str = "qemu", **settings: str) -> Iterator[Stack]:
+def running_stack(driver: str = "qemu", *, builds: bool = False, **settings: str) -> Iterator[Stack]:
     """A stack of its own state directory, namespace and ports; nothing of it is left at the end.
 
-    What a test run left that was killed goes first.
+    It has the minimal image already, unless it `builds`. What a test run left that was killed goes first.
     """
     _end_abandoned()
     root = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -173,6 +185,8 @@ def running_stack(driver: str = "qemu", **settings: str) -> Iterator[Stack]:
     layout.package_cache.parent.mkdir(parents=True)
     image_cache().package_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     layout.package_cache.symlink_to(image_cache().package_cache)
+    if driver == "qemu" and not builds:
+        lay_in(layout, minimal_image())
     env = {name: value for name, value in os.environ.items() if not name.startswith("MVM_")}
     env |= {
         "MVM_STATE_DIR": str(layout.root), "MVM_FLOWER_PORT": str(free_port()), "MVM_METRICS_PORT": str(free_port()),
@@ -187,5 +201,5 @@ def running_stack(driver: str = "qemu", **settings: str) -> Iterator[Stack]:
         stack.mvm("down", "--instances")
         assert not stack.rest()
     finally:
-        stack.run("down", "--instances")
+        stack.end()
         shutil.rmtree(root, ignore_errors=True)

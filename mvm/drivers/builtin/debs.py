@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import io
 import lzma
+import os
 import posixpath
 import re
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mvm.drivers.builtin.tree import Tree
+from mvm.drivers.files import closing_fd
 from mvm.errors import Failed, MvmError
 from mvm.ports.shell import Shell
 
@@ -68,8 +72,19 @@ class Packages:
         return [package for package in packages if not self._path(package).exists()]
 
     def fetch(self, packages: Sequence[Package]) -> None:
-        """Bring `packages` into the cache; each appears there complete and verified, or not at all."""
+        """Bring `packages` into the cache; each appears there complete and verified, or not at all.
+
+        State directories may share a cache: they take turns, and what a killed one left behind is removed.
+        """
         self._cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with closing_fd(os.open(self._cache, os.O_RDONLY | os.O_CLOEXEC)) as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            for left in self._cache.glob(".fetch-*"):
+                shutil.rmtree(left)
+            if missing := self.missing(packages):
+                self._fetch(missing)
+
+    def _fetch(self, packages: Sequence[Package]) -> None:
         with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as directory:
             names = [package.name for package in packages]
             self._apt(["apt-get", "download", "-q", *names], cwd=Path(directory), timeout_s=600)
