@@ -142,9 +142,7 @@ class Jobs:
                 verb, str(node), node, params={"tick": tick}, reason=Reason.SWEEP, actor="beat", expires_s=4 * every_s
             )
             lasts_s = max(30.0, 5 * every_s)
-            if self._registry.claim_sweep(
-                verb.value, node, job.job_id, tick=tick, every_s=every_s, ttl_s=lasts_s
-            ):
+            if self._registry.claim_sweep(verb.value, node, job.job_id, tick=tick, every_s=every_s, ttl_s=lasts_s):
                 self._registry.record([job])
                 self._send([job])
                 sent.append(job)

@@ -61,7 +61,9 @@ def beats(tmp_path: Path, default_redis_broker: LocalRedis) -> Iterator[list[Loc
 
 
 def sweeps(fleet: Jobs) -> list[Job]:
-    return sorted((job for job in fleet.list(subject=NODE, limit=1_000_000) if job.verb.is_sweep), key=lambda j: j.job_id)
+    return sorted(
+        (job for job in fleet.list(subject=NODE, limit=1_000_000) if job.verb.is_sweep), key=lambda j: j.job_id
+    )
 
 
 def ticks(fleet: Jobs, verb: JobVerb) -> list[int]:
@@ -93,7 +95,9 @@ def test_each_tick_is_fired_once(fleet: Jobs, workers: list[NodeWorker], beats: 
         longest, spanned = max(b - a for a, b in pairwise(fired)), fired[-1] - fired[0] + 1
         lines.append(f"{verb}: {len(fired)} of {spanned} ticks fired, each once; longest time without one {longest} s")
         assert longest <= LONG_TICKS, lines
-        ran = [(j.started_at, j.finished_at) for j in sweeps(fleet) if j.verb is verb and j.started_at and j.finished_at]
+        ran = [
+            (j.started_at, j.finished_at) for j in sweeps(fleet) if j.verb is verb and j.started_at and j.finished_at
+        ]
         assert all(before[1] <= after[0] for before, after in pairwise(sorted(ran))), "they never overlap"
     states = [job.state for job in sweeps(fleet) if job.state.final]
     lines.append(f"{states.count(JobState.SUCCEEDED)} of {len(states)} succeeded")
