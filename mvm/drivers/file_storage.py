@@ -174,14 +174,15 @@ class FileStorage:
             self._revisions.remove(revision)
 
     def templates(self) -> frozenset[Template]:
-        """See ports/storage.py. Directories that no template could have are passed over."""
+        """See ports/storage.py. Those that a crash left half made are told, others' directories passed over."""
         found = set()
         with _translated(self._layout.templates):
             for tenant in _subdirectories(self._layout.templates):
                 for pool in _subdirectories(tenant):
                     for revision in _subdirectories(pool):
                         with suppress(InvalidInput):
-                            found.add((PoolRef(TenantId(tenant.name), PoolId(pool.name)), Revision(revision.name)))
+                            name = snapshot_files.whole(revision.name)
+                            found.add((PoolRef(TenantId(tenant.name), PoolId(pool.name)), Revision(name)))
         return frozenset(found)
 
     def remove_template(self, pool: PoolRef, revision: Revision) -> None:

@@ -68,6 +68,11 @@ def appearing(into: Path) -> Iterator[Path]:
         raise
 
 
+def whole(name: str) -> str:
+    """The name that a directory has, or will have once it appears."""
+    return name.removesuffix(_HALF)
+
+
 def discard(directory: Path) -> None:
     """It is gone, and what was left of one that had not yet appeared."""
     for path in (directory.with_name(directory.name + _HALF), directory):

@@ -49,7 +49,7 @@ class Disk:
                 tenants[row.tenant] += row.bytes
         return {
             "node_id": str(self._node_id),
-            **self._space(),
+            **self.space(),
             "used_bytes": sum(row.bytes for row in found),
             "shared_bytes": sum(row.shared for row in found),
             "kinds": self._kinds(stored),
@@ -57,7 +57,8 @@ class Disk:
             "items": [row.to_dict() for row in found],
         }
 
-    def _space(self) -> dict[str, Any]:
+    def space(self) -> dict[str, Any]:
+        """What is left of the disk, and how that is."""
         space, marks = self._storage.space(), self._room.marks
         return {
             "path": space.path, "total_bytes": space.total, "free_bytes": space.free, "low_bytes": marks.low,

@@ -78,15 +78,10 @@ class GuestHealth:
             return f"its agent does not answer ({error.code})"
         return None
 
-    def ill(self) -> Mapping[InstanceRef, str]:
-        """Running instances whose guests are not well, and why."""
+    def ill(self, instances: Collection[Instance]) -> Mapping[InstanceRef, str]:
+        """Those of `instances` whose guests are not well, and why."""
         notes = self._store.notes(Note.HEALTH)
-        return self._ill(self._store.instances(), notes) if notes else {}
-
-    def _ill(
-        self, instances: Collection[Instance], notes: Mapping[InstanceRef, Mapping[str, Any]]
-    ) -> Mapping[InstanceRef, str]:
-        known = ((i, Health.from_dict(notes[i.ref])) for i in instances if i.ref in notes)
+        known = ((i, Health.from_dict(notes[i.ref])) for i in instances if i.ref in notes) if notes else ()
         return {i.ref: why for i, health in known if (why := health.why_ill(i, self.limit))}
 
     def explain(self, instance: Instance) -> dict[str, Any] | None:

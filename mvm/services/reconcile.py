@@ -89,17 +89,16 @@ class Reconcile:
         """What there is. Jobs that wait in a queue count as in flight."""
         open_jobs = self._registry.open_jobs(self._node_id)
         queued = {job.subject: InFlight(job.job_id, _VERBS[job.verb]) for job in open_jobs if job.verb in _VERBS}
+        instances = self._store.instances()
         return Observed(
             now=self._clock.now(),
             tenants=tuple(self._store.tenants()),
             pools=tuple(self._store.pools()),
-            instances=tuple(
-                replace(i, in_flight=i.in_flight or queued.get(str(i.ref))) for i in self._store.instances()
-            ),
+            instances=tuple(replace(i, in_flight=i.in_flight or queued.get(str(i.ref))) for i in instances),
             jobs=frozenset(
                 (job.verb, job.subject) for job in open_jobs if job.verb.value.startswith(("tenant.", "pool."))
             ),
-            unhealthy=frozenset(self._health.ill()),
+            unhealthy=frozenset(self._health.ill(instances)),
         )
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:

@@ -150,6 +150,7 @@ class NodeView:
             **self._insight.memory(),
             "vcpus": {"host": info["vcpus"], "in_use": sum(u.vcpus for u in used)},
             "mem_mib": {"host": info["mem_mib"], "in_use": sum(u.mem_mib for u in used)},
+            "disk": self._disk.space(),
             "data_disk_mib": sum(u.disk_mib for u in used),
             "jobs_running": len(self._store.unfinished_jobs()),
             "load": list(os.getloadavg()),

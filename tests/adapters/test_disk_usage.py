@@ -171,3 +171,7 @@ def test_templates_are_found_by_their_names(layout: StateLayout, storage: FileSt
     assert storage.templates() == {(PoolRef.parse("acme/web"), revision)}
     storage.remove_template(WEB, revision)
     assert storage.templates() == frozenset()
+    put(layout.templates / "acme" / "web" / f"{revision}.new" / "memory", 1)  # left half made by a crash
+    assert storage.templates() == {(PoolRef.parse("acme/web"), revision)}
+    storage.remove_template(WEB, revision)
+    assert storage.templates() == frozenset()

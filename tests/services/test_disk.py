@@ -52,6 +52,7 @@ def test_a_report_by_tenant_pool_and_kind(node: Node, mvm: CommandLine) -> None:
     assert report["tenants"] == {"acme": 82 * MIB, "beta": 0}
     assert report["kinds"]["revisions"] == 200 * MIB
     assert (report["level"], report["free_bytes"]) == ("ok", 1 << 39)
+    assert mvm.json("node", "stats")["disk"]["level"] == "ok"
     text = mvm.ok("disk", "report")
     assert "acme    web   snapshots   1      8.0M" in text
     assert text.splitlines()[-1].startswith("n1: ok; 282.0M used; /fake has 512.0G free of 1024.0G; low below 4.0G")
