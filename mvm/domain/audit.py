@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -129,6 +130,7 @@ def tenant_of(job: Job) -> TenantId | None:
 _NOT_CONFIGURED = {"ref", "node_id", "created_at", "desired", "revision", "built"}
 
 
+@lru_cache(256)
 def config_hash(owner: Tenant | WorkerPool) -> str:
     """Of a tenant's quota, or of a pool's configuration without its name, place, counts and revision."""
     if isinstance(owner, Tenant):

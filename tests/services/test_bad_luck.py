@@ -535,3 +535,17 @@ def test_a_job_left_while_the_clock_was_wrong_is_taken_up(node: Node) -> None:
     node.clock.advance(-3600)
     assert node.sweep(V.SWEEP_ORPHANS)["sent_again"] == [str(left.job_id)]
     assert node.services.jobs.job(left.job_id).state is JobState.SUCCEEDED
+
+
+def test_a_period_has_one_sweep_whoever_asks(node: Node) -> None:
+    node.services.heartbeat.beat()
+    (job,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)
+    node.drain()
+    assert node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60) == []
+    node.clock.advance(60)
+    node.services.heartbeat.beat()
+    (later,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)
+    assert later.params["tick"] == job.params["tick"] + 1
+    node.clock.advance(60)
+    node.services.heartbeat.beat()
+    assert node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60) == [], "it is still queued"
