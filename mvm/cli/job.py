@@ -71,6 +71,7 @@ def show(fleet: Fleet, output: str, job_id: JobId) -> None:
     if output != "table":
         emit({**fields, "children": children} if found.verb is JobVerb.BULK else fields, output)
         return
+    fields["setbacks"] = "; ".join(f"{s['at'][:19]} {s['message']} [{s['code']}]" for s in found.setbacks)
     error = fields.pop("error")
     if error:
         fields["error"] = f"[{error['code']}] {error['message']}"

@@ -253,13 +253,23 @@ class Jobs:
 
     def diagnosis(self, job: Job) -> str | None:
         """Why a queued job is not being done, if that can be told."""
-        if job.state is not JobState.QUEUED or self.is_node_live(job.node_id):
+        if job.state is not JobState.QUEUED:
             return None
+        if self.is_node_live(job.node_id):
+            return _next_try(job)
         seen = next((r.last_seen_at for r in self._registry.nodes() if r.node_id == job.node_id), None)
         if seen is None:
             return f"no worker has taken it: node {job.node_id} has never been seen"
         ago = int((self._clock.now() - seen).total_seconds())
         return f"no worker has taken it: node {job.node_id}'s worker was last seen {ago} s ago"
+
+
+def _next_try(job: Job) -> str | None:
+    if not job.retry_at or not job.setbacks:
+        return None
+    last = job.setbacks[-1]
+    when = job.retry_at.isoformat(timespec="seconds")
+    return f"try {job.attempt + 1} of {job.attempts} comes at {when}: {last['message']} [{last['code']}]"
 
 
 def _common(subjects: Sequence[str]) -> str:

@@ -154,7 +154,7 @@ def test_a_partly_busy_worker_outlives_a_broker_restart(celery_setup: Any, fleet
         busy = fleet.submit(JobVerb.INSTANCE_START, ref, NODES[0], actor="test")
         until(lambda: fleet.job(busy.job_id).state is JobState.RUNNING, 20, "it has begun")
         celery_setup.broker.restart()
-        until(lambda: answers(fleet), 20, "the broker is back")
+        until(lambda: answers(fleet), 60, "the broker is back")
     done = ended(fleet, busy.job_id)[busy.job_id]
     assert (done.state, done.deaths) == (JobState.SUCCEEDED, 0), "the same process, and once"
     after = fleet.submit(JobVerb.TENANT_CREATE, "after", NODES[0], actor="test")

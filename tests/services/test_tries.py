@@ -85,6 +85,24 @@ def test_one_that_waits_for_its_next_try_can_be_cancelled(node: Node) -> None:
     assert not node.host.leaks()
 
 
+def test_job_show_tells_of_tries(node: Node, mvm: CommandLine) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.services.heartbeat.beat()
+    node.host.fail("network.ensure_tap", BUSY, times=9)
+    job = node.submit(V.INSTANCE_START, ref)
+    node.queue.drain(node.services.runner.run)
+    shown = mvm.json("job", "show", str(job.job_id))
+    assert (shown["attempt"], shown["attempts"], shown["state"]) == (1, 3, "queued")
+    assert shown["note"].startswith("try 2 of 3 comes at ")
+    text = mvm("job", "show", str(job.job_id)).stdout
+    assert "busy [cgroup.busy]" in text
+    node.drain()
+    told = mvm("job", "show", str(job.job_id)).stdout
+    assert told.count("busy [cgroup.busy]") == 2
+    assert "deadline_at" not in told
+
+
 def test_a_next_try_whose_message_was_lost_is_sent_by_a_sweep(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.pool()
     (ref,) = node.create()
