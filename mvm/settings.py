@@ -75,6 +75,13 @@ class Settings(BaseSettings):
     manual_hold_s: float = Field(600.0, ge=0, le=31_536_000)
     idleness_sweep_s: float = Field(30.0, ge=0.5, le=86400)
     memory_reserve_percent: float = Field(10.0, ge=0, le=90)
+    health_sweep_s: float = Field(10.0, ge=0.5, le=86400)
+    health_checks: int = Field(6, ge=1, le=1000)
+    health_answer_s: float = Field(5.0, gt=0, le=600)
+    disk_sweep_s: float = Field(300.0, ge=0.5, le=86400)
+    disk_low_mib: int = Field(4096, ge=0, le=1 << 30)
+    disk_reserve_mib: int = Field(1024, ge=0, le=1 << 30)
+    keep_revisions: int = Field(3, ge=1, le=32)
     orphan_grace_s: float = Field(60.0, ge=0, le=86400)
     heartbeat_s: float = Field(3.0, ge=0.2, le=60)
     require_isolation: bool = False

@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvm.domain.ids import NodeId
+from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.job import JobVerb
 from mvm.domain.layout import StateLayout
+from mvm.errors import NotFound
 
 if TYPE_CHECKING:
     from mvm.ports.agents import NodeAgents
@@ -202,7 +203,7 @@ def open_ports(settings: Settings) -> NodePorts:
         queue,
         locks,
         SystemClock(),
-        QemuDriver(layout, shell, cgroups, require_isolation=settings.require_isolation),
+        QemuDriver(layout, shell, cgroups, require_isolation=settings.require_isolation, uid_of=_uid_of(store)),
         UnixGuestChannel(),
         LinuxNetwork(shell),
         Nftables(shell, layout.uplink_mark),
@@ -216,12 +217,31 @@ def open_ports(settings: Settings) -> NodePorts:
     )
 
 
+def _uid_of(store: NodeStore) -> Callable[[InstanceRef], int | None]:
+    """Whose user the VMM of an instance runs as; that never changes, so who was found is not looked up again."""
+    known: dict[InstanceRef, int] = {}
+
+    def uid_of(ref: InstanceRef) -> int | None:
+        if ref not in known:
+            try:
+                known[ref] = store.tenant(ref.tenant).network.uid(store.instance(ref).offset)
+            except NotFound:
+                return None
+        return known[ref]
+
+    return uid_of
+
+
 def build_node(
     ports: NodePorts, settings: Settings, *, authorized_key: str, observers: tuple[Observer, ...] = ()
 ) -> NodeServices:
     """Services over `ports`: the same for real and fake ones."""
+    from mvm.domain.disk import Watermarks
     from mvm.services.audit import Audit
     from mvm.services.desired_states import DesiredStates
+    from mvm.services.disk import Disk
+    from mvm.services.disk_room import DiskRoom
+    from mvm.services.health import GuestHealth
     from mvm.services.heartbeat import Heartbeat
     from mvm.services.idle import Idleness
     from mvm.services.insight import Insight
@@ -231,6 +251,7 @@ def build_node(
     from mvm.services.network_check import NetworkCheck
     from mvm.services.network_proof import NetworkProof
     from mvm.services.networks import Networks
+    from mvm.services.orphans import Orphans
     from mvm.services.pools import Pools
     from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
@@ -238,7 +259,7 @@ def build_node(
     from mvm.services.runner import Runner
     from mvm.services.secrets import TenantSecrets
     from mvm.services.snapshots import Snapshots
-    from mvm.services.sweeps import Sweeps
+    from mvm.services.sweeps import StalePids, alone
     from mvm.services.tenants import Tenants
     from mvm.services.urgent import UrgentWake
     from mvm.services.views import NodeView
@@ -249,8 +270,10 @@ def build_node(
     precedence = Precedence(p.locks)
     audit = Audit(p.store, p.audit, p.clock, precedence, node)
     runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, settings.tries, observers)
+    marks = Watermarks(low=settings.disk_low_mib << 20, reserve=settings.disk_reserve_mib << 20)
+    room = DiskRoom(p.store, p.storage, p.vmm, marks)
     snapshots = Snapshots(
-        locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
+        locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage, room=room,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
     )  # fmt: skip
     networks = Networks(p.store, p.locks, p.network, p.packets, settings.plan)
@@ -265,20 +288,31 @@ def build_node(
         authorized_key=authorized_key,
     )  # fmt: skip
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit, manual_hold_s=settings.manual_hold_s)
+    health = GuestHealth(
+        store=p.store, clock=p.clock, guest=p.guest, network=p.network, storage=p.storage,
+        limit=settings.health_checks, answer_s=settings.health_answer_s,
+    )  # fmt: skip
     reconcile = Reconcile(
-        store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node
-    )
+        store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node,
+        health=health,
+    )  # fmt: skip
     tenants = Tenants(p.store, p.registry, networks, secrets)
-    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks)
+    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks, room)
+    disk = Disk(
+        store=p.store, storage=p.storage, locks=p.locks, room=room, node_id=node, keep=settings.keep_revisions
+    )  # fmt: skip
     recovery = Recovery(p.store, p.locks, p.vmm, microvms, audit)
-    sweeps = Sweeps(
-        store=p.store, registry=p.registry, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network,
-        networks=networks, storage=p.storage, lifecycle=lifecycle, secrets=secrets, audit=audit, node_id=node,
-        grace_s=settings.orphan_grace_s, keep_jobs=settings.keep_jobs, cgroups=p.cgroups, recovery=recovery,
+    stale_pids = StalePids(
+        store=p.store, registry=p.registry, vmm=p.vmm, storage=p.storage, lifecycle=lifecycle, secrets=secrets,
+        audit=audit, node_id=node, keep_jobs=settings.keep_jobs, cgroups=p.cgroups, recovery=recovery,
+    )  # fmt: skip
+    orphans = Orphans(
+        store=p.store, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network, networks=networks,
+        storage=p.storage, node_id=node, grace_s=settings.orphan_grace_s, cgroups=p.cgroups,
     )  # fmt: skip
     idleness = Idleness(
         store=p.store, registry=p.registry, jobs=jobs, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
-        memory=p.memory, node_id=node, reserve_percent=settings.memory_reserve_percent,
+        memory=p.memory, room=room, node_id=node, reserve_percent=settings.memory_reserve_percent,
         period_s=settings.idleness_sweep_s,
     )  # fmt: skip
     for verb, handler in {
@@ -299,14 +333,17 @@ def build_node(
         JobVerb.INSTANCE_WAKE: lifecycle.wake,
         JobVerb.INSTANCE_DESTROY: lifecycle.destroy,
         JobVerb.NODE_RECONCILE: reconcile.sweep,
-        JobVerb.SWEEP_STALE_PIDS: sweeps.stale_pids,
-        JobVerb.SWEEP_ORPHANS: sweeps.orphans,
+        JobVerb.NODE_CLEAN: disk.clean,
+        JobVerb.SWEEP_STALE_PIDS: stale_pids.sweep,
+        JobVerb.SWEEP_ORPHANS: orphans.sweep,
         JobVerb.SWEEP_RECONCILE: reconcile.sweep,
         JobVerb.SWEEP_IDLENESS: idleness.sweep,
+        JobVerb.SWEEP_DISK: disk.sweep,
+        JobVerb.SWEEP_HEALTH: health.sweep,
     }.items():
         marked = verb.value.startswith("instance.") and verb is not JobVerb.INSTANCE_CREATE
         undo = lifecycle.undo_create if verb is JobVerb.INSTANCE_CREATE else recovery.undo if marked else None
-        runner.register(verb, handler, undo)
+        runner.register(verb, alone(p.locks, handler) if verb.is_sweep else handler, undo)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
     proof = NetworkProof(
         store=p.store, clock=p.clock, network=p.network, networks=networks, probing=p.probing, guest=p.guest,
@@ -326,8 +363,9 @@ def build_node(
         address=address,
         urgent=urgent,
         secrets=secrets,
-        insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node),
+        insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node, health),
         network_check=network_check,
+        disk=disk,
         audit=audit,
         desired=DesiredStates(p.store, jobs, reconcile, node),
     )

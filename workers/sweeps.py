@@ -1,4 +1,4 @@
-"""Sweep tasks, and the one pass of reconcile that a person asks for."""
+"""Sweep tasks, and what a person asks for of a whole node."""
 
 from __future__ import annotations
 
@@ -35,5 +35,23 @@ def node_reconcile(self: JobTask, **job: Any) -> str:
 
 @app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_IDLENESS.task_name)
 def idleness(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_DISK.task_name)
+def disk(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.NODE_CLEAN.task_name)
+def clean(self: JobTask, **job: Any) -> str:
+    """See the service."""
+    return self.run_job(job)
+
+
+@app.task(base=JobTask, bind=True, name=JobVerb.SWEEP_HEALTH.task_name)
+def health(self: JobTask, **job: Any) -> str:
     """See the service."""
     return self.run_job(job)

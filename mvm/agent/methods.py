@@ -44,6 +44,10 @@ class NodeApi(Protocol):
         """A report for each tenant's bridge, the node's findings and, with `active`, a table of probes."""
         ...
 
+    def disk_report(self) -> Mapping[str, Any]:
+        """What lies on the disk: in ``items`` by tenant, pool and kind."""
+        ...
+
     def tenants(self) -> Sequence[Mapping[str, Any]]:
         """All tenants on this node."""
         ...
@@ -244,6 +248,7 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "node.info": Method(frozenset(Role), _Nothing, one(lambda _: api.node_info())),
         "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats())),
         "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), long=True),
+        "disk.report": Method(coordinator, _Nothing, lambda _: _disk(api), long=True),
         "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
         "tenant.set_secrets": Method(
             coordinator, _Secrets, one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content), p.actor))
@@ -283,6 +288,13 @@ def _verified(api: NodeApi, params: _Verify) -> Parts:
     for name, items in lists.items():
         for start in range(0, len(items), _ITEMS):
             yield {name: items[start : start + _ITEMS]}
+
+
+def _disk(api: NodeApi) -> Parts:
+    report = dict(api.disk_report())
+    items = report.pop("items")
+    yield report
+    yield from _items(items)
 
 
 def _decoded(text: str) -> bytes:

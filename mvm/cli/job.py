@@ -75,9 +75,27 @@ def show(fleet: Fleet, output: str, job_id: JobId) -> None:
     if error:
         fields["error"] = f"[{error['code']}] {error['message']}"
         fields["hint"] = error["hint"]
+    tables = _tables(fields)
     show_one({name: value for name, value in fields.items() if value not in (None, {}, "")}, output)
+    for name, rows in tables.items():
+        click.echo("\n".join([f"\n{name}:", *table(rows, {column: column for column in rows[0]})]))
     if children:
         click.echo("\n" + "\n".join(table(children, _COLUMNS)))
+
+
+def _tables(fields: dict[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """What of a job's result is lists of objects, such as a sweep's findings; the result has their lengths instead."""
+    result = dict(fields["result"] or {})
+    lists: dict[str, Sequence[Mapping[str, Any]]] = {
+        name: value for name, value in result.items() if isinstance(value, list) and _objects(value)
+    }
+    if lists:
+        fields["result"] = {**result, **{name: len(rows) for name, rows in lists.items()}}
+    return lists
+
+
+def _objects(rows: Sequence[Any]) -> bool:
+    return bool(rows) and all(isinstance(row, Mapping) for row in rows)
 
 
 @job.command()

@@ -20,6 +20,7 @@ _COMMANDS = {
     "job": ("mvm.cli.job:job", "What was asked, and how it went."),
     "node": ("mvm.cli.node:node", "Nodes, asked through their agents."),
     "net": ("mvm.cli.net:net", "The tenants' networks, looked at and proven."),
+    "disk": ("mvm.cli.disk:disk", "What lies on the disk, and cleaning it up."),
     "audit": ("mvm.cli.audit:audit", "Who changed what of a tenant, and why."),
     "coordinator": ("mvm.cli.coordinator:coordinator", "Ask agents anywhere, by address."),
     "agent": ("mvm.cli.agent:agent", "This node's agent and its certificates."),

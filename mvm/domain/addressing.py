@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
@@ -15,6 +16,9 @@ BUILDER_OFFSET = 2  # of what is made for the tenant, such as templates and prob
 FIRST_OFFSET = 3
 DEFAULT_PREFIX = 24  # 4096 of them fill the cluster's /12 exactly
 LONGEST_PREFIX = 29  # gateway, builder and three guests
+_GATEWAY_OFFSET = 1
+_TAP, _BRIDGE = re.compile(r"tn(\d{1,4})i(\d{1,5})"), re.compile(r"br-tenant-(\d{1,4})")
+_UIDS = 1 << 28
 _FIRST_UID = 0x6000_0000  # 28 bits from here on are nobody's on a Debian: below the signed half, above containers
 
 
@@ -46,16 +50,41 @@ class TenantNetwork:
 
     def mac(self, offset: int) -> str:
         """Locally administered, unicast: ``02:6d``, the net id's and the offset's two bytes each."""
-        raw = (0x02, 0x6D, *self.net_id.to_bytes(2, "big"), *(offset & 0xFFFF).to_bytes(2, "big"))
-        return ":".join(f"{byte:02x}" for byte in raw)
+        return _mac(self.net_id, offset)
 
     def uid(self, offset: int) -> int:
         """The user and group id of the guest's VMM: no other guest's, of whatever tenant."""
-        return _FIRST_UID + (self.net_id << 16) + offset
+        return _uid(self.net_id, offset)
 
     def tap(self, offset: int) -> str:
         """The TAP's interface name, ``tn<net_id>i<offset>``; it never collides, being no hash."""
         return f"tn{self.net_id}i{offset}"
+
+
+def _uid(net_id: int, offset: int) -> int:
+    return _FIRST_UID + (net_id << 16) + offset
+
+
+def _mac(net_id: int, offset: int) -> str:
+    raw = (0x02, 0x6D, *net_id.to_bytes(2, "big"), *(offset & 0xFFFF).to_bytes(2, "big"))
+    return ":".join(f"{byte:02x}" for byte in raw)
+
+
+def is_guest_uid(uid: int) -> bool:
+    """Whether it may be a VMM's."""
+    return 0 <= uid - _FIRST_UID < _UIDS
+
+
+def tap_uid(name: str) -> int | None:
+    """The user to whom a TAP of this name belongs if it is one of ours; None: none of ours has such a name."""
+    match = _TAP.fullmatch(name)
+    return _uid(int(match[1]), int(match[2])) if match else None
+
+
+def bridge_mac(name: str) -> str | None:
+    """The MAC that a bridge of this name has if it is one of ours; None: none of ours has such a name."""
+    match = _BRIDGE.fullmatch(name)
+    return _mac(int(match[1]), _GATEWAY_OFFSET) if match else None
 
 
 def parse_net_id(value: int) -> int:

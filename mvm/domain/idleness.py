@@ -102,7 +102,7 @@ def observe(watch: Watch | None, run: str, at: float, sample: Sample | None) -> 
 class Candidate:
     """An instance that is up, and all that counts. `silent`: its guest was asked and did not answer.
 
-    `frees_mib` is what the host gains when it sleeps.
+    `frees_mib` is what the host gains in memory when it sleeps, and at most what that takes of the disk.
     """
 
     ref: InstanceRef
@@ -143,9 +143,13 @@ def judge(candidate: Candidate, now: float) -> Decision:
     return Decision(Choice.KEEP, f"idle for {idle:.0f} s" if idle > 0 else _not_idle(candidate.watch))
 
 
-def decide(candidates: Sequence[Candidate], now: float, *, short_mib: int = 0) -> dict[InstanceRef, Decision]:
+def decide(
+    candidates: Sequence[Candidate], now: float, *, short_mib: int = 0, room_mib: int | None = None
+) -> dict[InstanceRef, Decision]:
     """What to do with each. When `short_mib` of the host's memory are missing, the coldest sleep first until they
     are there, however short their idleness; a pool that never lets its instances sleep does not then either.
+
+    No more are put to sleep than the disk has `room_mib` for; of the others those that may be go warm instead.
     """
     decisions = {candidate.ref: judge(candidate, now) for candidate in candidates}
     short = short_mib - sum(c.frees_mib for c in candidates if decisions[c.ref].choice is Choice.SLEEP)
@@ -160,7 +164,26 @@ def decide(candidates: Sequence[Candidate], now: float, *, short_mib: int = 0) -
             Choice.SLEEP, f"memory is short by {short_mib} MiB, and it is among the coldest: idle for {idle:.0f} s"
         )
         short -= candidate.frees_mib
+    if room_mib is not None:
+        _fit(candidates, decisions, room_mib, now)
     return decisions
+
+
+def _fit(candidates: Sequence[Candidate], decisions: dict[InstanceRef, Decision], room_mib: int, now: float) -> None:
+    for candidate in sorted(candidates, key=lambda c: (c.watch.idle_since, c.ref)):
+        decided = decisions[candidate.ref]
+        if decided.choice is not Choice.SLEEP:
+            continue
+        if candidate.frees_mib <= room_mib:
+            room_mib -= candidate.frees_mib
+            continue
+        after, running = candidate.policy.warm_after_s, candidate.status is Status.RUNNING
+        due = running and after and now - candidate.watch.idle_since >= after
+        decisions[candidate.ref] = Decision(
+            Choice.WARM if due else Choice.KEEP,
+            f"{decided.reason}, but the disk is low: sleeping may take {candidate.frees_mib} MiB of it, "
+            f"and {max(0, room_mib)} MiB may be used",
+        )
 
 
 def outlook(candidate: Candidate, now: float) -> tuple[Choice, float] | None:

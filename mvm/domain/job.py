@@ -31,10 +31,13 @@ class JobVerb(StrEnum):
     INSTANCE_WAKE = "instance.wake"
     INSTANCE_DESTROY = "instance.destroy"
     NODE_RECONCILE = "node.reconcile"
+    NODE_CLEAN = "node.clean"
     SWEEP_STALE_PIDS = "sweep.stale_pids"
     SWEEP_ORPHANS = "sweep.orphans"
     SWEEP_RECONCILE = "sweep.reconcile"
     SWEEP_IDLENESS = "sweep.idleness"
+    SWEEP_DISK = "sweep.disk"
+    SWEEP_HEALTH = "sweep.health"
     BULK = "bulk"  # a parent: no task of its own, it ends with its last child
 
     @property

@@ -224,13 +224,6 @@ class _Planning:
         return f"a person has changed {held[0].ref}" if held else None
 
 
-    def _kept_for(self, pool: WorkerPool, there: Sequence[Instance]) -> str | None:
-        if pool.pinned or pool.critical:
-            return f"it is {'pinned' if pool.pinned else 'critical'}"
-        held = [i for i in there if i.manual_override_until and i.manual_override_until > self.observed.now]
-        return f"a person has changed {held[0].ref}" if held else None
-
-
 def as_parameters(pool: DesiredPool) -> dict[str, Any]:
     """What can be changed of a pool, as JSON values."""
     return {name: plain(getattr(pool, name)) for name in _CHANGEABLE if name != "source"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -16,6 +16,7 @@ from mvm.errors import InvalidInput
 MAX_COUNT = 10_000
 MAX_POLICY_S = 31_536_000
 MAX_USER_DATA = 16 << 10
+MAX_REVISIONS = 32  # that a pool remembers
 
 
 class Profile(StrEnum):
@@ -180,7 +181,7 @@ class WorkerPool:
 
     The sleep policy leaves the instances of `pinned` and `critical` pools alone. `user_data` is what its guests find
     at the metadata address, which they can ask unless it is not `metadata_enabled`. `built` is what `revision` was
-    built from, which `source` need no longer be.
+    built from, which `source` need no longer be; `former` are those of before, newest first.
     """
 
     ref: PoolRef
@@ -200,6 +201,17 @@ class WorkerPool:
     metadata_enabled: bool = True
     user_data: str = ""
     built: ImageSource | None = None
+    former: tuple[Revision, ...] = ()
+
+    @property
+    def revisions(self) -> tuple[Revision, ...]:
+        """Those it was built to, the newest first."""
+        return (self.revision, *self.former) if self.revision else ()
+
+    def at(self, revision: Revision, source: ImageSource) -> WorkerPool:
+        """A copy whose instances start from `revision`, which was built from `source`."""
+        former = tuple(each for each in self.revisions if each != revision)[: MAX_REVISIONS - 1]
+        return replace(self, revision=revision, built=source, former=former)
 
     @property
     def protected(self) -> str | None:
@@ -229,6 +241,7 @@ class WorkerPool:
             "metadata_enabled": self.metadata_enabled,
             "user_data": self.user_data,
             "built": [self.built.flake_ref, self.built.profile] if self.built else None,
+            "former": list(self.former),
         }
 
     @classmethod
@@ -252,4 +265,5 @@ class WorkerPool:
             metadata_enabled=data.get("metadata_enabled", True),
             user_data=data.get("user_data", ""),
             built=ImageSource(*data["built"]) if data.get("built") else None,
+            former=tuple(map(Revision, data.get("former", ()))),
         )

@@ -7,14 +7,16 @@ import os
 import re
 import shutil
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mvm.domain.disk import Space, Stored, Template
 from mvm.domain.ids import InstanceId, InstanceRef, PoolId, PoolRef, Revision, TenantId
 from mvm.domain.layout import StateLayout
+from mvm.drivers import disk_usage, snapshot_files
 from mvm.drivers.qcow2 import write_empty
 from mvm.drivers.revisions import Revisions
 from mvm.errors import Failed, InvalidInput
@@ -140,6 +142,16 @@ class FileStorage:
                     with suppress(InvalidInput):
                         yield InstanceRef(TenantId(tenant.name), PoolId(pool.name), InstanceId(instance.name))
 
+    def not_ours(self, ref: InstanceRef) -> str | None:
+        """See ports/storage.py."""
+        directory = self.directory(ref)
+        with _translated(directory), suppress(FileNotFoundError):
+            if (owner := directory.stat(follow_symlinks=False).st_uid) != os.geteuid():
+                return f"{directory} belongs to user {owner}"
+            if mount := disk_usage.mounted_within(directory):
+                return f"something is mounted at {mount}"
+        return None
+
     def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
         """See ports/storage.py. Instances without any are left out."""
         with _translated(self._layout.instances):
@@ -150,6 +162,50 @@ class FileStorage:
         """See ports/storage.py."""
         with _translated(self._layout.revision(revision)):
             return self._revisions.verified(revision)
+
+    def revisions(self) -> frozenset[Revision]:
+        """See ports/storage.py."""
+        with _translated(self._layout.images):
+            return frozenset(self._revisions.all())
+
+    def remove_revision(self, revision: Revision) -> None:
+        """See ports/storage.py."""
+        with _translated(self._layout.images):
+            self._revisions.remove(revision)
+
+    def templates(self) -> frozenset[Template]:
+        """See ports/storage.py. Directories that no template could have are passed over."""
+        found = set()
+        with _translated(self._layout.templates):
+            for tenant in _subdirectories(self._layout.templates):
+                for pool in _subdirectories(tenant):
+                    for revision in _subdirectories(pool):
+                        with suppress(InvalidInput):
+                            found.add((PoolRef(TenantId(tenant.name), PoolId(pool.name)), Revision(revision.name)))
+        return frozenset(found)
+
+    def remove_template(self, pool: PoolRef, revision: Revision) -> None:
+        """See ports/storage.py."""
+        snapshot_files.discard(self._layout.template(pool, revision))
+
+    def remove_packages(self, needed: Collection[Revision]) -> int:
+        """See ports/storage.py."""
+        with _translated(self._layout.package_cache):
+            return self._revisions.remove_packages(needed)
+
+    def shared_with_others(self) -> str | None:
+        """See ports/storage.py. A link leads to a place that others may use."""
+        return str(self._layout.images.resolve()) if self._layout.images.is_symlink() else None
+
+    def usage(self) -> Sequence[Stored]:
+        """See ports/storage.py."""
+        with _translated(self._layout.root):
+            return disk_usage.measure(self._layout)
+
+    def space(self) -> Space:
+        """See ports/storage.py."""
+        with _translated(self._layout.root):
+            return disk_usage.space(self._layout)
 
 
 def _new_host_key() -> bytes:

@@ -20,6 +20,7 @@ from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource, Profile
 from mvm.drivers.builtin import cpio, ext4, kernel, recipe
 from mvm.drivers.builtin.debs import Package, Packages
+from mvm.drivers.revisions import BUILD_LOCK
 from mvm.errors import Failed
 from mvm.ports.images import ProgressReport
 from mvm.ports.shell import Shell
@@ -133,7 +134,7 @@ class BuiltinImages:
         """Hold the node's turn to build; whatever a killed builder left behind is removed."""
         images = self._layout.images
         images.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(images / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(images / BUILD_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in images.glob(".build-*"):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mvm.domain.addressing import METADATA, TenantNetwork
+from mvm.domain.addressing import METADATA, TenantNetwork, bridge_mac, tap_uid
 from mvm.errors import Failed, NotAllowed
 from mvm.ports.network import BridgeState
 from mvm.ports.shell import Shell
 
-_TAP = re.compile(r"tn[0-9]+i[0-9]+")
-_BRIDGE = re.compile(r"br-tenant-[0-9]+")
 _CONF = Path("/proc/sys/net/ipv4/conf")
 _OWN_ADDRESSES = "1"  # else a bridge answers ARP for every other tenant's gateway, too
 _TRIES = 4
@@ -89,11 +86,22 @@ class LinuxNetwork:
     def taps(self) -> Mapping[str, str | None]:
         """See ports/network.py."""
         links = self._links("type", "tun")
-        return {name: link.get("master") for name, link in links.items() if _TAP.fullmatch(name) and _is_tap(link)}
+        return {name: link.get("master") for name, link in links.items() if _is_tap(link)}
 
     def bridges(self) -> frozenset[str]:
         """See ports/network.py."""
-        return frozenset(name for name in self._links("type", "bridge") if _BRIDGE.fullmatch(name))
+        links = self._links("type", "bridge")
+        return frozenset(name for name, link in links.items() if link.get("address") == bridge_mac(name))
+
+    def strangers(self) -> Mapping[str, str]:
+        """See ports/network.py."""
+        found = {}
+        for name, link in self._links().items():
+            if tap_uid(name) is not None and not _is_tap(link):
+                found[name] = "it is no TAP that belongs to the user of that place"
+            elif (mac := bridge_mac(name)) and not (_is_bridge(link) and link.get("address") == mac):
+                found[name] = f"it is no bridge with the address {mac}"
+        return found
 
     def states(self) -> Mapping[str, BridgeState]:
         """See ports/network.py."""
@@ -105,7 +113,7 @@ class LinuxNetwork:
                 tuple(sorted(port for port, other in links.items() if other.get("master") == name)),
             )
             for name, link in links.items()
-            if _BRIDGE.fullmatch(name) and _is_bridge(link)
+            if bridge_mac(name) and _is_bridge(link)
         }
 
     def addresses(self) -> frozenset[str]:
@@ -169,8 +177,10 @@ def _is_bridge(link: Mapping[str, Any]) -> bool:
 
 
 def _is_tap(link: Mapping[str, Any]) -> bool:
-    info = link.get("linkinfo", {})
-    return bool(info.get("info_kind") == "tun" and info.get("info_data", {}).get("type") == "tap")
+    """One of ours: it belongs to the user of the place that it is named after."""
+    info, uid = link.get("linkinfo", {}), tap_uid(link["ifname"])
+    data = info.get("info_data", {})
+    return bool(info.get("info_kind") == "tun" and data.get("type") == "tap" and data.get("user") == uid is not None)
 
 
 def _must_be(kind: Callable[[Mapping[str, Any]], bool], name: str, links: Links) -> None:

@@ -52,6 +52,15 @@ def arguments(pid: int, containing: bytes = b"") -> list[str]:
     return [os.fsdecode(word) for word in data.split(b"\0")[:-1]] if containing in data else []
 
 
+def uid(pid: int) -> int | None:
+    """Its user, as which it acts; None when it has ended. `stat` of its directory would tell root of many."""
+    try:
+        lines = (_PROC / str(pid) / "status").read_text(errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return next((int(line.split()[2]) for line in lines if line.startswith("Uid:")), None)
+
+
 def pids() -> Iterator[int]:
     """Every pid in use."""
     for entry in os.scandir(_PROC):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import NoReturn
 
 from mvm.domain.ids import Revision
 from mvm.domain.layout import StateLayout
-from mvm.errors import Failed, NotFound
+from mvm.drivers.files import closing_fd
+from mvm.errors import Failed, InvalidInput, NotFound
 from mvm.ports.storage import RevisionFiles
 
 MANIFEST = "manifest.json"
+BUILD_LOCK = ".lock"  # in the directory of revisions; whoever builds there holds it
 KERNEL, INITRAMFS, ROOTFS = "vmlinux", "initramfs.cpio", "rootfs.ext4"
 FILES = (KERNEL, INITRAMFS, ROOTFS)
 
@@ -41,6 +47,45 @@ class Revisions:
                 _verify(revision, directory)
                 self._verified[revision] = signature
         return RevisionFiles(directory / KERNEL, directory / INITRAMFS, directory / ROOTFS)
+
+    def all(self) -> Iterator[Revision]:
+        """Those that have a directory."""
+        with suppress(FileNotFoundError), os.scandir(self._layout.images) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    with suppress(InvalidInput):
+                        yield Revision(entry.name)
+
+    def remove(self, revision: Revision) -> None:
+        """It goes by rename, to where the next build clears away what is left of it should we be killed."""
+        half = self._layout.images / f".build-removed-{revision}"
+        with suppress(FileNotFoundError):
+            self._layout.revision(revision).rename(half)
+        shutil.rmtree(half, ignore_errors=True)
+
+    def remove_packages(self, needed: Collection[Revision]) -> int:
+        """See `NodeStorage.remove_packages`. A builder holds the lock that is asked for here."""
+        if not self._layout.images.is_dir() or self._layout.package_cache.is_symlink():
+            return 0
+        freed = 0
+        file = self._layout.images / BUILD_LOCK
+        with closing_fd(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return 0
+            used = {digest for revision in needed for digest in self._inputs(revision)}
+            for path in self._layout.package_cache.glob("*.deb"):
+                if path.stem not in used:
+                    freed += path.stat().st_blocks * 512
+                    path.unlink()
+        return freed
+
+    def _inputs(self, revision: Revision) -> Collection[str]:
+        try:
+            return set(json.loads((self._layout.revision(revision) / MANIFEST).read_bytes())["inputs"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return ()  # damaged: it is built again, from whatever packages there are then
 
 
 def _signature(revision: Revision, directory: Path) -> Signature:

@@ -42,7 +42,7 @@ class HostNetwork(Protocol):
         ...
 
     def taps(self) -> Mapping[str, str | None]:
-        """Every TAP named as ours are (``tn<net>i<offset>``), with the bridge it is a port of."""
+        """Every TAP of ours, by name (``tn<net>i<offset>``) and owner, with the bridge it is a port of."""
         ...
 
     def states(self) -> Mapping[str, BridgeState]:
@@ -58,5 +58,9 @@ class HostNetwork(Protocol):
         ...
 
     def bridges(self) -> frozenset[str]:
-        """Every bridge named as ours are (``br-tenant-<net>``)."""
+        """Every bridge of ours, by name (``br-tenant-<net>``) and MAC."""
+        ...
+
+    def strangers(self) -> Mapping[str, str]:
+        """Interfaces that are named as ours are and are not, each with what tells so."""
         ...

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mvm.domain.disk import Space, Stored, Template
 from mvm.domain.ids import InstanceRef, PoolRef, Revision
 
 
@@ -69,6 +70,10 @@ class NodeStorage(Protocol):
         """Every instance that has a directory."""
         ...
 
+    def not_ours(self, ref: InstanceRef) -> str | None:
+        """Why the instance's directory may hold what is somebody else's, if it may: its user, or a mount within."""
+        ...
+
     def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
         """Per instance with a directory, the names of its files that belong to a run (overlay, sockets)."""
         ...
@@ -90,4 +95,42 @@ class NodeStorage(Protocol):
 
         Raises `NotFound` (``revision.not_found``) and `Failed` (``revision.damaged``, naming the file).
         """
+        ...
+
+    def revisions(self) -> frozenset[Revision]:
+        """Every revision that has a directory."""
+        ...
+
+    def remove_revision(self, revision: Revision) -> None:
+        """The revision is gone, at once and as a whole; a VMM that has its files open goes on."""
+        ...
+
+    def templates(self) -> frozenset[Template]:
+        """Every template that has a directory."""
+        ...
+
+    def remove_template(self, pool: PoolRef, revision: Revision) -> None:
+        """That template of the pool is gone; a VMM that has its files open goes on."""
+        ...
+
+    def remove_packages(self, needed: Collection[Revision]) -> int:
+        """Only those of the cached packages are left that `needed` revisions were built from; the bytes of the others.
+
+        Not while an image is being built, which brings them in before it uses them.
+        """
+        ...
+
+    def shared_with_others(self) -> str | None:
+        """Where revisions lie, if that may be another node's too, so that none of them is ours alone."""
+        ...
+
+    def usage(self) -> Sequence[Stored]:
+        """All that takes space below the state directory; blocks that several things share are counted with the first.
+
+        What goes away meanwhile is left out.
+        """
+        ...
+
+    def space(self) -> Space:
+        """Of the file system that is the fullest, if it is on several."""
         ...

@@ -18,6 +18,7 @@ from mvm.domain.tenant import Tenant
 class Note(StrEnum):
     """What is remembered of an instance beside its row; each is one JSON object, that of the last time."""
 
+    HEALTH = "health"
     POLICY = "policy"
     SECRETS = "secrets"
     SLEPT = "slept"

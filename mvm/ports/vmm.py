@@ -111,7 +111,14 @@ class VmmDriver(Protocol):
         ...
 
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
-        """All VMM processes of this state directory, by the instance they were started for."""
+        """All VMM processes of this state directory, by the instance they were started for.
+
+        They are known by what they say of themselves and by their user, which no guest and no other user can be.
+        """
+        ...
+
+    def strangers(self) -> Mapping[str, str]:
+        """Processes that call themselves VMMs of this state directory and are not, each with what tells so."""
         ...
 
     def put_secrets(self, ref: InstanceRef, process: ProcessIdentity, secrets: Secrets | None) -> None:

@@ -23,6 +23,7 @@ from mvm.ports.registry import Registry
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import Snapshotting, VmmDriver
+from mvm.services.disk_room import DiskRoom
 from mvm.services.jobs import Jobs
 from mvm.services.runner import JobContext
 
@@ -38,7 +39,8 @@ class Idleness:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, clock: Clock, vmm: VmmDriver, guest: GuestChannel,
-        storage: NodeStorage, memory: HostMemory, node_id: NodeId, reserve_percent: float, period_s: float,
+        storage: NodeStorage, memory: HostMemory, room: DiskRoom, node_id: NodeId, reserve_percent: float,
+        period_s: float,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -48,6 +50,7 @@ class Idleness:
         self._guest = guest
         self._storage = storage
         self._memory = memory
+        self._room = room
         self._node_id = node_id
         self._reserve_percent = reserve_percent
         self._period_s = period_s
@@ -65,6 +68,8 @@ class Idleness:
         if short:  # what falls asleep already is memory on its way
             asleep_soon = [i for i in up if waiting.get(str(i.ref)) is JobVerb.INSTANCE_SLEEP]
             short = max(0, short - sum(self._frees_mib(i, pools) for i in asleep_soon))
+        room = self._room.left() >> 20
+        tight = room < sum(pools[i.ref.pool_ref].resources.mem_mib for i in up)
         samples = self._samples([i for i in free if i.status is Status.RUNNING])
         now, notes = self._clock.monotonic(), self._store.notes(Note.POLICY)
         candidates = [
@@ -74,11 +79,11 @@ class Idleness:
                 watch=self._watch(i, notes.get(i.ref), samples.get(i.ref), now),
                 policy=pools[i.ref.pool_ref].sleep_policy,
                 silent=i.status is Status.RUNNING and samples[i.ref] is None,
-                frees_mib=self._frees_mib(i, pools) if short else 0,
+                frees_mib=self._frees_mib(i, pools) if short or tight else 0,
             )
             for i in free
         ]
-        decisions = decide(candidates, now, short_mib=short)
+        decisions = decide(candidates, now, short_mib=short, room_mib=room if tight else None)
         written = self._write_down(candidates, decisions, notes)
         context.step("submit", 1, 2)
         runs = {i.ref: i.run for i in free}

@@ -22,6 +22,7 @@ from mvm.ports.registry import Registry
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import MemoryUse, Snapshotting, VmmDriver
+from mvm.services.health import GuestHealth
 
 _UP = (Status.RUNNING, Status.WARM)
 
@@ -30,14 +31,16 @@ class Insight:
     """Reads what others have written down; changes nothing."""
 
     def __init__(
-        self, store: NodeStore, registry: Registry, vmm: VmmDriver, storage: NodeStorage, clock: Clock, node_id: NodeId
-    ) -> None:
+        self, store: NodeStore, registry: Registry, vmm: VmmDriver, storage: NodeStorage, clock: Clock,
+        node_id: NodeId, health: GuestHealth,
+    ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
         self._vmm = vmm
         self._storage = storage
         self._clock = clock
         self._node_id = node_id
+        self._health = health
 
     # --- why
     def explain(self, ref: InstanceRef) -> dict[str, Any]:
@@ -52,6 +55,7 @@ class Insight:
             "last_job": _job(last),
             "last_error": instance.last_error,
             "waiting": self._waiting(ref),
+            "health": self._health.explain(instance),
             "policy": {**asdict(pool.sleep_policy), "pinned": pool.pinned, "critical": pool.critical},
             "decision": dict(note["decision"]) if note else None,
             "acted": dict(note["acted"]) if note and note["acted"] else None,
@@ -94,6 +98,9 @@ class Insight:
         if instance.status not in _UP:
             kept = f"; the pool is kept at {pool.desired.running} running" if pool.desired else ""
             return _nothing(f"it stays {instance.status} until it is started{kept}")
+        ill = self._health.explain(instance)
+        if ill and not ill["well"]:
+            return self._replacing(pool, ill["reason"])
         if not isinstance(self._vmm, Snapshotting):
             return _nothing(f"the {self._vmm.name} driver cannot snapshot")
         if pool.protected:
@@ -109,6 +116,13 @@ class Insight:
         at = (self._clock.now() + timedelta(seconds=wait)).isoformat()
         reason = f"if it stays idle; seen last: {note['decision']['reason']}"
         return {"verb": choice.value, "in_s": round(wait, 1), "at": at, "reason": reason}
+
+    def _replacing(self, pool: WorkerPool, reason: str) -> dict[str, Any]:
+        if pool.critical or pool.pinned:
+            return _nothing(f"{reason}; its pool is {'critical' if pool.critical else 'pinned'}, so nobody stops it")
+        if pool.desired is None:
+            return _nothing(f"{reason}; its pool was never scaled, so nobody replaces it")
+        return {"verb": "stop", "in_s": None, "at": None, "reason": f"{reason}; reconcile replaces it"}
 
     # --- how much
     def stats(self, ref: InstanceRef) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mvm.domain.egress import EgressPolicy
-from mvm.domain.ids import PoolRef
+from mvm.domain.ids import PoolRef, Revision
 from mvm.domain.pool import (
     DesiredCounts,
     ImageSource,
@@ -18,12 +18,14 @@ from mvm.domain.pool import (
     checked_user_data,
 )
 from mvm.domain.snapshot import Compression
-from mvm.errors import NotAllowed, NotFound
+from mvm.errors import Failed, NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
+from mvm.services.disk import IMAGES_LOCK, LOCK_S
+from mvm.services.disk_room import DiskRoom
 from mvm.services.networks import Networks
 from mvm.services.quotas import admit_counts, admit_pool
 from mvm.services.reconcile import Reconcile
@@ -31,6 +33,7 @@ from mvm.services.runner import JobContext
 from mvm.services.views import pool_view
 
 _BUILD_WAIT_S = 1800.0
+_BUILD_TRIES = 3
 
 
 def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
@@ -63,7 +66,7 @@ class Pools:
 
     def __init__(
         self, store: NodeStore, registry: Registry, images: ImageBuilder, storage: NodeStorage, locks: Locks,
-        reconcile: Reconcile, networks: Networks,
+        reconcile: Reconcile, networks: Networks, room: DiskRoom,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -72,6 +75,7 @@ class Pools:
         self._locks = locks
         self._reconcile = reconcile
         self._networks = networks
+        self._room = room
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
         """Create the subject pool from ``params.flake_ref``, ``profile``, ``resources`` and what `update` takes."""
@@ -125,9 +129,20 @@ class Pools:
         pool = self._store.pool(PoolRef.parse(context.job.subject))
         # Pools of one source share the work: the second finds the revision there.
         with self._locks.hold(f"build {pool.source.flake_ref} {pool.source.profile}", deadline_s=_BUILD_WAIT_S):
-            revision = self._images.build(pool.source, context.step)
+            for _ in range(_BUILD_TRIES):
+                self._room.admit_build()
+                revision = self._images.build(pool.source, context.step)
+                with self._locks.hold(IMAGES_LOCK, deadline_s=LOCK_S):
+                    if revision in self._storage.revisions():  # else it was cleaned away just now
+                        return self._built(pool, revision)
+        raise Failed(
+            "image.build_failed", f"revision {revision.short} was removed again as soon as it was built",
+            hint="what removes it? see: mvm job list --subject NODE --all", subject=str(pool.ref),
+        )  # fmt: skip
+
+    def _built(self, pool: WorkerPool, revision: Revision) -> Mapping[str, Any]:
         with self._store.transaction():
-            pool = replace(self._store.pool(pool.ref), revision=revision, built=pool.source)
+            pool = self._store.pool(pool.ref).at(revision, pool.source)
             self._store.put_pool(pool)
         return pool_view(self._store, pool)
 

@@ -19,6 +19,7 @@ from mvm.domain.actions import (
     Request,
     UpdatePool,
     UpdateTenant,
+    Why,
     ready,
     scope,
 )  # fmt: skip
@@ -37,6 +38,7 @@ from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
+from mvm.services.health import GuestHealth
 from mvm.services.jobs import Asked, Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.runner import JobContext
@@ -67,7 +69,7 @@ class Reconcile:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, lifecycle: Lifecycle, locks: Locks, clock: Clock,
-        node_id: NodeId,
+        node_id: NodeId, health: GuestHealth,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -76,6 +78,7 @@ class Reconcile:
         self._locks = locks
         self._clock = clock
         self._node_id = node_id
+        self._health = health
 
     def desired(self) -> DesiredState:
         """The document that was accepted last; one that asks for nothing if there was none."""
@@ -96,6 +99,7 @@ class Reconcile:
             jobs=frozenset(
                 (job.verb, job.subject) for job in open_jobs if job.verb.value.startswith(("tenant.", "pool."))
             ),
+            unhealthy=frozenset(self._health.ill()),
         )
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
@@ -190,7 +194,8 @@ def job_for(action: Action) -> Asked:
             return Asked(JobVerb.POOL_BUILD, str(pool))
         case DestroyPool(pool):
             return Asked(JobVerb.POOL_DESTROY, str(pool))
-        case Request(ref, verb):
-            return Asked(JobVerb(f"instance.{verb}"), str(ref))
+        case Request(ref, verb, _, why):
+            told = {"why": why.value} if why is Why.UNHEALTHY else {}
+            return Asked(JobVerb(f"instance.{verb}"), str(ref), told)
         case Create():
             raise AssertionError("it has a job for each instance")

@@ -14,12 +14,13 @@ from mvm.domain.ids import InstanceId, InstanceRef, PoolRef, Revision
 from mvm.domain.instance import Instance, ProcessIdentity
 from mvm.domain.pool import StartMode, WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
-from mvm.errors import Failed, MvmError, NotAllowed, NotFound, TimedOut, Unreachable
+from mvm.errors import Failed, MvmError, NotAllowed, NotFound, QuotaExceeded, TimedOut, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
 from mvm.ports.locks import Locks
 from mvm.ports.storage import NodeStorage
 from mvm.ports.vmm import BootSpec, Presence, Snapshotting, TemplateSpec, VmmDriver
+from mvm.services.disk_room import DiskRoom
 from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.snapshots")
@@ -34,13 +35,14 @@ class Snapshots:
 
     def __init__(
         self, *, locks: Locks, clock: Clock, vmm: VmmDriver, guest: GuestChannel, storage: NodeStorage,
-        boot_deadline_s: float, sleep_deadline_s: float,
+        room: DiskRoom, boot_deadline_s: float, sleep_deadline_s: float,
     ) -> None:  # fmt: skip
         self._locks = locks
         self._clock = clock
         self._vmm = vmm
         self._guest = guest
         self._storage = storage
+        self._room = room
         self._boot_deadline_s = boot_deadline_s
         self._sleep_deadline_s = sleep_deadline_s
 
@@ -61,6 +63,11 @@ class Snapshots:
         # Under the lock of an instance's name, so that no sweep takes its process and files for orphans.
         with self._locks.hold(f"instance {ref}", deadline_s=_TEMPLATE_WAIT_S):
             if self._known(into) is not None:
+                return
+            try:
+                self._room.admit_template(pool.resources.mem_mib << 20)
+            except QuotaExceeded as error:  # without one, instances are booted
+                context.remark(error.message)
                 return
             context.step("make template")
             files = self._storage.revision(revision)
@@ -144,6 +151,7 @@ class Snapshots:
             raise Unreachable("vmm.gone", f"the VMM of {ref} has ended", hint="a sweep will record it as stopped")
         process = _process(instance)
         driver.discard(into)
+        self._room.admit_sleep(ref, driver.memory(process).private)
         context.step("prepare guest", 0, 3)
         paused = driver.paused(ref, process)
         with context.undoing(partial(self._undo_sleep, context, instance, paused=paused)):

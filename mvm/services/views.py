@@ -32,6 +32,7 @@ from mvm.services.urgent import UrgentWake
 
 if TYPE_CHECKING:  # it leads back here
     from mvm.services.desired_states import DesiredStates
+    from mvm.services.disk import Disk
 
 _FOLLOW_S = 0.2
 
@@ -92,7 +93,7 @@ def tenant_view(store: NodeStore, tenant: Tenant) -> dict[str, Any]:
         "subnet": str(tenant.network.subnet),
         "gateway": str(tenant.network.gateway),
         "bridge": tenant.network.bridge,
-        "quota": asdict(tenant.quota),
+        "quota": tenant.quota.to_dict(),
         "usage": asdict(usage(store, tenant.id)),
         "secrets_epoch": tenant.secrets_epoch,
         "created_at": tenant.created_at.isoformat(),
@@ -105,7 +106,7 @@ class NodeView:
     def __init__(
         self, *, store: NodeStore, storage: NodeStorage, guest: GuestChannel, vmm: VmmDriver, clock: Clock,
         node_id: NodeId, address: str, urgent: UrgentWake, insight: Insight, secrets: TenantSecrets, audit: Audit,
-        network_check: NetworkCheck, desired: DesiredStates,
+        network_check: NetworkCheck, desired: DesiredStates, disk: Disk,
     ) -> None:  # fmt: skip
         self._store = store
         self._storage = storage
@@ -120,6 +121,7 @@ class NodeView:
         self._secrets = secrets
         self._audit = audit
         self._desired = desired
+        self._disk = disk
 
     def node_info(self) -> dict[str, Any]:
         """The node's fields."""
@@ -156,6 +158,10 @@ class NodeView:
     def verify_network(self, *, active: bool) -> Mapping[str, Any]:
         """The tenants' networks as they are against as they should be; with `active` proven with traffic."""
         return self._network_check.verify(active=active)
+
+    def disk_report(self) -> Mapping[str, Any]:
+        """What lies on the disk and whose, and the space that is left."""
+        return self._disk.report()
 
     def tenants(self) -> list[dict[str, Any]]:
         """All tenants."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping
 from socket import socket
 from socketserver import ThreadingMixIn
@@ -17,7 +18,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from mvm.domain.job import Job
+from mvm.domain.job import Job, JobVerb
 from mvm.domain.lifecycle import Status
 
 JOBS = Counter("mvm_jobs_total", "Jobs ended, by verb and final state.", ["verb", "state"])
@@ -26,8 +27,18 @@ JOB_SECONDS = Histogram(
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )  # fmt: skip
 INSTANCES = Gauge("mvm_instances", "Instances of this node, by status.", ["status"], multiprocess_mode="mostrecent")
-SWEEP_FINDINGS = Counter("mvm_sweep_findings_total", "What sweeps found and put right.", ["sweep"])
+SWEEP_FINDINGS = Counter(
+    "mvm_sweep_findings_total", "What sweeps found and put right, by kind of finding.", ["sweep", "finding"]
+)
+ORPHANS = Gauge("mvm_orphans", "What no record owns, by kind.", ["kind"], multiprocess_mode="mostrecent")
+MISSING = Gauge("mvm_missing", "What is recorded and not there.", multiprocess_mode="mostrecent")
+ILL_GUESTS = Gauge("mvm_ill_guests", "Running guests that are not well.", multiprocess_mode="mostrecent")
+DISK_FREE = Gauge("mvm_disk_free_bytes", "Free space.", multiprocess_mode="mostrecent")
+DISK_USED = Gauge("mvm_disk_used_bytes", "What is stored, by kind.", ["kind"], multiprocess_mode="mostrecent")
 AGENT_REQUESTS = Counter("mvm_agent_requests_total", "Requests to the agent.", ["method", "outcome"])
+
+_FINDINGS = ("stopped", "removed", "repaired", "sent_again", "asked", "pools")
+_ORPHANS = ("process", "tap", "bridge", "directory", "files", "cgroup", "snapshot", "stranger")
 
 
 def observe_job(job: Job) -> None:
@@ -37,8 +48,24 @@ def observe_job(job: Job) -> None:
         if job.started_at and job.finished_at:
             JOB_SECONDS.labels(job.verb.value).observe((job.finished_at - job.started_at).total_seconds())
     if job.verb.is_sweep and job.result:
-        found = sum(len(job.result.get(name, ())) for name in ("stopped", "removed", "pools"))
-        SWEEP_FINDINGS.labels(job.verb.value).inc(found)
+        _observe_sweep(job.verb, job.result)
+
+
+def _observe_sweep(verb: JobVerb, result: Mapping[str, Any]) -> None:
+    for name in _FINDINGS:
+        if result.get(name):
+            SWEEP_FINDINGS.labels(verb.value, name).inc(len(result[name]))
+    if "orphans" in result:
+        left = Counts(each["kind"] for each in result["orphans"] if not each["removed"])
+        for kind in _ORPHANS:
+            ORPHANS.labels(kind).set(left[kind])
+        MISSING.set(len(result["missing"]))
+    if "failing" in result:
+        ILL_GUESTS.set(sum(each["ill"] for each in result["failing"]))
+    if "free_bytes" in result:
+        DISK_FREE.set(result["free_bytes"])
+        for kind, count in result["kinds"].items():
+            DISK_USED.labels(kind).set(count)
 
 
 def show_instances(counts: Mapping[str, int]) -> None:

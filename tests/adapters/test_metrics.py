@@ -20,6 +20,17 @@ metrics.observe_job(job(state=JobState.RUNNING))
 done = job(state=JobState.SUCCEEDED, started_at=START, finished_at=START + timedelta(seconds=2))
 metrics.observe_job(done)
 metrics.INSTANCES.labels("running").set(3)
+from mvm.domain.findings import DiskResult, HealthResult, Ill, StalePid, StalePidResult
+from mvm.domain.findings import Missing, OrphanFound, OrphanResult
+from mvm.domain.job import JobVerb
+left, gone = OrphanFound("tap", "tap tn1i3", 5.0), OrphanFound("tap", "tap tn1i4", 60.0, removed=True)
+for verb, result in {
+    JobVerb.SWEEP_ORPHANS: OrphanResult([left, gone], [Missing("tap", "tap tn1i5", None, "")], ["j"], []),
+    JobVerb.SWEEP_STALE_PIDS: StalePidResult([StalePid("a/b/i-1", "gone")]),
+    JobVerb.SWEEP_HEALTH: HealthResult(4, [Ill("a/b/i-2", 6, True, "silent"), Ill("a/b/i-3", 1, False, "silent")]),
+    JobVerb.SWEEP_DISK: DiskResult(free=1000, kinds={"revisions": 70}),
+}.items():
+    metrics.observe_job(job(state=JobState.SUCCEEDED, verb=verb, result=result.to_dict()))
 """
 SERVE = """
 import sys
@@ -50,4 +61,12 @@ def test_samples_of_all_processes_are_summed(tmp_path: Path) -> None:
     assert f'mvm_jobs_total{{state="succeeded",verb="{verb}"}} 2.0' in text
     assert f'mvm_job_seconds_sum{{verb="{verb}"}} 4.0' in text
     assert 'mvm_instances{status="running"} 3.0' in text
+    for line in (
+        'mvm_sweep_findings_total{finding="removed",sweep="sweep.orphans"} 2.0',
+        'mvm_sweep_findings_total{finding="sent_again",sweep="sweep.orphans"} 2.0',
+        'mvm_sweep_findings_total{finding="stopped",sweep="sweep.stale_pids"} 2.0',
+        'mvm_orphans{kind="tap"} 1.0', 'mvm_orphans{kind="bridge"} 0.0', "mvm_missing 1.0", "mvm_ill_guests 1.0",
+        "mvm_disk_free_bytes 1000.0", 'mvm_disk_used_bytes{kind="revisions"} 70.0',
+    ):  # fmt: skip
+        assert line in text
     assert "running" not in text.split("mvm_jobs_total{", 1)[1].split("}")[0]

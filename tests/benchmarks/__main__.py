@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from tests.benchmarks import cage, commands, net, sleep, start
+from tests.benchmarks import cage, commands, converge, delivery, net, sleep, start
 from tests.benchmarks.bench_stack import Bench
 from tests.benchmarks.result import Result, table
 
@@ -34,7 +34,13 @@ BENCHMARKS: Mapping[str, Callable[[Bench], Result]] = {
     "net.apply": net.apply,
     "cli.help": commands.cli_help,
     "cli.list": commands.cli_list,
-    "enqueue.single": commands.enqueue_single,
+    "reconcile.noop_1k": converge.noop_1k,
+    "reconcile.noop_10k": converge.noop_10k,
+    "plan_10k": converge.plan_10k,
+    "enqueue.single": delivery.enqueue_single,
+    "enqueue.bulk": delivery.enqueue_bulk,
+    "execute.noop": delivery.execute_noop,
+    "execute.wake": delivery.execute_wake,
     "wake.backlog": sleep.wake_backlog,  # last: it leaves a registry with tens of thousands of ended jobs
 }
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -33,6 +33,13 @@ def at_most_ratio(name: str, unit: str, baseline: str, bare: Sequence[float], ou
     return _with_bar(result, bar, result.ratio <= bar)
 
 
+def at_least_ratio(name: str, unit: str, baseline: str, bare: Sequence[float], ours: Sequence[float],
+                   bar: float) -> Result:  # fmt: skip
+    """A benchmark of a rate, whose bar is a part of its baseline's."""
+    result = informal(name, unit, baseline, bare, ours)
+    return _with_bar(result, bar, result.ratio >= bar)
+
+
 def at_most(name: str, unit: str, baseline: str, bare: Sequence[float], ours: Sequence[float], bar: float) -> Result:
     """A benchmark whose bar is a value in its own unit; the baseline says what of it nobody can avoid."""
     result = informal(name, unit, baseline, bare, ours)

@@ -134,12 +134,22 @@ def test_a_taps_name_that_a_stranger_has_is_refused(side: Side, kind: str) -> No
     assert side.network.taps() == {}
 
 
+@pytest.mark.parametrize(("name", "kind"), [("tn7i3", "tap"), ("br-tenant-7", "bridge")])
+def test_what_only_has_the_name_is_not_ours(side: Side, name: str, kind: str) -> None:
+    """A TAP without our user, a bridge without our address."""
+    side.network.ensure_tap(BETA, 3)
+    assert side.network.strangers() == {}
+    side.make_foreign(name, kind)
+    assert set(side.network.strangers()) == {name}
+    assert (set(side.network.taps()), side.network.bridges()) == ({"tn4095i3"}, {"br-tenant-4095"})
+
+
 def test_a_full_bridge_takes_no_more(side: Side) -> None:
     offsets = range(3, 3 + 1022)
     if side.shell:  # as the driver would, but in one go
         side.network.ensure_bridge(BETA)
-        lines = "tuntap add dev tn4095i{0} mode tap\nlink set dev tn4095i{0} master br-tenant-4095\n"
-        side.shell.run(["ip", "-batch", "-"], stdin="".join(lines.format(offset) for offset in offsets))
+        lines = "tuntap add dev tn4095i{0} mode tap user {1}\nlink set dev tn4095i{0} master br-tenant-4095\n"
+        side.shell.run(["ip", "-batch", "-"], stdin="".join(lines.format(n, BETA.uid(n)) for n in offsets))
     else:
         for offset in offsets:
             side.network.ensure_tap(BETA, offset)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mvm.domain.disk import Kind
 from mvm.domain.ids import PoolId, PoolRef, Revision
 from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
@@ -155,6 +156,38 @@ def test_an_unknown_revision_is_not_found(side: Side) -> None:
     with pytest.raises(NotFound) as refused:
         side.storage.revision(NOWHERE)
     assert refused.value.code == "revision.not_found"
+
+
+def test_revisions_are_told_and_removed(side: Side) -> None:
+    assert side.storage.revisions() == {side.built}
+    for _ in range(2):
+        side.storage.remove_revision(side.built)
+        assert side.storage.revisions() == frozenset()
+    with pytest.raises(NotFound):
+        side.storage.revision(side.built)
+
+
+def test_templates_nobody_made_are_not_there_and_can_be_removed(side: Side) -> None:
+    side.storage.remove_template(ONE.pool_ref, side.built)
+    assert side.storage.templates() == frozenset()
+
+
+def test_usage_tells_whose_it_is_and_what(side: Side) -> None:
+    side.storage.prepare(ONE, data_disk_mib=8)
+    side.storage.fresh_overlay(ONE, side.rootfs)
+    found = {(item.kind, item.pool, item.revision) for item in side.storage.usage()}
+    assert found >= {
+        (Kind.REVISION, None, side.built), (Kind.DATA_DISK, ONE.pool_ref, None), (Kind.OVERLAY, ONE.pool_ref, None),
+    }  # fmt: skip
+    assert all(item.bytes > 0 for item in side.storage.usage())
+    side.storage.remove(ONE)
+    assert Kind.DATA_DISK not in {item.kind for item in side.storage.usage()}
+
+
+def test_space_is_a_part_of_the_whole(side: Side) -> None:
+    space = side.storage.space()
+    assert 0 < space.free < space.total
+    assert space.path
 
 
 # --- the file system's side

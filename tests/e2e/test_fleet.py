@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from mvm.domain.addressing import tap_uid
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.wiring import open_client
@@ -162,9 +163,13 @@ def test_messages_delivered_twice_do_their_job_once(emptied: Stack) -> None:
 def test_what_nobody_owns_is_removed_after_its_grace(emptied: Stack) -> None:
     stack, (ref,) = emptied, create(emptied, 1)
     stack.mvm("instance", "start", ref)
-    stack.in_namespace("ip", "tuntap", "add", "tn7i9", "mode", "tap")
+    owner = str(tap_uid("tn7i9"))
+    stack.in_namespace("ip", "tuntap", "add", "tn7i9", "mode", "tap", "user", owner)
+    stack.in_namespace("ip", "tuntap", "add", "tn7i10", "mode", "tap")  # only its name is like ours
     stray = stack.layout.instances / "acme" / "web" / "i-0000dead"
     stray.mkdir(mode=0o700)
     (stray / "console.log").write_text("left over")
     until(lambda: "tn7i9" not in stack.taps() and not stray.exists(), 60, "orphans are gone")
+    assert "tn7i10" in stack.taps()
+    stack.in_namespace("ip", "link", "del", "tn7i10")
     assert execute(stack, ref, "echo alive") == "alive"

@@ -497,3 +497,55 @@ def test_a_child_that_is_never_done_holds_up_no_sibling(node: Node, how: str) ->
     node.drain()
     assert node.services.jobs.job(second.job_id).state is JobState.SUCCEEDED
     assert node.services.jobs.job(bulk.job_id).state.final
+
+
+def test_an_urgent_wake_that_could_not_be_ended_is_taken_up_by_a_sweep(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent lives, and nobody delivers it again."""
+    node.pool()
+    (ref,) = node.create()
+    node.ok(V.INSTANCE_START, ref)
+    node.ok(V.INSTANCE_SLEEP, ref)
+
+    def full(*_: object, **__: object) -> None:
+        raise Failed("disk.full", "no space left")
+
+    monkeypatch.setattr(node.host.network, "ensure_tap", full)
+    monkeypatch.setattr(node.services.runner, "record_end", full)
+    with pytest.raises(Failed):
+        node.services.urgent.wake(InstanceRef.parse(ref), "test")
+    monkeypatch.undo()
+    assert len(node.services.store.unfinished_jobs()) == 1
+    node.clock.advance(31)
+    node.sweep(V.SWEEP_ORPHANS)
+    node.drain()
+    assert not node.services.store.unfinished_jobs()
+    assert node.instance(ref).status is Status.RUNNING
+
+
+def test_a_job_left_while_the_clock_was_wrong_is_taken_up(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.clock.advance(3600)
+    left = node.services.jobs.new(V.INSTANCE_START, ref, NODE, actor="test")
+    running = left.with_(state=JobState.RUNNING, started_at=node.clock.now())
+    node.registry.record([running])
+    node.services.store.put_job(running)  # its worker died here, and Redis forgot the message
+    node.clock.advance(-3600)
+    assert node.sweep(V.SWEEP_ORPHANS)["sent_again"] == [str(left.job_id)]
+    assert node.services.jobs.job(left.job_id).state is JobState.SUCCEEDED
+
+
+def test_a_period_has_one_sweep_whoever_asks(node: Node) -> None:
+    node.services.heartbeat.beat()
+    (job,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)
+    node.drain()
+    assert node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60) == []
+    node.clock.advance(60)
+    node.services.heartbeat.beat()
+    (later,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)
+    assert later.params["tick"] == job.params["tick"] + 1
+    node.clock.advance(60)
+    node.services.heartbeat.beat()
+    assert node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60) == [], "it is still queued"

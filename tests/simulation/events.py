@@ -45,6 +45,7 @@ def events_of(seed: int) -> list[Event]:
 
 def _drawn(random: Random, names: list[str], weights: list[int]) -> Iterator[Event]:
     cut = random.choice((0.1, 0.3, 0.6))  # how often work stands still on its way
+    picks = [random.randrange(_ANY) for _ in range(random.choice((2, 4, 64)))]  # few: much happens to the same
     for name in random.choices(names, weights, k=random.randrange(8, 40)):
         calls = random.randrange(random.choice((4, 20, 60))) if random.random() < cut else None
-        yield Event(name, random.randrange(_ANY), random.randrange(_ANY), calls)
+        yield Event(name, random.choice(picks), random.randrange(_ANY), calls)

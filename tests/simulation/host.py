@@ -36,7 +36,11 @@ CLEANING = frozenset({
     "store.put_audit", "vmm.resume", "vmm.pause", "store.delete_instance",
 })  # fmt: skip
 """Where a fault may rightly leave something behind for a sweep: the undo itself failed."""
-ACTS = frozenset({"vmm.boot", "vmm.clone", "vmm.restore", "vmm.save", "vmm.pause", "vmm.resume"})
+ACTS = frozenset({
+    "vmm.boot", "vmm.clone", "vmm.restore", "vmm.save", "vmm.pause", "vmm.resume", "vmm.kill", "storage.prepare",
+    "storage.fresh_overlay", "storage.remove", "storage.clean_runtime", "network.ensure_tap", "network.remove_taps",
+})  # fmt: skip
+"""What changes an instance on the host."""
 
 
 class SimClock:
@@ -105,6 +109,9 @@ class SimLocks:
         if actor is None or deadline_s <= 0:
             return False
         end = clock.elapsed + deadline_s
+        if actor.alone:  # it waits for itself
+            clock.elapsed = end
+            return False
         self._world.deadlines[actor] = end
         try:
             actor.wait(lambda: name not in self.held or clock.elapsed >= end, f"lock {name}")
@@ -213,8 +220,8 @@ class SimHost(FakeHost):
     def launching(self, ref: InstanceRef) -> None:
         """Somebody is about to start a VMM for `ref`."""
         maker, current = self.makers.get(ref), self.world.current
-        if ref in self.machines and maker is not None and maker is not current and not maker.done:
-            self.world.breach(f"double start: {ref} is started by {current and current.name}, and by {maker.name}")
+        if ref in self.machines and maker is not None and maker is not current and not maker.doomed:
+            self.world.breach(f"double start: {ref} is started by {current and current.name}, and was by {maker.name}")
 
     def pass_time(self, seconds: float) -> None:
         """Somebody waited in vain."""
@@ -241,7 +248,7 @@ class SimHost(FakeHost):
         self.world.clock.booted_at = self.world.clock.elapsed
 
     def clear_faults(self) -> None:
-        """Nothing fails any more; what is silent stays so."""
+        """Nothing fails any more; guests that are silent stay so."""
         self._faults.clear()
         self.disk_full = False
         self.hangs.clear()

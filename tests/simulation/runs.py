@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mvm.domain.job import JobVerb
 from tests.simulation.bases import begin
-from tests.simulation.checks import after_event, at_the_end
+from tests.simulation.checks import after_event, at_the_end, left_lying
 from tests.simulation.events import Event, events_of
 from tests.simulation.world import HOLD_S, World
 
@@ -56,6 +56,9 @@ def settle(world: World) -> tuple[int, list[str]]:
     world.redis_down = False
     world.restart()
     _drain(world)
+    left = world.breaches or left_lying(world)
+    if left:
+        return 0, left
     # A person's word holds as long as it was given for, and a sweep that came from a clock that was ahead until then.
     until = [row.manual_override_until for row in world.rows().values() if row.manual_override_until]
     until += [j.expires_at for j in world.registry.all_jobs().values() if j.verb.is_sweep and j.expires_at]
@@ -65,7 +68,11 @@ def settle(world: World) -> tuple[int, list[str]]:
     breaches: list[str] = []
     for number in range(1, ROUNDS + 1):
         world.pass_time(35.0)
-        for verb in (JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE):
+        sweeps = [JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE]
+        if any(machine.hung for machine in world.host.machines.values()):
+            sweeps.insert(0, JobVerb.SWEEP_HEALTH)
+        for verb in sweeps:
+            world.heartbeat()  # a sweep may have waited for silent guests
             world.jobs().sweep(verb, every_s=15.0)
             _drain(world)
         if world.breaches:
@@ -98,7 +105,7 @@ def _drain(world: World) -> None:
 
 
 def shrink(seed: int, events: Sequence[Event], fails: Callable[[Sequence[Event]], bool]) -> list[Event]:
-    """The fewest of `events` that still fail: pieces are left out, ever smaller ones, then what is left is made plain."""
+    """The fewest of `events` that still fail: ever smaller pieces are left out, then the rest is made plain."""
     left, size = list(events), max(1, len(events) // 2)
     while True:
         shorter = False

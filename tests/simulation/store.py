@@ -28,6 +28,7 @@ class MemoryStore:
 
     def __init__(self, call: Callable[[str], None] = lambda name: None) -> None:
         self.call = call
+        self.inserted: Callable[[Instance], None] = lambda instance: None
         self.in_transaction = False
         self._tenants: dict[TenantId, Tenant] = {}
         self._net_ids: dict[int, None] = {}
@@ -135,6 +136,7 @@ class MemoryStore:
         self.call("store.insert_instance")
         if instance.ref in self._instances:
             raise NotAllowed("instance.exists", f"instance {instance.ref} exists already", subject=str(instance.ref))
+        self.inserted(instance)
         _put(self._instances, instance.ref, instance)
 
     def save_instance(self, instance: Instance) -> Instance:

@@ -14,7 +14,7 @@ from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.tenant import Quota
-from mvm.errors import Failed, MvmError, TimedOut, Unreachable
+from mvm.errors import Failed, MvmError, TimedOut
 from mvm.services.jobs import Jobs
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
@@ -28,19 +28,23 @@ NODE = NodeId("n1")
 HOLD_S = 60.0
 SETTINGS = Settings(
     state_dir=Path("/nonexistent"), node_id=NODE, driver="fake", parallel_boots=1024, orphan_grace_s=60,
-    manual_hold_s=HOLD_S, idleness_sweep_s=30,
+    manual_hold_s=HOLD_S, idleness_sweep_s=30, health_checks=2,
 )  # fmt: skip
 V = JobVerb
-SWEEPS = (V.SWEEP_STALE_PIDS, V.SWEEP_RECONCILE, V.SWEEP_ORPHANS, V.SWEEP_IDLENESS)
+SWEEPS = (
+    V.SWEEP_STALE_PIDS, V.SWEEP_RECONCILE, V.SWEEP_ORPHANS, V.SWEEP_IDLENESS, V.SWEEP_HEALTH, V.SWEEP_DISK,
+)  # fmt: skip
 _INSTANCE = (V.INSTANCE_START, V.INSTANCE_STOP, V.INSTANCE_WARM, V.INSTANCE_SLEEP, V.INSTANCE_WAKE, V.INSTANCE_DESTROY)
+_SCALING = (V.POOL_SCALE, V.NODE_RECONCILE, V.SWEEP_RECONCILE)
+_STARTABLE = (Status.CREATED, Status.READY, Status.STOPPED)
 _POOLED = ("create", "scale", "scale exactly", "bulk", "build", "update", "quota", "rotate", "tenant", "pool")
 _FAULTS: Sequence[tuple[str, MvmError]] = (
     *((f"guest.{name}", TimedOut("guest.silent", "no answer")) for name in ("hello", "configure", "wake", "settle")),
     *((f"guest.{name}", Failed("guest.refused", "it says no")) for name in ("prepare_sleep", "shutdown", "configure")),
     *((f"vmm.{name}", Failed("vmm.failed", "it does not")) for name in ("boot", "clone", "restore", "save", "resume")),
-    ("vmm.clone", Failed("snapshot.damaged", "memory differs")), ("vmm.pause", Unreachable("vmm.gone", "ended")),
+    ("vmm.clone", Failed("snapshot.damaged", "memory differs")),
     ("vmm.kill", Failed("vmm.failed", "cannot be ended")), ("network.ensure_tap", Failed("network.failed", "no TAP")),
-    ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "it is")),
+    ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "is")),
     ("storage.fresh_overlay", Failed("storage.failed", "no overlay")), ("images.build", Failed("build.failed", "no")),
     ("packets.change", Failed("firewall.refused", "no such set")), ("vmm.put_secrets", Failed("vmm.failed", "no")),
 )  # fmt: skip
@@ -65,14 +69,17 @@ class World:
         self.redis_down = False
         self.accepted: list[JobId] = []
         self.excused: set[JobId] = set()
+        self.lost: set[JobId] = set()
+        """Jobs of which a message was lost on its way."""
         self.harmed: set[InstanceRef] = set()
         self.tainted: set[InstanceRef] = set()
         self.quotas: dict[TenantId, list[Quota]] = {}
         self.breaches: list[str] = []
         self.told: list[str] | None = None
         self.remembers = False
-        self.forgot = False
+        self.forgot = self.was_full = False
         """Redis was away or lost something: it may cancel what it does not know to have begun."""
+        self._acted: dict[str, list[Actor]] = {}
         self._past: list[tuple[float, Any, Any, int]] = []
         self._services: dict[str, NodeServices] = {}
 
@@ -85,8 +92,29 @@ class World:
         if self.store.in_transaction and not actor.doomed:
             return  # killed in a transaction is killed before it
         actor.call(point)
-        if actor.late and point in ACTS:
+        if point in ACTS:
+            self._acts(actor, point)
+
+    def _acts(self, actor: Actor, point: str) -> None:
+        if actor.late:
             self.breach(f"done twice: {actor.name} calls {point}, and had ended before")
+        acted = self._acted.setdefault(actor.subject, [])
+        if actor.subject.count("/") == 2 and actor in acted and acted[-1] is not actor:
+            self.breach(f"two at work: {actor.name} calls {point}, and {acted[-1].name} has been at work since")
+        if actor not in acted[-1:]:
+            acted.append(actor)
+
+    def inserted(self, instance: Instance) -> None:
+        """Somebody makes one more: so none may be there that only has to be started."""
+        actor, now, pool = self.current, self.clock.now(), self.store._pools[instance.ref.pool_ref]
+        if actor is None or actor.verb not in _SCALING or pool.critical or actor.spare:
+            return
+        taken = {job.subject for job in self.registry.all_jobs().values() if not job.state.final}
+        actor.spare = [
+            i for i in self.rows().values() if i.ref.pool_ref == pool.ref and i.status in _STARTABLE
+            and i.in_flight is None and str(i.ref) not in taken and i.created_at < actor.began
+            and (i.manual_override_until is None or i.manual_override_until <= now)
+        ]  # fmt: skip
 
     def store_call(self, point: str) -> None:
         """As `call`, of the node's store, which may be on a full disk."""
@@ -123,7 +151,8 @@ class World:
             return  # a template
         known = self.quotas.setdefault(ref.tenant, [self.store._tenants[ref.tenant].quota])
         limit = max(quota.max_running for quota in known)
-        running = sum(not m.paused for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows())
+        there = [m for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows()]
+        running = sum(not machine.paused for machine in there)
         if running > limit:
             self.breach(f"quota breach: {running} VMMs of {ref.tenant} run, at most {limit} may")
 
@@ -163,7 +192,7 @@ class World:
             return
         self.current = actor
         try:
-            actor.step(calls)
+            actor.step(calls, alone=len(self.actors()) == 1)
         finally:
             self.current = None
         if not actor.done:
@@ -178,6 +207,10 @@ class World:
             self.breach(f"crashed: {actor.name}: {error!r}")
         else:
             self.tell(f"      {actor.name} ends{_outcome(actor.result)}")
+            asked = {job.subject for job in self.registry.all_jobs().values()} if actor.spare else set()
+            for spare in actor.spare:
+                if self.rows().get(spare.ref) == spare and str(spare.ref) not in asked:
+                    self.breach(f"not converging: {actor.name} made more, and {spare.ref} was {spare.status} and free")
             if isinstance(actor.result, Job) and actor.result.error and actor.result.error["code"] == "internal":
                 self.breach(f"crashed: {actor.name} ended with an unexpected error")
 
@@ -231,7 +264,8 @@ class World:
         self.queue.take(message, name)
         known = self.store._jobs.get(job.job_id)
         actor = Actor(self.processes[name], f"{name}: {told_job(job)}", lambda: self._run(name, message))
-        actor.subject, actor.late = job.subject, known is not None and known.state.final
+        actor.verb, actor.subject, actor.late = job.verb, job.subject, known is not None and known.state.final
+        actor.began = self.clock.now()
         actor.then = lambda: self.queue.ack(message)
         self.step(actor, calls)
         return actor
@@ -377,6 +411,7 @@ class World:
     def _do_beat(self, event: Event) -> str:
         verb = SWEEPS[event.pick % len(SWEEPS)]
         jobs = self.jobs()
+        self.heartbeat()
         self.outsider(f"beat: {verb}", lambda: jobs.sweep(verb, every_s=15.0), event.calls)
         return verb.value
 
@@ -474,6 +509,7 @@ class World:
         if message is None:
             return "nothing"
         self.queue.ready.remove(message)
+        self.lost.add(message.job.job_id)
         return told_job(message.job)
 
     def _do_duplicate(self, event: Event) -> str:
@@ -501,6 +537,7 @@ class World:
 
     def _do_full(self, event: Event) -> str:
         self.host.disk_full = not self.host.disk_full
+        self.was_full = True
         return "the disk is full" if self.host.disk_full else "the disk has room again"
 
     def _do_silence(self, event: Event) -> str:

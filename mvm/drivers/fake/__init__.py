@@ -20,9 +20,9 @@ from mvm.drivers.fake.resources import (
     FakeNetwork,
     FakePackets,
     FakeSecrets,
-    FakeStorage,
 )
 from mvm.drivers.fake.state import POINTS, HostState, ManualClock
+from mvm.drivers.fake.storage import FakeStorage
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
 from mvm.ports.guest import Worker

@@ -61,6 +61,11 @@ class FakeVmm(FakeSnapshots):
         """See ports/vmm.py."""
         return {ref: (machine.process,) for ref, machine in self._host.machines.items()}
 
+    @point("vmm.strangers")
+    def strangers(self) -> Mapping[str, str]:
+        """See ports/vmm.py."""
+        return dict(self._host.impostors)
+
     @point("vmm.put_secrets")
     def put_secrets(self, ref: InstanceRef, process: ProcessIdentity, secrets: Secrets | None) -> None:
         """See ports/vmm.py."""

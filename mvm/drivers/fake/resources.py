@@ -1,25 +1,22 @@
-"""The fake host's network, files, images, memory and locks."""
+"""The fake host's network, images, memory and locks."""
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path
 
 from mvm.domain.addressing import METADATA, TenantNetwork
 from mvm.domain.firewall import Change, Ruleset
-from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
+from mvm.domain.ids import InstanceRef, Revision, TenantId
 from mvm.domain.pool import ImageSource
 from mvm.domain.secrets import Secrets
-from mvm.drivers.fake.state import POINTS, Files, Part, point
-from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
+from mvm.drivers.fake.state import POINTS, Part, point
+from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.cgroup import GroupLimits
 from mvm.ports.host import MemoryLeft
 from mvm.ports.images import ProgressReport
 from mvm.ports.network import BridgeState
-from mvm.ports.storage import InstanceKeys, RevisionFiles
 
 BRIDGE_PORTS = 1023
 POINTS.add("locks.hold")
@@ -114,6 +111,11 @@ class FakeNetwork(Part):
         """See ports/network.py."""
         return interface in {*self._host.bridges, *self._host.taps, *self._host.foreign}
 
+    @point("network.strangers")
+    def strangers(self) -> Mapping[str, str]:
+        """See ports/network.py."""
+        return dict.fromkeys(sorted(self._host.foreign), "somebody else made it")
+
     @point("network.bridges")
     def bridges(self) -> frozenset[str]:
         """See ports/network.py."""
@@ -161,107 +163,15 @@ class FakePackets(Part):
         return self._host.forwards
 
 
-class FakeStorage(Part):
-    """ports/storage.py. Paths lie below the host's layout; there is nothing at them."""
-
-    def _files(self, ref: InstanceRef) -> Files:
-        if ref not in self._host.files:
-            raise Failed("storage.failed", f"{self.directory(ref)}: No such file or directory")
-        return self._host.files[ref]
-
-    def directory(self, ref: InstanceRef) -> Path:
-        """See ports/storage.py."""
-        return self._host.layout.instance(ref)
-
-    @point("storage.prepare")
-    def prepare(self, ref: InstanceRef, *, data_disk_mib: int) -> None:
-        """See ports/storage.py."""
-        if ref not in self._host.files:
-            private = self._host.clock.random(64)
-            keys = InstanceKeys(f"ssh-ed25519 {b64encode(private[32:]).decode()}", private)
-            self._host.files[ref] = Files(keys, data_disk=False)
-        self._host.files[ref].data_disk |= data_disk_mib > 0
-
-    @point("storage.keys")
-    def keys(self, ref: InstanceRef) -> InstanceKeys:
-        """See ports/storage.py."""
-        return self._files(ref).keys
-
-    @point("storage.data_disk")
-    def data_disk(self, ref: InstanceRef) -> Path | None:
-        """See ports/storage.py."""
-        files = self._host.files.get(ref)
-        return self.directory(ref) / "data.img" if files and files.data_disk else None
-
-    @point("storage.fresh_overlay")
-    def fresh_overlay(self, ref: InstanceRef, rootfs: Path) -> Path:
-        """See ports/storage.py."""
-        self._files(ref).runtime.add("overlay.qcow2")
-        return self.directory(ref) / "overlay.qcow2"
-
-    def overlay(self, ref: InstanceRef) -> Path:
-        """See ports/storage.py."""
-        return self.directory(ref) / "overlay.qcow2"
-
-    @point("storage.clean_runtime")
-    def clean_runtime(self, ref: InstanceRef) -> None:
-        """See ports/storage.py."""
-        if ref in self._host.files:
-            self._host.files[ref].runtime.clear()
-
-    @point("storage.remove")
-    def remove(self, ref: InstanceRef) -> None:
-        """See ports/storage.py."""
-        self._host.files.pop(ref, None)
-        self._host.consoles.pop(self.directory(ref), None)
-
-    def template(self, pool: PoolRef, revision: Revision) -> Path:
-        """See ports/storage.py."""
-        return self._host.layout.template(pool, revision)
-
-    def snapshot(self, ref: InstanceRef) -> Path:
-        """See ports/storage.py."""
-        return self._host.layout.snapshot(ref)
-
-    @point("storage.drop_templates")
-    def drop_templates(self, pool: PoolRef) -> None:
-        """See ports/storage.py."""
-        below = self._host.layout.templates / pool.tenant / pool.pool
-        for path in [path for path in self._host.saved if path.is_relative_to(below)]:
-            del self._host.saved[path]
-
-    @point("storage.instances")
-    def instances(self) -> frozenset[InstanceRef]:
-        """See ports/storage.py."""
-        return frozenset(self._host.files)
-
-    @point("storage.leftovers")
-    def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:
-        """See ports/storage.py."""
-        return {ref: sorted(files.runtime) for ref, files in self._host.files.items() if files.runtime}
-
-    @point("storage.revision")
-    def revision(self, revision: Revision) -> RevisionFiles:
-        """See ports/storage.py."""
-        if revision not in self._host.revisions:
-            raise NotFound(
-                "revision.not_found", f"revision {revision.short} is not on this node", hint="build it again"
-            )
-        if revision in self._host.damaged:
-            raise Failed("revision.damaged", f"revision {revision.short}: rootfs.ext4 differs from its manifest")
-        at = self._host.layout.revision(revision)
-        return RevisionFiles(at / "vmlinux", at / "initramfs.cpio", at / "rootfs.ext4")
-
-
 class FakeImages(Part):
-    """ports/images.py: the revision is the hash of the source's name."""
+    """ports/images.py: the revision is the hash of the source's name, and of what the host's `archive` has now."""
 
     @point("images.build")
     def build(self, source: ImageSource, report: ProgressReport) -> Revision:
         """See ports/images.py."""
         for step in ("download packages", "build kernel", "build rootfs"):
             report(step)
-        revision = Revision(sha256(f"{source.flake_ref} {source.profile}".encode()).hexdigest())
+        revision = Revision(sha256(f"{source.flake_ref} {source.profile}{self._host.archive}".encode()).hexdigest())
         self._host.revisions.add(revision)
         return revision
 

@@ -110,6 +110,8 @@ class HostState:
         self.taps: dict[str, str | None] = {}
         self.bridges: dict[str, tuple[str, ...]] = {}
         self.foreign: set[str] = set()
+        self.mounts: dict[InstanceRef, str] = {}
+        self.impostors: dict[str, str] = {}
         self.rules: Ruleset | None = None
         self.tampered: list[str] = []
         self.forwards: frozenset[str] = frozenset()
@@ -128,6 +130,8 @@ class HostState:
         self._faults: dict[str, deque[MvmError]] = {}
         self.kept_secrets: dict[TenantId, Secrets] = {}
         self.memory_left = MemoryLeft(total_mib=16384, available_mib=8192)
+        self.disk_free = 1 << 39
+        self.archive = ""
         self.groups: set[InstanceRef] = set()
         self.out_of_memory: Counter[InstanceRef] = Counter()
         self.last_pid = 999

@@ -39,7 +39,7 @@ from mvm.drivers.qemu import argv, memory
 from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker
 from mvm.drivers.qemu.qmp import CommandFailed, Qmp
 from mvm.drivers.qemu.tsc import host_tsc_khz
-from mvm.drivers.qemu.vmms import QemuVmms
+from mvm.drivers.qemu.vmms import QemuVmms, UidOf
 from mvm.errors import Failed, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.shell import Shell
@@ -56,9 +56,9 @@ class QemuDriver(QemuVmms):
 
     def __init__(
         self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, require_isolation: bool = False,
-        caged: bool = True,
+        caged: bool = True, uid_of: UidOf = lambda _: None,
     ) -> None:  # fmt: skip
-        super().__init__(layout, shell, cgroups, require_isolation=require_isolation, caged=caged)
+        super().__init__(layout, shell, cgroups, require_isolation=require_isolation, caged=caged, uid_of=uid_of)
         self._verified = files.Verified()
 
     def boot_template(self, spec: TemplateSpec) -> ProcessIdentity:

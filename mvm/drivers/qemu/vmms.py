@@ -7,13 +7,14 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from mvm import guest
+from mvm.domain.addressing import is_guest_uid
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
@@ -35,6 +36,7 @@ from mvm.ports.cgroup import Cgroups
 from mvm.ports.shell import Shell
 from mvm.ports.vmm import BootSpec, Presence, TemplateSpec
 
+UidOf = Callable[[InstanceRef], int | None]  # whose user a VMM runs as; None: no such instance is known
 Spec = TypeVar("Spec", bound=BootSpec | TemplateSpec)
 
 _VMM_LOG = "vmm.log"
@@ -54,8 +56,9 @@ class QemuVmms:
 
     def __init__(
         self, layout: StateLayout, shell: Shell, cgroups: Cgroups | None = None, *, require_isolation: bool = False,
-        caged: bool = True,
+        caged: bool = True, uid_of: UidOf = lambda _: None,
     ) -> None:  # fmt: skip
+        self._uid_of = uid_of
         self._layout = layout
         self._shell = shell
         self._require_isolation = require_isolation
@@ -76,7 +79,9 @@ class QemuVmms:
             if process is None:
                 return Presence.PRESENT if self._of(ref) else Presence.ABSENT
             words = processes.arguments(process.pid)
-            present = processes.runs(process) and (not words or argv.started_for(words, self._mark) == ref)
+            present = processes.runs(process) and (
+                not words or (argv.started_for(words, self._mark) == ref and self._foreign(process.pid, ref) is None)
+            )
         except PermissionError:
             return Presence.UNKNOWN
         return Presence.PRESENT if present else Presence.ABSENT
@@ -198,13 +203,34 @@ class QemuVmms:
         with self._lock:
             self._children = {child for child in self._children if processes.runs(child)}  # which reaps
         found: dict[InstanceRef, tuple[ProcessIdentity, ...]] = defaultdict(tuple)
+        for ref, process in self._named_as_ours():
+            if self._foreign(process.pid, ref) is None:
+                found[ref] += (process,)
+        return dict(found)
+
+    def strangers(self) -> Mapping[str, str]:
+        """See the port."""
+        named = [(ref, process, self._foreign(process.pid, ref)) for ref, process in self._named_as_ours()]
+        return {f"process {process.pid} of {ref}": f"it runs as user {uid}" for ref, process, uid in named if uid}
+
+    def _named_as_ours(self) -> Iterator[tuple[InstanceRef, ProcessIdentity]]:
         for pid in processes.pids():
             ref = argv.started_for(processes.arguments(pid, self._mark.encode()), self._mark)
             process = processes.identify(pid) if ref else None
             # Looked at twice, for the pid may have become another's in between.
             if ref and process and processes.runs(process) and processes.arguments(pid):
-                found[ref] += (process,)
-        return dict(found)
+                yield ref, process
+
+    def _foreign(self, pid: int, ref: InstanceRef) -> int | None:
+        """The process's user, if that is neither the node's own (as which the cage is built) nor that of `ref`.
+
+        A process can change its command line, and so pose as another instance's; its user it cannot.
+        """
+        uid = processes.uid(pid)
+        if uid is None or uid == os.geteuid():
+            return None
+        expected = self._uid_of(ref)
+        return None if (is_guest_uid(uid) if expected is None else uid == expected) else uid
 
     def console_tail(self, directory: Path, *, lines: int) -> str:
         """See the port."""

@@ -1,0 +1,101 @@
+"""The health sweep: asks the agent of each running guest whether it is there, and remembers who was not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import structlog
+
+from mvm.domain.findings import HealthResult, Ill
+from mvm.domain.health import Health
+from mvm.domain.ids import InstanceRef
+from mvm.domain.instance import Instance
+from mvm.domain.lifecycle import Status
+from mvm.errors import MvmError, Unreachable
+from mvm.ports.clock import Clock
+from mvm.ports.guest import GuestChannel
+from mvm.ports.network import HostNetwork
+from mvm.ports.storage import NodeStorage
+from mvm.ports.store import NodeStore, Note
+from mvm.services.runner import JobContext
+
+log = structlog.get_logger("mvm.health")
+
+_AT_ONCE = 8  # guests asked
+
+
+class GuestHealth:
+    """A guest is ill once `limit` checks in a row have failed. What to do about it is reconcile's business."""
+
+    def __init__(
+        self, *, store: NodeStore, clock: Clock, guest: GuestChannel, network: HostNetwork, storage: NodeStorage,
+        limit: int, answer_s: float,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._clock = clock
+        self._guest = guest
+        self._network = network
+        self._storage = storage
+        self.limit = limit
+        self._answer_s = answer_s
+
+    def sweep(self, context: JobContext) -> Mapping[str, Any]:
+        """Check all that run and have no job; a note is written only of those that are, or were, not well."""
+        context.step("ask guests", 0, 1)
+        asked = [i for i in self._store.instances() if i.status is Status.RUNNING and i.in_flight is None]
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="health") as threads:
+            reasons = dict(zip((i.ref for i in asked), threads.map(self._why, asked), strict=True))
+        taps = self._network.taps()
+        networks = {tenant.id: tenant.network for tenant in self._store.tenants()}
+        notes, failing = self._store.notes(Note.HEALTH), []
+        now_at = {instance.ref: instance.generation for instance in self._store.instances()}
+        for instance in asked:
+            ref, network = instance.ref, networks.get(instance.ref.tenant)
+            if now_at.get(ref) != instance.generation:
+                continue  # a job has it, or had: what was seen may be of its doing
+            reason = reasons[ref]
+            if reason is None and network is not None and network.tap(instance.offset) not in taps:
+                reason = f"its network interface {network.tap(instance.offset)} is gone"
+            before = Health.from_dict(notes[ref]) if ref in notes else Health(instance.run)
+            now = before.seen(instance.run, self._clock.now(), reason)
+            if now != before:
+                self._store.put_note(ref, Note.HEALTH, now.to_dict())
+            if now.misses:
+                why = now.why_ill(instance, self.limit)
+                failing.append(Ill(str(ref), now.misses, why is not None, reason or ""))
+                if now.misses == self.limit:
+                    log.warning("guest is not well", instance=str(ref), why=why)
+        return HealthResult(len(asked), failing).to_dict()
+
+    def _why(self, instance: Instance) -> str | None:
+        try:
+            self._guest.ping(instance.ref, self._storage.directory(instance.ref), deadline_s=self._answer_s)
+        except Unreachable:  # its VMM has ended: the stale-PID sweep's business
+            return None
+        except MvmError as error:
+            return f"its agent does not answer ({error.code})"
+        return None
+
+    def ill(self) -> Mapping[InstanceRef, str]:
+        """Running instances whose guests are not well, and why."""
+        notes = self._store.notes(Note.HEALTH)
+        return self._ill(self._store.instances(), notes) if notes else {}
+
+    def _ill(
+        self, instances: Collection[Instance], notes: Mapping[InstanceRef, Mapping[str, Any]]
+    ) -> Mapping[InstanceRef, str]:
+        known = ((i, Health.from_dict(notes[i.ref])) for i in instances if i.ref in notes)
+        return {i.ref: why for i, health in known if (why := health.why_ill(i, self.limit))}
+
+    def explain(self, instance: Instance) -> dict[str, Any] | None:
+        """What is wrong with it, if the last check found something."""
+        note = self._store.note(instance.ref, Note.HEALTH)
+        if note is None or not note["misses"] or note["run"] != instance.run or instance.status is not Status.RUNNING:
+            return None
+        health = Health.from_dict(note)
+        return {
+            "well": health.why_ill(instance, self.limit) is None, "failed_checks": health.misses, "of": self.limit,
+            "since": health.since, "reason": health.reason,
+        }  # fmt: skip

@@ -1,0 +1,117 @@
+"""Guests that fall silent: noticed, told, and replaced where that is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mvm.domain.ids import InstanceRef
+from mvm.domain.job import JobState, JobVerb
+from mvm.domain.lifecycle import Status
+from mvm.errors import Failed, Unreachable
+from tests.services.conftest import Node
+
+V = JobVerb
+CHECKS = 6  # as the settings have it
+
+
+def running(node: Node, count: int = 2, **ways: Any) -> list[str]:
+    node.pool()
+    if ways:
+        node.ok(V.POOL_UPDATE, "acme/web", **ways)
+    refs = node.create(count)
+    for ref in refs:
+        node.ok(V.INSTANCE_START, ref)
+    return refs
+
+
+def check(node: Node, times: int = 1) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for _ in range(times):
+        node.clock.advance(10)
+        found = list(node.sweep(V.SWEEP_HEALTH)["failing"])
+    return found
+
+
+def explain(node: Node, ref: str) -> dict[str, Any]:
+    return node.services.view.explain(InstanceRef.parse(ref))
+
+
+def hang(node: Node, ref: str, *, hung: bool = True) -> None:
+    node.host.machines[InstanceRef.parse(ref)].hung = hung
+
+
+def test_a_silent_guest_is_ill_after_some_checks_and_is_replaced(node: Node) -> None:
+    silent, well = running(node)
+    node.ok(V.POOL_SCALE, "acme/web", running=2)
+    node.clock.advance(601)  # what a person did holds no longer
+    hang(node, silent)
+    assert check(node, CHECKS - 1) == [
+        {"ref": silent, "failed_checks": 5, "ill": False, "reason": "its agent does not answer (guest.silent)"}
+    ]
+    assert explain(node, silent)["health"]["well"] is True
+    assert not node.sweep(V.SWEEP_RECONCILE)["changed"]
+    assert check(node)[0]["ill"] is True
+    told = explain(node, silent)
+    assert told["health"] == {
+        "well": False, "failed_checks": 6, "of": 6, "reason": "its agent does not answer (guest.silent)",
+        "since": told["health"]["since"],
+    }  # fmt: skip
+    assert (told["next"]["verb"], "reconcile replaces it" in told["next"]["reason"]) == ("stop", True)
+    assert explain(node, well)["health"] is None
+    before = node.instance(silent).process
+    node.sweep(V.SWEEP_RECONCILE)
+    assert node.instance(silent).status is Status.STOPPED
+    stops = [job for job in node.registry.jobs(subject=silent) if job.verb is V.INSTANCE_STOP]
+    assert [(job.state, job.params) for job in stops] == [(JobState.SUCCEEDED, {"why": "its guest is not well"})]
+    node.sweep(V.SWEEP_RECONCILE)
+    assert node.instance(silent).status is Status.RUNNING
+    assert node.instance(silent).process != before
+    assert check(node) == []
+    assert explain(node, silent)["health"] is None
+
+
+def test_one_answer_makes_it_well(node: Node) -> None:
+    ref, _ = running(node)
+    hang(node, ref)
+    check(node, CHECKS)
+    hang(node, ref, hung=False)
+    assert check(node) == []
+    assert explain(node, ref)["health"] is None
+    hang(node, ref)
+    assert check(node)[0]["failed_checks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("way", "words"), [({"critical": True}, "critical"), ({"pinned": True}, "pinned"), ({}, "never scaled")]
+)
+def test_who_may_not_be_stopped_is_only_told(node: Node, way: dict[str, Any], words: str) -> None:
+    ref, _ = running(node, **way)
+    if way:
+        node.ok(V.POOL_SCALE, "acme/web", running=2)
+    node.clock.advance(601)
+    hang(node, ref)
+    check(node, CHECKS + 1)
+    told = explain(node, ref)
+    assert told["health"]["well"] is False
+    assert told["next"]["verb"] is None
+    assert words in told["next"]["reason"]
+    assert not node.sweep(V.SWEEP_RECONCILE)["changed"]
+    assert node.instance(ref).status is Status.RUNNING
+
+
+def test_a_guest_without_its_interface_is_not_well(node: Node) -> None:
+    running(node)
+    del node.host.taps["tn0i3"]
+    assert check(node)[0]["reason"] == "its network interface tn0i3 is gone"
+
+
+def test_those_that_are_not_running_and_those_that_are_gone_are_not_asked(node: Node) -> None:
+    one, two = running(node)
+    node.ok(V.INSTANCE_WARM, one)
+    node.host.fail("guest.ping", Unreachable("guest.gone", "gone"))
+    node.clock.advance(10)
+    assert node.sweep(V.SWEEP_HEALTH) == {"changed": False, "checked": 1, "failing": []}
+    node.host.fail("guest.ping", Failed("guest.refused", "what?"))
+    assert [each["ref"] for each in check(node)] == [two]
