@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
-from xdist.workermanage import NodeManager
 
 from mvm.drivers.redis_link import RedisLink
 from tests.support.microvm import image_cache
 from tests.support.redis_server import RedisServer
 
-NodeManager.EXIT_TIMEOUT = 180  # after Ctrl-C: for the workers to take down what they have brought up
+
+def pytest_keyboard_interrupt() -> None:
+    """After Ctrl-C a worker is interrupted again before it ends: what takes a stack down must not be."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
