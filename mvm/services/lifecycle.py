@@ -245,6 +245,8 @@ class Lifecycle:
             except Fenced:
                 raise
             except Exception as error:
+                if context.unrecorded:  # the row is not true: its mark stays, by which `Recovery` brings it to rest
+                    raise
                 context.check_lease()
                 failed = self._store.instance(ref)
                 kept = failed.last_error if isinstance(error, Cancelled) else _reason(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mvm.domain.ids import InstanceRef, PoolRef
@@ -354,4 +356,32 @@ def test_a_warm_one_whose_guest_does_not_answer_stays_warm(node: Node) -> None:
     assert node.instance(ref).status is Status.WARM
     assert node.host.machines[InstanceRef.parse(ref)].paused
     node.ok(V.INSTANCE_STOP, ref)
+    assert not node.host.leaks()
+
+
+@pytest.mark.parametrize("verb", [V.INSTANCE_WAKE, V.INSTANCE_SLEEP])
+def test_what_was_done_and_could_not_be_written_down_is_put_right(
+    node: Node, verb: JobVerb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = running(node)
+    instance = InstanceRef.parse(ref)
+    node.ok(V.INSTANCE_WARM, ref)
+    record_end, calls = node.services.runner.record_end, []
+
+    def full_once(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise Failed("disk.full", "no space left")
+        record_end(*args)
+
+    monkeypatch.setattr(node.services.runner, "record_end", full_once)
+    node.fails("disk.full", verb, ref)
+    node.sweep(V.SWEEP_STALE_PIDS)
+    if verb is V.INSTANCE_SLEEP:
+        assert node.instance(ref).status is Status.SLEEPING
+        node.ok(V.INSTANCE_WAKE, ref)
+    else:
+        assert node.instance(ref).status is Status.WARM
+        assert node.host.machines[instance].paused
+    assert node.instance(ref).in_flight is None
     assert not node.host.leaks()

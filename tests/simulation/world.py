@@ -150,7 +150,7 @@ class World:
         if ref not in self.rows():
             return  # a template
         known = self.quotas.setdefault(ref.tenant, [self.store._tenants[ref.tenant].quota])
-        limit = max(quota.max_running for quota in known)
+        limit = max(quota.max_running for quota in (*known, self.store._tenants[ref.tenant].quota))
         there = [m for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows()]
         running = sum(not machine.paused for machine in there)
         if running > limit:
