@@ -347,16 +347,26 @@ def test_a_wake_whose_guest_does_not_answer_sleeps_anew_and_can_be_woken(node: N
     assert not node.host.leaks()
 
 
-def test_a_warm_one_whose_guest_does_not_answer_stays_warm(node: Node) -> None:
-    """Else it would run and count as warm: more would run than the quota gives."""
+def test_a_warm_one_whose_guest_does_not_answer_runs_all_the_same(node: Node) -> None:
+    """And counts as running: so no more run than the quota gives, and the health sweep finds it."""
     (ref,) = running(node)
     node.ok(V.INSTANCE_WARM, ref)
     node.host.hang_guest(InstanceRef.parse(ref))
     node.fails("guest.silent", V.INSTANCE_WAKE, ref)
-    assert node.instance(ref).status is Status.WARM
-    assert node.host.machines[InstanceRef.parse(ref)].paused
+    assert node.instance(ref).status is Status.RUNNING
+    assert "guest.silent" in str(node.instance(ref).last_error)
+    assert not node.host.machines[InstanceRef.parse(ref)].paused
     node.ok(V.INSTANCE_STOP, ref)
     assert not node.host.leaks()
+
+
+def test_a_warm_one_whose_vmm_does_not_resume_stays_warm(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.host.fail("vmm.resume", Failed("vmm.failed", "it does not"))
+    node.fails("vmm.failed", V.INSTANCE_WAKE, ref)
+    assert node.instance(ref).status is Status.WARM
+    assert node.host.machines[InstanceRef.parse(ref)].paused
 
 
 @pytest.mark.parametrize("verb", [V.INSTANCE_WAKE, V.INSTANCE_SLEEP])

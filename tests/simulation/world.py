@@ -195,6 +195,9 @@ class World:
             actor.step(calls, alone=len(self.actors()) == 1)
         finally:
             self.current = None
+        for tenant in self.store._tenants.values():
+            if tenant.quota not in (had := self.quotas.setdefault(tenant.id, [])):
+                had.append(tenant.quota)
         if not actor.done:
             self.tell(f"      {actor.name} stands before {actor.at}")
             return
