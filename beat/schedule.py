@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import celery.schedules
 import structlog
 from celery.beat import PersistentScheduler, ScheduleEntry
+from celery.schedules import schedstate
 
 from mvm.domain.job import JobVerb
 from mvm.errors import MvmError
@@ -30,12 +32,23 @@ def schedule(settings: Settings) -> dict[str, dict[str, Any]]:
         JobVerb.SWEEP_HEALTH: settings.health_sweep_s,
     }
     return {
-        verb.value: {"task": verb.task_name, "schedule": timedelta(seconds=period)} for verb, period in periods.items()
+        verb.value: {"task": verb.task_name, "schedule": Ticks(timedelta(seconds=period))}
+        for verb, period in periods.items()
     }
 
 
+class Ticks(celery.schedules.schedule):  # type: ignore[misc]
+    """Due at the beginning of each period since 1970, so that all Beats mean the same ticks."""
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        """Celery's hook: whether it is due, and in how many seconds to ask again."""
+        every, now = self.seconds, self.now().timestamp()
+        last = self.maybe_make_aware(last_run_at).timestamp()
+        return schedstate(now // every != last // every, every - now % every)
+
+
 class FleetScheduler(PersistentScheduler):  # type: ignore[misc]
-    """Fans each due entry out to the live nodes.
+    """Fans each due entry out to the live nodes. There may be several Beats, on one machine or many: any may die.
 
     A node that still has this sweep queued or running gets no second one, and a message nobody takes expires: so
     nothing piles up when a node is slow or away.

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -129,10 +130,11 @@ def tenant_of(job: Job) -> TenantId | None:
 _NOT_CONFIGURED = {"ref", "node_id", "created_at", "desired", "revision", "built"}
 
 
+@lru_cache(256)
 def config_hash(owner: Tenant | WorkerPool) -> str:
     """Of a tenant's quota, or of a pool's configuration without its name, place, counts and revision."""
     if isinstance(owner, Tenant):
-        config = asdict(owner.quota)
+        config: Mapping[str, Any] = owner.quota.to_dict()
     else:
         config = {name: value for name, value in owner.to_dict().items() if name not in _NOT_CONFIGURED}
     return sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

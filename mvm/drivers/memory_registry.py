@@ -29,6 +29,15 @@ class _Bulk:
     held: deque[JobId] = field(default_factory=deque)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """The newest of its kind on a node: in which period it was asked for, and `job` while it is queued or runs."""
+
+    tick: int
+    job: JobId | None
+    until: float
+
+
 class MemoryRegistry:
     """ports/registry.py for threads of one process. `clock` times what ends here and what expires."""
 
@@ -43,7 +52,7 @@ class MemoryRegistry:
         self._bulks: dict[JobId, _Bulk] = {}
         self._cancels: set[JobId] = set()
         self._followers: list[deque[Job]] = []
-        self._sweeps: dict[tuple[str, NodeId], tuple[JobId, float]] = {}
+        self._sweeps: dict[tuple[str, NodeId], _Sweep] = {}
 
     # --- nodes
     def heartbeat(self, record: NodeRecord) -> None:
@@ -293,22 +302,30 @@ class MemoryRegistry:
                 self._followers[:] = [other for other in self._followers if other is not inbox]
 
     # --- sweeps
-    def claim_sweep(self, verb: str, node: NodeId, job: JobId, *, ttl_s: float) -> bool:
+    def tick(self, every_s: float) -> int:
+        """See ports/registry.py."""
+        return int(self._clock.now().timestamp() * 1000) // int(every_s * 1000)
+
+    def claim_sweep(self, verb: str, node: NodeId, job: JobId, *, tick: int, every_s: float, ttl_s: float) -> bool:
         """See ports/registry.py."""
         with self._changed:
             now = self._clock.monotonic()
             claimed = self._sweeps.get((verb, node))
-            if claimed is not None and now < claimed[1]:
+            if claimed is not None and claimed.job == job:
+                return True
+            if tick != self.tick(every_s):
                 return False
-            self._sweeps[verb, node] = (job, now + ttl_s)
+            if claimed is not None and (claimed.tick == tick or (claimed.job is not None and now < claimed.until)):
+                return False
+            self._sweeps[verb, node] = _Sweep(tick, job, now + ttl_s)
             return True
 
     def release_sweep(self, verb: str, node: NodeId, job: JobId) -> None:
         """See ports/registry.py."""
         with self._changed:
             claimed = self._sweeps.get((verb, node))
-            if claimed is not None and claimed[0] == job:
-                del self._sweeps[verb, node]
+            if claimed is not None and claimed.job == job:
+                self._sweeps[verb, node] = replace(claimed, job=None)
 
 
 def _bulk_ended(parent: JobId, failed: int, total: int, *, cancelled: bool) -> Failed:

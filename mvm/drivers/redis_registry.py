@@ -16,7 +16,7 @@ from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.refusals import job_not_found, tenant_exists
 from mvm.domain.tenant import Quota, Tenant
 from mvm.drivers.redis_link import RedisLink
-from mvm.drivers.redis_scripts import NEXT_CHILDREN, RELEASE, RESERVE_TENANT, UPDATE_JOB
+from mvm.drivers.redis_scripts import CLAIM_SWEEP, NEXT_CHILDREN, RELEASE, RESERVE_TENANT, UPDATE_JOB
 from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.registry import NodeRecord
 
@@ -283,10 +283,16 @@ class RedisRegistry:
                 yield job
 
     # --- sweeps
-    def claim_sweep(self, verb: str, node: NodeId, job: JobId, *, ttl_s: float) -> bool:
+    def tick(self, every_s: float) -> int:
         """See ports/registry.py."""
-        key = f"mvm:sweep:{verb}:{node}"
-        return self._link.command("SET", key, job, "NX", "PX", int(ttl_s * 1000)) is not None
+        seconds, micros = self._link.command("TIME")
+        return (int(seconds) * 1000 + int(micros) // 1000) // int(every_s * 1000)
+
+    def claim_sweep(self, verb: str, node: NodeId, job: JobId, *, tick: int, every_s: float, ttl_s: float) -> bool:
+        """See ports/registry.py."""
+        return bool(self._link.command(
+            "EVAL", CLAIM_SWEEP, 0, f"{verb}:{node}", job, tick, int(every_s * 1000), int(ttl_s * 1000)
+        ))  # fmt: skip
 
     def release_sweep(self, verb: str, node: NodeId, job: JobId) -> None:
         """See ports/registry.py."""

@@ -13,6 +13,7 @@
 ``mvm:bulk:<id>:children``  its children in order; ``:held`` those not yet sent
 ``mvm:cancel:<id>``         somebody asked the job to end
 ``mvm:sweep:<verb>:<node>`` the sweep that is queued or running
+``mvm:tick:<verb>:<node>``  the period that had a sweep last
 ==========================  =======================================================================
 """
 
@@ -95,6 +96,19 @@ while true do
   out[#out + 1] = redis.call('LPOP', bulk .. ':held')
 end
 return out
+"""
+
+# ARGV: verb and node, job id, tick, milliseconds of a tick, milliseconds that the claim lasts. Returns 1 or 0.
+CLAIM_SWEEP = """
+local claim, fired = 'mvm:sweep:' .. ARGV[1], 'mvm:tick:' .. ARGV[1]
+local holder = redis.call('GET', claim)
+if holder == ARGV[2] then return 1 end
+local now = redis.call('TIME')
+local tick = math.floor((now[1] * 1000 + math.floor(now[2] / 1000)) / ARGV[4])
+if holder or tick ~= tonumber(ARGV[3]) or redis.call('GET', fired) == ARGV[3] then return 0 end
+redis.call('SET', claim, ARGV[2], 'PX', ARGV[5])
+redis.call('SET', fired, ARGV[3])
+return 1
 """
 
 # ARGV: key, value. Deletes the key if it still has the value.

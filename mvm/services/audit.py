@@ -22,7 +22,7 @@ from mvm.services.precedence import Precedence
 
 log = structlog.get_logger("mvm.audit")
 
-_GATHER_S = 0.05  # in which entries come together into one append; and whoever waited for a wake has its answer
+_GATHER_S = 0.5  # in which entries come together into one append; and whoever waited for a wake has its answer
 _FOLLOW_S = 0.2
 _PENDING = "not yet written"
 

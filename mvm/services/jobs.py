@@ -130,13 +130,19 @@ class Jobs:
         return running.with_(started_at=parent.submitted_at)
 
     def sweep(self, verb: JobVerb, *, every_s: float) -> Sequence[Job]:
-        """Ask every live node that has none of this kind queued or running for a sweep."""
+        """Ask every live node for this period's sweep, unless it was asked or has one of this kind queued or running.
+
+        Whoever else asks at the same time, and whenever the caller is held up: each period has one at most.
+        """
         if verb is JobVerb.SWEEP_ORPHANS:
             self.expire()  # a dead node sweeps nothing
-        sent = []
+        sent, tick = [], self._registry.tick(every_s)
         for node in self._registry.live_nodes(self._clock.now() - timedelta(seconds=NODE_LIVE_S)):
-            job = self.new(verb, str(node), node, reason=Reason.SWEEP, actor="beat", expires_s=4 * every_s)
-            if self._registry.claim_sweep(verb.value, node, job.job_id, ttl_s=max(30.0, 5 * every_s)):
+            job = self.new(
+                verb, str(node), node, params={"tick": tick}, reason=Reason.SWEEP, actor="beat", expires_s=4 * every_s
+            )
+            lasts_s = max(30.0, 5 * every_s)
+            if self._registry.claim_sweep(verb.value, node, job.job_id, tick=tick, every_s=every_s, ttl_s=lasts_s):
                 self._registry.record([job])
                 self._send([job])
                 sent.append(job)

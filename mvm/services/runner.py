@@ -177,7 +177,7 @@ class Runner:
                 if job.reason is not Reason.URGENT or died:  # it is recorded with its claim
                     self.save(job)
                 self.check_cancelled(job)  # not before: until it is told to run, whoever cancels it ends it there
-                log.info("began", attempt=job.attempt, deaths=job.deaths)
+                log.debug("began", attempt=job.attempt, deaths=job.deaths)
                 self._refuse_poison(context)
                 result = self._handlers[job.verb][0](context)
             if not context.job.state.final:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import IO, Any
 
 import structlog
@@ -103,20 +104,25 @@ def bind_job(job: Job) -> Iterator[None]:
 def _hide_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """A net below the rule that nobody logs secrets: fields named like one, and passwords in URLs."""
     for key, value in event.items():
-        event[key] = _HIDDEN if _SECRET_NAME.search(key) else _clean(value)
+        event[key] = _HIDDEN if _is_secret(key) else _clean(value)
     return event
+
+
+@lru_cache(1024)
+def _is_secret(name: str) -> bool:
+    return _SECRET_NAME.search(name) is not None
 
 
 def without_passwords(text: str) -> str:
     """`text` with the passwords in its URLs hidden."""
-    return _URL_PASSWORD.sub(rf"\1:{_HIDDEN}@", text)
+    return _URL_PASSWORD.sub(rf"\1:{_HIDDEN}@", text) if "://" in text else text
 
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
         return without_passwords(value)
     if isinstance(value, dict):
-        return {k: _HIDDEN if _SECRET_NAME.search(str(k)) else _clean(v) for k, v in value.items()}
+        return {k: _HIDDEN if _is_secret(str(k)) else _clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_clean(item) for item in value]
     return value

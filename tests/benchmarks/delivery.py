@@ -4,8 +4,8 @@
 arguments and priority, which records nothing. Bar 0.7 of its rate. ``enqueue.bulk``: one bulk job with 10,000 children
 by `Jobs.submit_bulk`, against ``send_task`` 10,000 times within kombu's ``Producer.batch``. Bar 0.9.
 
-``execute.noop``: ``tenant.update`` that changes nothing, through all that makes it a job (records and locks, progress,
-audit trail, registry), against a Celery task that does nothing. Bar 0.5. ``execute.wake``: ``instance.warm`` and
+``execute.noop``: jobs whose handler does nothing, through all that makes them jobs (records, locks, cancelling, audit
+trail, registry, metrics), against a Celery task that does nothing. Bar 0.5. ``execute.wake``: ``instance.warm`` and
 ``instance.wake``, in turn, of fake guests; for information. Both by one real worker as ``mvm up`` starts it, from the
 moment at which all messages are there until the last one is acknowledged. Redis has its append-only file.
 """

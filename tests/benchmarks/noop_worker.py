@@ -1,10 +1,14 @@
-"""The node's worker as it is, over a fake host in its memory, with one more task: Celery's alone, which does nothing."""
+"""The node's worker as it is, over a fake host in its memory, with two more things that do nothing.
+
+They are a task of Celery's alone, and the handler of jobs ``tenant.update``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import workers.base
+from mvm.domain.job import JobVerb
 from mvm.drivers.clock import SystemClock
 from mvm.drivers.fake import FakeHost
 from mvm.telemetry.metrics import observe_job
@@ -23,7 +27,9 @@ def _services() -> NodeServices:
         open_ports(settings), vmm=host.vmm, guest=host.guest, network=host.network, packets=host.packets,
         storage=host.storage, images=host.images, memory=host.memory, cgroups=host.cgroups, secrets=host.secrets,
     )  # fmt: skip
-    return build_node(ports, settings, authorized_key="", observers=(observe_job,))
+    services = build_node(ports, settings, authorized_key="", observers=(observe_job,))
+    services.runner.register(JobVerb.TENANT_UPDATE, lambda _context: {})
+    return services
 
 
 workers.base._services = _services()

@@ -7,18 +7,17 @@ from dataclasses import replace
 from datetime import timedelta
 from ipaddress import IPv4Network
 from itertools import combinations
-from threading import Event
-from time import monotonic
 
 import pytest
 
 from mvm.domain.addressing import TenantNetwork
-from mvm.domain.ids import NodeId, TenantId
+from mvm.domain.ids import JobId, NodeId, TenantId
 from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import NotAllowed
 from mvm.ports.registry import NodeRecord, Registry
 from tests.support import make
 from tests.support.make import ACME, NODE, START, WEB
+from tests.support.waiting import until
 
 N2 = NodeId("n2")
 
@@ -211,37 +210,56 @@ def test_a_pool_lives_on_one_node(registry: Registry) -> None:
 # --- sweeps
 
 
+def claimed(registry: Registry, job: JobId, *, verb: str = "sweep.orphans", node: NodeId = NODE, ttl_s: float = 60,
+            every_s: float = 0.2) -> bool:  # fmt: skip
+    """Whether it is, in a period that has only begun."""
+    before = registry.tick(every_s)
+    until(lambda: registry.tick(every_s) != before, 20, "the next period")
+    return registry.claim_sweep(verb, node, job, tick=registry.tick(every_s), every_s=every_s, ttl_s=ttl_s)
+
+
 def test_a_sweep_is_claimed_once_per_kind_and_node(registry: Registry) -> None:
     first, second = make.job().job_id, make.job().job_id
-    assert registry.claim_sweep("sweep.orphans", NODE, first, ttl_s=60)
-    assert not registry.claim_sweep("sweep.orphans", NODE, second, ttl_s=60)
-    assert registry.claim_sweep("sweep.orphans", N2, second, ttl_s=60)
-    assert registry.claim_sweep("sweep.stale_pids", NODE, second, ttl_s=60)
+    assert claimed(registry, first)
+    assert claimed(registry, first), "asked again"
+    assert not claimed(registry, second)
+    assert claimed(registry, second, node=N2)
+    assert claimed(registry, second, verb="sweep.stale_pids")
+
+
+def test_a_period_has_one_sweep_though_it_has_ended(registry: Registry) -> None:
+    first, second, day = make.job().job_id, make.job().job_id, 86400.0
+    tick = registry.tick(day)
+    for other in (tick - 1, tick + 1):
+        assert not registry.claim_sweep("sweep.orphans", NODE, first, tick=other, every_s=day, ttl_s=60)
+    assert registry.claim_sweep("sweep.orphans", NODE, first, tick=tick, every_s=day, ttl_s=60)
+    registry.release_sweep("sweep.orphans", NODE, first)
+    assert not registry.claim_sweep("sweep.orphans", NODE, second, tick=tick, every_s=day, ttl_s=60)
+    assert registry.claim_sweep("sweep.orphans", N2, second, tick=tick, every_s=day, ttl_s=60)
 
 
 def test_only_its_holder_releases_a_sweep(registry: Registry) -> None:
     first, second = make.job().job_id, make.job().job_id
-    registry.claim_sweep("sweep.orphans", NODE, first, ttl_s=60)
+    claimed(registry, first)
     registry.release_sweep("sweep.orphans", NODE, second)
-    assert not registry.claim_sweep("sweep.orphans", NODE, second, ttl_s=60)
+    assert not claimed(registry, second)
     registry.release_sweep("sweep.orphans", NODE, first)
     registry.release_sweep("sweep.orphans", NODE, first)
-    assert registry.claim_sweep("sweep.orphans", NODE, second, ttl_s=60)
+    assert claimed(registry, second)
 
 
 def test_a_lost_sweep_expires_and_its_late_end_releases_nothing(registry: Registry) -> None:
     lost, second, third = (make.job().job_id for _ in range(3))
-    registry.claim_sweep("sweep.orphans", NODE, lost, ttl_s=0.02)
-    deadline = monotonic() + 20
-    while not registry.claim_sweep("sweep.orphans", NODE, second, ttl_s=60):
-        assert monotonic() < deadline
-        Event().wait(0.01)
+    claimed(registry, lost, ttl_s=0.02)
+    until(lambda: claimed(registry, second), 20, "its claim is over")
     registry.release_sweep("sweep.orphans", NODE, lost)
-    assert not registry.claim_sweep("sweep.orphans", NODE, third, ttl_s=60)
+    assert not claimed(registry, third)
 
 
 def test_one_of_many_claims_a_sweep(registry: Registry) -> None:
-    claims = [make.job().job_id for _ in range(12)]
+    claims, tick = [make.job().job_id for _ in range(12)], registry.tick(86400.0)
     with ThreadPoolExecutor(6) as pool:
-        won = list(pool.map(lambda job: registry.claim_sweep("sweep.orphans", NODE, job, ttl_s=60), claims))
+        won = list(pool.map(
+            lambda job: registry.claim_sweep("sweep.orphans", NODE, job, tick=tick, every_s=86400.0, ttl_s=60), claims
+        ))  # fmt: skip
     assert sum(won) == 1

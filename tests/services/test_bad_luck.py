@@ -551,3 +551,17 @@ def test_an_urgent_wake_that_is_done_cannot_be_cancelled(node: Node, monkeypatch
     monkeypatch.setattr(node.registry, "record", cancelled_then)
     woken = node.services.urgent.wake(InstanceRef.parse(ref), "test")
     assert node.services.jobs.job(woken["job_id"]).state is JobState.SUCCEEDED
+
+
+def test_a_period_has_one_sweep_whoever_asks(node: Node) -> None:
+    node.services.heartbeat.beat()
+    (job,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)
+    node.drain()
+    assert node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60) == []
+    node.clock.advance(60)
+    node.services.heartbeat.beat()
+    (later,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)
+    assert later.params["tick"] == job.params["tick"] + 1
+    node.clock.advance(60)
+    node.services.heartbeat.beat()
+    assert node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60) == [], "it is still queued"
