@@ -35,6 +35,7 @@ def _quotas(world: World) -> Iterator[str]:
 
 def _busy(world: World) -> set[str]:
     at_work = {actor.subject for actor in world.actors()}
+    at_work |= {job.subject for job in world.store._jobs.values() if not job.state.final}  # or will be tried again
     return at_work | {name.removeprefix("instance ") for name in world.locks.held}
 
 
