@@ -187,7 +187,6 @@ class _Scaling:
                 self._ask(each, Verb.STOP, Why.TOO_MANY)
                 self.have[place] -= 1
                 self.settled -= 1
-                self.returning += 1
                 surplus -= 1
 
     def _roll(self) -> None:

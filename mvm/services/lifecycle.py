@@ -146,8 +146,7 @@ class Lifecycle:
         ref = instance.ref
         network, began = self._store.tenant(ref.tenant).network, self._clock.monotonic()
         if instance.status is Status.WARM:
-            with context.undoing(partial(self._microvms.warm, instance)):
-                instance = self._microvms.resume(instance)
+            instance = self._resume(context, instance)
         else:
             instance = self._microvms.wake(context, instance, self._store.pool(ref.pool_ref), network)
         running = instance.moved(Status.RUNNING, last_error=None, last_started_at=self._clock.now())
@@ -158,6 +157,20 @@ class Lifecycle:
             self._store.put_note(ref, Note.WOKE, note)
         # Only now: a wake that is delivered again needs it.
         self._microvms.forget_snapshot(running)
+
+    def _resume(self, context: JobContext, instance: Instance) -> Instance:
+        """A warm instance runs again. Where only its guest does not answer it runs all the same, and is found ill."""
+        try:
+            return self._microvms.resume(instance)
+        except Fenced:
+            raise
+        except MvmError as error:
+            context.check_lease()
+            if error.code.startswith("guest."):
+                self._store.save_instance(replace(instance, status=Status.RUNNING, last_started_at=self._clock.now()))
+            else:
+                self._microvms.warm(instance)
+            raise
 
     def warm(self, context: JobContext) -> Mapping[str, Any]:
         """The subject instance's vCPUs stand still; it keeps its memory."""
@@ -245,6 +258,8 @@ class Lifecycle:
             except Fenced:
                 raise
             except Exception as error:
+                if context.unrecorded:  # the row is not true: its mark stays, by which `Recovery` brings it to rest
+                    raise
                 context.check_lease()
                 failed = self._store.instance(ref)
                 kept = failed.last_error if isinstance(error, Cancelled) else _reason(error)

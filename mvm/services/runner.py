@@ -44,6 +44,8 @@ class JobContext:
         self._lease: Instance | None = None
         self.left_at: str | None = None
         """The step at which another job left what this one works on, when its worker was killed."""
+        self.unrecorded = False
+        """What it does is done, and could not be written down."""
 
     def remark(self, text: str) -> None:
         """What whoever asked should know though the job succeeds; kept as ``remarks`` of its result."""
@@ -101,9 +103,11 @@ class JobContext:
         """The job succeeds with `result` in one transaction with the writes made within."""
         if self._remarks:
             result["remarks"] = self._remarks
+        self.unrecorded = True
         with self._runner.store.transaction():
             yield
             self._runner.record_end(self, self._runner.ended(self.job, JobState.SUCCEEDED, result=result))
+        self.unrecorded = False
 
 
 class Runner:

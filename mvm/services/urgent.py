@@ -97,7 +97,8 @@ class UrgentWake:
         with self._precedence.taken():
             final = self._runner.run(job)
         try:
-            self._registry.record([job])
+            # As one that runs: nobody may cancel in between what has been done.
+            self._registry.record([job.with_(state=JobState.RUNNING, started_at=final.started_at)])
             self._registry.update(final)
         except Unreachable as error:  # the node's own record is enough
             log.warning("not listed", job_id=job.job_id, error=error.message)

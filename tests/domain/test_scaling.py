@@ -228,6 +228,19 @@ def test_nothing_is_put_away_before_enough_others_run() -> None:
     assert decide(need(1, 1), [running], Quota(max_running=1)) == (Request(running.ref, V.WARM, S.RUNNING, Why.PLACE),)
 
 
+def test_no_more_become_warm_than_the_quota_gives() -> None:
+    running = [instance(n, S.RUNNING) for n in range(3)]
+    (put_away,) = decide(need(1, 2), running, Quota(max_warm=1))
+    assert put_away == Request(running[2].ref, V.WARM, S.RUNNING, Why.PLACE)
+
+
+def test_one_with_a_job_counts_where_it_is_and_where_it_will_land() -> None:
+    flights = [instance(1, S.STOPPED, InFlight(make.job().job_id, V.START)),
+               instance(2, S.RUNNING, InFlight(make.job().job_id, V.WARM))]  # fmt: skip
+    used = usage_of({WEB: SHAPE}, flights)
+    assert (used.running, used.warm, used.vcpus) == (2, 1, 2)
+
+
 def test_a_held_one_takes_a_place_and_is_left_alone() -> None:
     held = replace(instance(1, S.STOPPED), manual_override_until=START + timedelta(seconds=1))
     running = instance(2, S.RUNNING)

@@ -537,6 +537,22 @@ def test_a_job_left_while_the_clock_was_wrong_is_taken_up(node: Node) -> None:
     assert node.services.jobs.job(left.job_id).state is JobState.SUCCEEDED
 
 
+def test_an_urgent_wake_that_is_done_cannot_be_cancelled(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.ok(V.INSTANCE_START, ref)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    record = node.registry.record
+
+    def cancelled_then(jobs: list[Job]) -> None:
+        record(jobs)
+        node.services.jobs.cancel(jobs[0].job_id)
+
+    monkeypatch.setattr(node.registry, "record", cancelled_then)
+    woken = node.services.urgent.wake(InstanceRef.parse(ref), "test")
+    assert node.services.jobs.job(woken["job_id"]).state is JobState.SUCCEEDED
+
+
 def test_a_period_has_one_sweep_whoever_asks(node: Node) -> None:
     node.services.heartbeat.beat()
     (job,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mvm.domain.ids import InstanceRef, PoolRef
@@ -345,13 +347,51 @@ def test_a_wake_whose_guest_does_not_answer_sleeps_anew_and_can_be_woken(node: N
     assert not node.host.leaks()
 
 
-def test_a_warm_one_whose_guest_does_not_answer_stays_warm(node: Node) -> None:
-    """Else it would run and count as warm: more would run than the quota gives."""
+def test_a_warm_one_whose_guest_does_not_answer_runs_all_the_same(node: Node) -> None:
+    """And counts as running: so no more run than the quota gives, and the health sweep finds it."""
     (ref,) = running(node)
     node.ok(V.INSTANCE_WARM, ref)
     node.host.hang_guest(InstanceRef.parse(ref))
     node.fails("guest.silent", V.INSTANCE_WAKE, ref)
+    assert node.instance(ref).status is Status.RUNNING
+    assert "guest.silent" in str(node.instance(ref).last_error)
+    assert not node.host.machines[InstanceRef.parse(ref)].paused
+    node.ok(V.INSTANCE_STOP, ref)
+    assert not node.host.leaks()
+
+
+def test_a_warm_one_whose_vmm_does_not_resume_stays_warm(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.host.fail("vmm.resume", Failed("vmm.failed", "it does not"))
+    node.fails("vmm.failed", V.INSTANCE_WAKE, ref)
     assert node.instance(ref).status is Status.WARM
     assert node.host.machines[InstanceRef.parse(ref)].paused
-    node.ok(V.INSTANCE_STOP, ref)
+
+
+@pytest.mark.parametrize("verb", [V.INSTANCE_WAKE, V.INSTANCE_SLEEP])
+def test_what_was_done_and_could_not_be_written_down_is_put_right(
+    node: Node, verb: JobVerb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = running(node)
+    instance = InstanceRef.parse(ref)
+    node.ok(V.INSTANCE_WARM, ref)
+    record_end, calls = node.services.runner.record_end, []
+
+    def full_once(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise Failed("disk.full", "no space left")
+        record_end(*args)
+
+    monkeypatch.setattr(node.services.runner, "record_end", full_once)
+    node.fails("disk.full", verb, ref)
+    node.sweep(V.SWEEP_STALE_PIDS)
+    if verb is V.INSTANCE_SLEEP:
+        assert node.instance(ref).status is Status.SLEEPING
+        node.ok(V.INSTANCE_WAKE, ref)
+    else:
+        assert node.instance(ref).status is Status.WARM
+        assert node.host.machines[instance].paused
+    assert node.instance(ref).in_flight is None
     assert not node.host.leaks()

@@ -9,12 +9,11 @@ from unittest.mock import patch
 
 from mvm.domain import scaling
 from mvm.domain.ids import InstanceRef
-from mvm.domain.instance import Instance, ProcessIdentity
+from mvm.domain.instance import ProcessIdentity
 from mvm.domain.lifecycle import Status
 from mvm.drivers.fake.machines import FakeVmm
 from mvm.ports.vmm import Presence
 from mvm.services.lifecycle import Lifecycle
-from mvm.services.networks import Networks
 from tests.simulation.broker import Message, SimQueue
 
 
@@ -40,8 +39,8 @@ def ack_early() -> Iterator[None]:
 
 @contextmanager
 def forget_an_undo() -> Iterator[None]:
-    """A TAP stays when what it was made for failed."""
-    with patch.object(Networks, "disconnect", lambda self, instance, network: None):
+    """What a start has made stays when it fails."""
+    with patch.object(Lifecycle, "_undo_start", lambda self, ref, network: None):
         yield
 
 
@@ -75,5 +74,3 @@ PLANTED: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
     function.__name__.replace("_", "-"): function
     for function in (drop_the_lock, ack_early, forget_an_undo, count_ready_as_gone, compare_pid_only)
 }
-
-__all__ = ["PLANTED", "Instance"]

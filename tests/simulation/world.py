@@ -150,7 +150,7 @@ class World:
         if ref not in self.rows():
             return  # a template
         known = self.quotas.setdefault(ref.tenant, [self.store._tenants[ref.tenant].quota])
-        limit = max(quota.max_running for quota in known)
+        limit = max(quota.max_running for quota in (*known, self.store._tenants[ref.tenant].quota))
         there = [m for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows()]
         running = sum(not machine.paused for machine in there)
         if running > limit:
@@ -195,6 +195,9 @@ class World:
             actor.step(calls, alone=len(self.actors()) == 1)
         finally:
             self.current = None
+        for tenant in self.store._tenants.values():
+            if tenant.quota not in (had := self.quotas.setdefault(tenant.id, [])):
+                had.append(tenant.quota)
         if not actor.done:
             self.tell(f"      {actor.name} stands before {actor.at}")
             return
