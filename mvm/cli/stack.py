@@ -55,7 +55,10 @@ def up(
     with _interrupts_as_keyboard():
         stack.up(_say)
         try:
-            facts = {name: value and without_passwords(value) for name, value in connection(settings).items()}
+            facts = {
+                name: without_passwords(value) if isinstance(value, str) else value
+                for name, value in connection(settings).items()
+            }
             with suppress(BrokenPipeError):
                 show_one(facts, output_of(ctx))
             _say(f"up; Flower's user is mvm, its password in {settings.layout.flower_password}")

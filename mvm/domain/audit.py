@@ -134,7 +134,7 @@ _NOT_CONFIGURED = {"ref", "node_id", "created_at", "desired", "revision", "built
 def config_hash(owner: Tenant | WorkerPool) -> str:
     """Of a tenant's quota, or of a pool's configuration without its name, place, counts and revision."""
     if isinstance(owner, Tenant):
-        config = asdict(owner.quota)
+        config: Mapping[str, Any] = owner.quota.to_dict()
     else:
         config = {name: value for name, value in owner.to_dict().items() if name not in _NOT_CONFIGURED}
     return sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from ipaddress import IPv4Network
 from typing import Any
@@ -24,6 +24,10 @@ class Quota:
     max_pools: int = 32
     max_instances_per_pool: int = 128
     max_disk_gib: int = 256
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON form."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -90,7 +94,7 @@ class Tenant:
             "tenant_id": str(self.id),
             "net_id": self.network.net_id,
             "subnet": str(self.network.subnet),
-            "quota": asdict(self.quota),
+            "quota": self.quota.to_dict(),
             "created_at": self.created_at.isoformat(),
             "secrets_epoch": self.secrets_epoch,
         }

@@ -10,6 +10,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
@@ -179,6 +180,7 @@ def _is_free(path: Path) -> bool:
     return True
 
 
+@lru_cache(maxsize=1024)
 def _file_name(name: str) -> str:
     quoted = quote(name, safe=" ")
     if len(quoted) > _LONGEST_NAME:

@@ -306,9 +306,7 @@ class MemoryRegistry:
         """See ports/registry.py."""
         return int(self._clock.now().timestamp() * 1000) // int(every_s * 1000)
 
-    def claim_sweep(
-        self, verb: str, node: NodeId, job: JobId, *, tick: int, every_s: float, ttl_s: float
-    ) -> bool:
+    def claim_sweep(self, verb: str, node: NodeId, job: JobId, *, tick: int, every_s: float, ttl_s: float) -> bool:
         """See ports/registry.py."""
         with self._changed:
             now = self._clock.monotonic()

@@ -288,9 +288,7 @@ class RedisRegistry:
         seconds, micros = self._link.command("TIME")
         return (int(seconds) * 1000 + int(micros) // 1000) // int(every_s * 1000)
 
-    def claim_sweep(
-        self, verb: str, node: NodeId, job: JobId, *, tick: int, every_s: float, ttl_s: float
-    ) -> bool:
+    def claim_sweep(self, verb: str, node: NodeId, job: JobId, *, tick: int, every_s: float, ttl_s: float) -> bool:
         """See ports/registry.py."""
         return bool(self._link.command(
             "EVAL", CLAIM_SWEEP, 0, f"{verb}:{node}", job, tick, int(every_s * 1000), int(ttl_s * 1000)

@@ -65,6 +65,7 @@ class SqliteStore:
         self._path = path
         self._commit = GroupCommit(path)
         self._local = threading.local()
+        self._turn = threading.RLock()  # SQLite lets writers wait by sleeping, ever longer
         with self._translated():
             db = self._db()
             with self.transaction():
@@ -114,14 +115,15 @@ class SqliteStore:
     def transaction(self, *, durable: bool = True) -> Iterator[None]:
         """See ports/store.py."""
         with self._translated():
-            db = self._db()
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
+            with self._turn:
+                db = self._db()
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                except BaseException:
+                    db.execute("ROLLBACK")
+                    raise
+                db.execute("COMMIT")
             if durable:
                 self._reach_disk()
 
@@ -132,7 +134,8 @@ class SqliteStore:
     def _write(self, sql: str, *values: Any, durable: bool = True) -> int:
         with self._translated():
             db = self._db()
-            changed = db.execute(sql, values).rowcount
+            with self._turn:
+                changed = db.execute(sql, values).rowcount
             if durable and not db.in_transaction:
                 self._reach_disk()
             return changed

@@ -149,9 +149,7 @@ class Registry(Protocol):
         """Which period of this length it is, by the registry's clock: the same for whoever asks."""
         ...
 
-    def claim_sweep(
-        self, verb: str, node: NodeId, job: JobId, *, tick: int, every_s: float, ttl_s: float
-    ) -> bool:
+    def claim_sweep(self, verb: str, node: NodeId, job: JobId, *, tick: int, every_s: float, ttl_s: float) -> bool:
         """Whether `job` is the node's sweep of this kind in period `tick`; asked again, the answer is the same.
 
         It is not when that period is over or has had one, or when one is still queued or running, for `ttl_s` at most.

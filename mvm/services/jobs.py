@@ -16,7 +16,8 @@ from mvm.ports.queue import JobQueue
 from mvm.ports.registry import Registry
 
 NODE_LIVE_S = 15.0
-_AHEAD_S = 120.0  # further ahead than any next try: the clock has been set back since
+AHEAD_S = 120.0
+"""A time further ahead than this, of a job that waits, is of a clock that has been set back since."""
 _VAIN = (JobState.FAILED, JobState.CANCELLED)
 
 
@@ -141,9 +142,7 @@ class Jobs:
                 verb, str(node), node, params={"tick": tick}, reason=Reason.SWEEP, actor="beat", expires_s=4 * every_s
             )
             lasts_s = max(30.0, 5 * every_s)
-            if self._registry.claim_sweep(
-                verb.value, node, job.job_id, tick=tick, every_s=every_s, ttl_s=lasts_s
-            ):
+            if self._registry.claim_sweep(verb.value, node, job.job_id, tick=tick, every_s=every_s, ttl_s=lasts_s):
                 self._registry.record([job])
                 self._send([job])
                 sent.append(job)
@@ -166,7 +165,7 @@ class Jobs:
         and sending it. A message too many is harmless: a job is done once. Sweeps are not worth it.
         """
         now = self._clock.now()
-        before, ahead = now - timedelta(seconds=older_than_s), now + timedelta(seconds=_AHEAD_S)
+        before, ahead = now - timedelta(seconds=older_than_s), now + timedelta(seconds=AHEAD_S)
         waiting = [
             job
             for job in self._registry.open_jobs(node)

@@ -28,7 +28,7 @@ from mvm.ports.network import HostNetwork
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import Snapshotting, VmmDriver
-from mvm.services.jobs import Jobs
+from mvm.services.jobs import AHEAD_S, Jobs
 from mvm.services.ledger import Ledger
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
@@ -108,12 +108,13 @@ class Orphans:
 
     def _left(self, own: Job) -> Sequence[Job]:
         """A message too many does no harm, so a job is sent again that may only just have lost its worker."""
-        due = self._clock.now() - timedelta(seconds=_LOST_S)
+        now = self._clock.now()
+        due, ahead = now - timedelta(seconds=_LOST_S), now + timedelta(seconds=AHEAD_S)
         open_jobs = [
             job
             for job in self._store.unfinished_jobs()
             if job.job_id != own.job_id
-            and (job.retry_at or job.started_at or due) <= due
+            and not due < (job.retry_at or job.started_at or due) <= ahead
             and self._locks.wait_free(f"job {job.job_id}", deadline_s=0)
         ]
         if not open_jobs:

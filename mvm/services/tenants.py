@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from mvm.domain.addressing import parse_net_id, parse_subnet
@@ -108,8 +108,8 @@ def _adopts(params: Mapping[str, Any], known: Tenant) -> bool:
 
 
 def _quota(base: Quota, changes: Mapping[str, int]) -> Quota:
-    unknown = sorted(set(changes) - set(asdict(base)))
+    unknown = sorted(set(changes) - set(base.to_dict()))
     if unknown:
         raise InvalidInput("tenant.invalid_quota", f"there is no quota {unknown[0]}",
-                           hint=f"allowed: {', '.join(asdict(base))}", field=unknown[0])  # fmt: skip
+                           hint=f"allowed: {', '.join(base.to_dict())}", field=unknown[0])  # fmt: skip
     return replace(base, **changes)

@@ -93,7 +93,7 @@ def tenant_view(store: NodeStore, tenant: Tenant) -> dict[str, Any]:
         "subnet": str(tenant.network.subnet),
         "gateway": str(tenant.network.gateway),
         "bridge": tenant.network.bridge,
-        "quota": asdict(tenant.quota),
+        "quota": tenant.quota.to_dict(),
         "usage": asdict(usage(store, tenant.id)),
         "secrets_epoch": tenant.secrets_epoch,
         "created_at": tenant.created_at.isoformat(),

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 import pytest
 
-from mvm.domain.ids import JobId
+from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb
+from mvm.drivers.locks import FileLocks
+from mvm.errors import MvmError
 from mvm.services.jobs import Jobs
 from tests.celery.conftest import NODES
 from tests.support.waiting import until
 
+POOL: list[tuple[JobVerb, str, dict[str, Any]]] = [
+    (JobVerb.TENANT_CREATE, "acme", {}),
+    (JobVerb.POOL_CREATE, "acme/web", {"flake_ref": "builtin:", "profile": "minimal", "start": "cold"}),
+    (JobVerb.POOL_BUILD, "acme/web", {}),
+    (JobVerb.INSTANCE_CREATE, "acme/web", {}),
+]
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(180)]
 
 
@@ -23,6 +35,14 @@ def ended(fleet: Jobs, *ids: JobId, deadline_s: float = 60) -> dict[JobId, Job]:
 
 def live(fleet: Jobs) -> None:
     until(lambda: all(fleet.is_node_live(node) for node in NODES), 60, "both workers' heartbeats")
+
+
+def answers(fleet: Jobs) -> bool:
+    try:
+        fleet.list()
+    except MvmError:
+        return False
+    return True
 
 
 def test_each_job_runs_on_its_own_node(celery_setup: Any, fleet: Jobs) -> None:
@@ -81,14 +101,7 @@ def test_a_broker_restart_is_survived(celery_setup: Any, fleet: Jobs) -> None:
     assert ended(fleet, before.job_id)[before.job_id].state is JobState.SUCCEEDED
     celery_setup.broker.restart()
 
-    def accepted() -> bool:
-        try:
-            fleet.list()
-        except Exception:  # noqa: BLE001
-            return False
-        return True
-
-    until(accepted, 60, "the broker is back")
+    until(lambda: answers(fleet), 60, "the broker is back")
     after = fleet.submit(JobVerb.TENANT_CREATE, "after", NODES[1], actor="test")
     assert ended(fleet, after.job_id)[after.job_id].state is JobState.SUCCEEDED
 
@@ -102,3 +115,71 @@ def test_a_job_for_a_dead_worker_waits_and_says_why(celery_setup: Any, fleet: Jo
     assert "no worker has taken it" in (fleet.diagnosis(job) or "")
     celery_setup.worker_cluster[1].container._container.start()
     assert ended(fleet, job.job_id)[job.job_id].state is JobState.SUCCEEDED
+
+
+@contextmanager
+def locked(worker: Any, name: str) -> Iterator[None]:
+    """Keeps a job of `worker` waiting in its middle for as long as this lasts."""
+    with FileLocks(worker.container.state_dir / "locks").hold(name, deadline_s=10):
+        yield
+
+
+def test_a_job_longer_than_the_visibility_timeout_is_delivered_once(celery_setup: Any, fleet: Jobs) -> None:
+    live(fleet)
+    worker = celery_setup.worker_cluster[0]
+    for verb, subject, params in POOL:
+        job = fleet.submit(verb, subject, NODES[0], params=params, actor="test")
+        done = ended(fleet, job.job_id)[job.job_id]
+        assert done.state is JobState.SUCCEEDED, done.error
+    ref = (done.result or {})["instances"][0]["ref"]
+    with locked(worker, f"instance {ref}"):
+        long = fleet.submit(JobVerb.INSTANCE_START, ref, NODES[0], actor="test")
+        until(lambda: fleet.job(long.job_id).state is JobState.RUNNING, 20, "it has begun")
+        began = monotonic()  # the timeout is 6 s, and looked at every 2
+        until(lambda: monotonic() - began > 14, 60, "twice the timeout has passed")
+    done = ended(fleet, long.job_id)[long.job_id]
+    assert (done.state, done.attempt, done.deaths) == (JobState.SUCCEEDED, 1, 0)
+    assert worker.logs().count(f"Task mvm.instance.start[{long.job_id}] received") == 1
+
+
+def test_a_partly_busy_worker_outlives_a_broker_restart(celery_setup: Any, fleet: Jobs) -> None:
+    """In kombu 5.7.0 it ends (see `guard_detached_channels`)."""
+    live(fleet)
+    worker = celery_setup.worker_cluster[0]
+    for verb, subject, params in POOL:
+        job = fleet.submit(verb, subject, NODES[0], params=params, actor="test")
+        done = ended(fleet, job.job_id)[job.job_id]
+    ref = (done.result or {})["instances"][0]["ref"]
+    with locked(worker, f"instance {ref}"):
+        busy = fleet.submit(JobVerb.INSTANCE_START, ref, NODES[0], actor="test")
+        until(lambda: fleet.job(busy.job_id).state is JobState.RUNNING, 20, "it has begun")
+        celery_setup.broker.restart()
+        until(lambda: answers(fleet), 20, "the broker is back")
+    done = ended(fleet, busy.job_id)[busy.job_id]
+    assert (done.state, done.deaths) == (JobState.SUCCEEDED, 0), "the same process, and once"
+    after = fleet.submit(JobVerb.TENANT_CREATE, "after", NODES[0], actor="test")
+    assert ended(fleet, after.job_id)[after.job_id].state is JobState.SUCCEEDED
+    assert worker.container._container.status == "running"
+
+
+def test_the_next_try_is_delivered_in_its_time(celery_setup: Any, fleet: Jobs) -> None:
+    live(fleet)
+    later = fleet.new(JobVerb.TENANT_CREATE, "later", NODES[0], actor="test")
+    later = later.with_(retry_at=later.submitted_at + timedelta(seconds=3))
+    fleet._registry.record([later])
+    fleet.send_again([later])
+    done = ended(fleet, later.job_id)[later.job_id]
+    assert done.state is JobState.SUCCEEDED
+    assert done.started_at is not None
+    assert done.started_at >= later.retry_at
+
+
+def test_what_a_dead_node_never_takes_expires_and_leaves_its_queue(celery_setup: Any, fleet: Jobs) -> None:
+    live(fleet)
+    dead = NodeId("n9")
+    job = fleet.submit(JobVerb.TENANT_CREATE, "late", dead, actor="test", expires_s=0.5)
+    kept = fleet.submit(JobVerb.TENANT_CREATE, "kept", dead, actor="test")
+    until(lambda: [late.job_id for late in fleet.expire()] == [job.job_id], 10, "it is late")
+    told = fleet.job(job.job_id)
+    assert (told.state, (told.error or {})["code"]) == (JobState.CANCELLED, "job.expired")
+    assert fleet.queued(dead) == {kept.job_id}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from datetime import timedelta
-from time import perf_counter
+from time import process_time
 
 import pytest
 from hypothesis import given
@@ -183,9 +183,9 @@ def test_any_change_of_bytes_is_found(at: int, data: st.DataObject) -> None:
 def test_ten_thousand_entries_are_verified_in_well_under_a_second() -> None:
     lines, head = written(10_000)
     data = b"".join(line + b"\n" for line in lines)
-    began = perf_counter()
+    began = process_time()
     verdict = verify([("1", data)], head)
-    took = perf_counter() - began
+    took = process_time() - began
     assert verdict == Verdict(10_000, head, ())
     assert took < 1, took
 

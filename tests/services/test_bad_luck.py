@@ -524,6 +524,19 @@ def test_an_urgent_wake_that_could_not_be_ended_is_taken_up_by_a_sweep(
     assert node.instance(ref).status is Status.RUNNING
 
 
+def test_a_job_left_while_the_clock_was_wrong_is_taken_up(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.clock.advance(3600)
+    left = node.services.jobs.new(V.INSTANCE_START, ref, NODE, actor="test")
+    running = left.with_(state=JobState.RUNNING, started_at=node.clock.now())
+    node.registry.record([running])
+    node.services.store.put_job(running)  # its worker died here, and Redis forgot the message
+    node.clock.advance(-3600)
+    assert node.sweep(V.SWEEP_ORPHANS)["sent_again"] == [str(left.job_id)]
+    assert node.services.jobs.job(left.job_id).state is JobState.SUCCEEDED
+
+
 def test_a_period_has_one_sweep_whoever_asks(node: Node) -> None:
     node.services.heartbeat.beat()
     (job,) = node.services.jobs.sweep(V.SWEEP_ORPHANS, every_s=60)

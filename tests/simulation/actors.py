@@ -56,8 +56,7 @@ class Actor:
         self.calls = 0
         self.left: int | None = None
         self.waits_for: Callable[[], bool] | None = None
-        self.doomed = False
-        self.done = False
+        self.alone = self.doomed = self.done = False
         self.result: object = None
         self.error: BaseException | None = None
         self.then: Callable[[], None] = lambda: None
@@ -70,9 +69,17 @@ class Actor:
         """Whether it would go on, if it were let."""
         return not self.done and (self.waits_for is None or self.doomed or self.waits_for())
 
-    def step(self, calls: int | None) -> None:
-        """Let it make `calls` more calls of its ports (None: as many as it will), until it waits or ends."""
+    def step(self, calls: int | None, *, alone: bool = False) -> None:
+        """Let it make `calls` more calls of its ports (None: as many as it will), until it waits or ends.
+
+        One that is `alone` at work has nobody to wait for, so it needs no thread of its own.
+        """
         thread = self._thread
+        if thread is None and calls is None and alone:
+            self.alone = True
+            self._run()
+            self._end()
+            return
         if thread is None:
             thread = self._thread = _Thread.idle.pop() if _Thread.idle else _Thread()
             thread.work = self._run
@@ -82,9 +89,12 @@ class Actor:
         if self.done:
             self._thread = None
             _Thread.idle.append(thread)
-            self.process.actors.remove(self)
-            if self.error is None or isinstance(self.error, MvmError):
-                self.then()
+            self._end()
+
+    def _end(self) -> None:
+        self.process.actors.remove(self)
+        if self.error is None or isinstance(self.error, MvmError):
+            self.then()
 
     def call(self, point: str) -> None:
         """It is about to call `point`: here it may stand still, or die."""

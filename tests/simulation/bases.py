@@ -41,14 +41,17 @@ class _Inline:
 
 
 def simulated() -> AbstractContextManager[object]:
-    """Within, the services start no threads and say nothing."""
+    """Within, the services start no threads and say nothing; what runs begin with is there, made by sound code."""
     stack = ExitStack()
-    stack.enter_context(patch("mvm.services.idle.ThreadPoolExecutor", _Inline))
+    for module in ("idle", "health"):
+        stack.enter_context(patch(f"mvm.services.{module}.ThreadPoolExecutor", _Inline))
     stack.enter_context(patch("mvm.services.urgent.Future", patched_future(lambda: _current[-1])))
     stack.enter_context(patch.object(Audit, "soon", lambda self: None))
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False)
     stack.callback(lambda: structlog.configure(**before))
+    for kind in range(KINDS):
+        _base(kind)
     return stack
 
 
@@ -84,8 +87,9 @@ def _base(kind: int) -> World:
     for tenant, most in (("acme", 3), ("bolt", 2)):
         _do(world, V.TENANT_CREATE, tenant, {"quota": {"max_running": most, "max_warm": 1, "max_pools": 3}})
     for pool, start in (("acme/web", "clone"), ("acme/jobs", "cold"), ("bolt/web", "clone")):
-        shape = {"flake_ref": "builtin:", "profile": "minimal", "start": start}
-        _do(world, V.POOL_CREATE, pool, {**shape, "sleep_policy": {"warm_after_s": 20, "sleep_after_s": 40, "min_running_s": 5}})
+        policy = {"warm_after_s": 20, "sleep_after_s": 40, "min_running_s": 5}
+        shape = {"flake_ref": "builtin:", "profile": "minimal", "start": start, "sleep_policy": policy}
+        _do(world, V.POOL_CREATE, pool, shape)
         if kind != 2 or pool == "acme/web":
             _do(world, V.POOL_BUILD, pool, {})
     _do(world, V.INSTANCE_CREATE, "acme/web", {"count": 1})

@@ -76,7 +76,7 @@ for _name in _CALLS:
 
 
 class SimQueue:
-    """ports/queue.py. A message is ready, or some worker has it; when it is taken and what becomes of it, events say."""
+    """ports/queue.py. A message is ready, or some worker has it; what becomes of it, events say."""
 
     def __init__(self, now: Callable[[], float], wall: Callable[[], datetime], call: Callable[[str], None]) -> None:
         self.call = call

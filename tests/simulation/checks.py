@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mvm.domain.ids import InstanceRef, JobId
+from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job, JobState
+from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.domain.planner import decide
 from mvm.domain.room import usage_of
@@ -95,22 +95,19 @@ def _jobs_known(world: World) -> Iterator[str]:
 
 
 def left_lying(world: World) -> list[str]:
-    """Who is killed leaves what it had taken to its successor: only a message that was really lost needs a sweep."""
+    """Who is killed leaves what it had taken to its successor: only a message that was really lost needs a sweep.
+
+    Not so the children of a bulk job: who is killed between taking the next one and sending it leaves that to a sweep.
+    """
     if world.forgot or world.was_full:
         return []
     known = world.registry.all_jobs()
+    mine = [known[job_id] for job_id in world.accepted if job_id in known and job_id not in world.lost]
     return [
-        f"job left lying: {known[job_id].verb} {known[job_id].subject} is {known[job_id].state} and has no message"
-        for job_id in world.accepted
-        if job_id in known and not known[job_id].state.final and not _waits(world, job_id)
+        f"job left lying: {job.verb} {job.subject} is {job.state} and has no message"
+        for job in mine
+        if not job.state.final and job.parent is None and job.verb is not JobVerb.BULK
     ]
-
-
-def _waits(world: World, job_id: JobId) -> bool:
-    """Whether a message of it, of one before it or of one of its children was lost."""
-    job = world.registry.all_jobs()[job_id]
-    family = [j.job_id for j in world.registry.all_jobs().values() if j.parent == (job.parent or job_id)]
-    return not world.lost.isdisjoint({job_id, *family})
 
 
 # --- once everything is quiet
@@ -189,6 +186,7 @@ def _agreement(world: World) -> Iterator[str]:
     for pool in world.store._pools:
         if world.registry._pools.get(pool) != NODE:
             yield f"stores disagree: the registry does not know where {pool} is"
+
 
 def _trails(world: World) -> Iterator[str]:
     for tenant_id in list(world.store._heads):

@@ -56,7 +56,7 @@ def settle(world: World) -> tuple[int, list[str]]:
     world.redis_down = False
     world.restart()
     _drain(world)
-    left = left_lying(world)
+    left = world.breaches or left_lying(world)
     if left:
         return 0, left
     # A person's word holds as long as it was given for, and a sweep that came from a clock that was ahead until then.
@@ -68,7 +68,11 @@ def settle(world: World) -> tuple[int, list[str]]:
     breaches: list[str] = []
     for number in range(1, ROUNDS + 1):
         world.pass_time(35.0)
-        for verb in (JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE):
+        sweeps = [JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE]
+        if any(machine.hung for machine in world.host.machines.values()):
+            sweeps.insert(0, JobVerb.SWEEP_HEALTH)
+        for verb in sweeps:
+            world.heartbeat()  # a sweep may have waited for silent guests
             world.jobs().sweep(verb, every_s=15.0)
             _drain(world)
         if world.breaches:
@@ -101,7 +105,7 @@ def _drain(world: World) -> None:
 
 
 def shrink(seed: int, events: Sequence[Event], fails: Callable[[Sequence[Event]], bool]) -> list[Event]:
-    """The fewest of `events` that still fail: pieces are left out, ever smaller ones, then what is left is made plain."""
+    """The fewest of `events` that still fail: ever smaller pieces are left out, then the rest is made plain."""
     left, size = list(events), max(1, len(events) // 2)
     while True:
         shorter = False

@@ -15,7 +15,7 @@ RUNS = 300
 NEAR = 150
 """Seeds that are looked through for a planted bug; the first of them has it, as long as runs mean what they do now."""
 FOUND_AT = {
-    "drop-the-lock": 1, "ack-early": 1, "forget-an-undo": 1, "count-ready-as-gone": 1, "compare-pid-only": 1,
+    "drop-the-lock": 240, "ack-early": 150, "forget-an-undo": 10, "count-ready-as-gone": 10, "compare-pid-only": 70,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.tenant import Quota
-from mvm.errors import Failed, MvmError, TimedOut, Unreachable
+from mvm.errors import Failed, MvmError, TimedOut
 from mvm.services.jobs import Jobs
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
@@ -28,10 +28,12 @@ NODE = NodeId("n1")
 HOLD_S = 60.0
 SETTINGS = Settings(
     state_dir=Path("/nonexistent"), node_id=NODE, driver="fake", parallel_boots=1024, orphan_grace_s=60,
-    manual_hold_s=HOLD_S, idleness_sweep_s=30,
+    manual_hold_s=HOLD_S, idleness_sweep_s=30, health_checks=2,
 )  # fmt: skip
 V = JobVerb
-SWEEPS = (V.SWEEP_STALE_PIDS, V.SWEEP_RECONCILE, V.SWEEP_ORPHANS, V.SWEEP_IDLENESS)
+SWEEPS = (
+    V.SWEEP_STALE_PIDS, V.SWEEP_RECONCILE, V.SWEEP_ORPHANS, V.SWEEP_IDLENESS, V.SWEEP_HEALTH, V.SWEEP_DISK,
+)  # fmt: skip
 _INSTANCE = (V.INSTANCE_START, V.INSTANCE_STOP, V.INSTANCE_WARM, V.INSTANCE_SLEEP, V.INSTANCE_WAKE, V.INSTANCE_DESTROY)
 _SCALING = (V.POOL_SCALE, V.NODE_RECONCILE, V.SWEEP_RECONCILE)
 _STARTABLE = (Status.CREATED, Status.READY, Status.STOPPED)
@@ -40,9 +42,9 @@ _FAULTS: Sequence[tuple[str, MvmError]] = (
     *((f"guest.{name}", TimedOut("guest.silent", "no answer")) for name in ("hello", "configure", "wake", "settle")),
     *((f"guest.{name}", Failed("guest.refused", "it says no")) for name in ("prepare_sleep", "shutdown", "configure")),
     *((f"vmm.{name}", Failed("vmm.failed", "it does not")) for name in ("boot", "clone", "restore", "save", "resume")),
-    ("vmm.clone", Failed("snapshot.damaged", "memory differs")), ("vmm.pause", Unreachable("vmm.gone", "ended")),
+    ("vmm.clone", Failed("snapshot.damaged", "memory differs")),
     ("vmm.kill", Failed("vmm.failed", "cannot be ended")), ("network.ensure_tap", Failed("network.failed", "no TAP")),
-    ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "it is")),
+    ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "is")),
     ("storage.fresh_overlay", Failed("storage.failed", "no overlay")), ("images.build", Failed("build.failed", "no")),
     ("packets.change", Failed("firewall.refused", "no such set")), ("vmm.put_secrets", Failed("vmm.failed", "no")),
 )  # fmt: skip
@@ -149,7 +151,8 @@ class World:
             return  # a template
         known = self.quotas.setdefault(ref.tenant, [self.store._tenants[ref.tenant].quota])
         limit = max(quota.max_running for quota in known)
-        running = sum(not m.paused for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows())
+        there = [m for r, m in self.host.machines.items() if r.tenant == ref.tenant and r in self.rows()]
+        running = sum(not machine.paused for machine in there)
         if running > limit:
             self.breach(f"quota breach: {running} VMMs of {ref.tenant} run, at most {limit} may")
 
@@ -189,7 +192,7 @@ class World:
             return
         self.current = actor
         try:
-            actor.step(calls)
+            actor.step(calls, alone=len(self.actors()) == 1)
         finally:
             self.current = None
         if not actor.done:
@@ -408,6 +411,7 @@ class World:
     def _do_beat(self, event: Event) -> str:
         verb = SWEEPS[event.pick % len(SWEEPS)]
         jobs = self.jobs()
+        self.heartbeat()
         self.outsider(f"beat: {verb}", lambda: jobs.sweep(verb, every_s=15.0), event.calls)
         return verb.value
 
