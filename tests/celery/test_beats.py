@@ -26,7 +26,7 @@ from tests.support.waiting import until
 SECONDS = float(os.environ.get("MVM_TEST_BEATS_S", "20"))
 REPORT = ROOT / "build" / "beats.txt"
 NODE = NODES[0]
-SWEEPS = [verb for verb in JobVerb if verb.is_sweep]
+SWEEPS = (JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE, JobVerb.SWEEP_IDLENESS)
 LONG_TICKS = 10  # without a sweep, on a busy machine
 PERIODS = {f"MVM_{name}_SWEEP_S": "1" for name in ("STALE_PID", "ORPHAN", "RECONCILE", "IDLENESS")}
 
@@ -62,7 +62,7 @@ def beats(tmp_path: Path, default_redis_broker: LocalRedis) -> Iterator[list[Loc
 
 def sweeps(fleet: Jobs) -> list[Job]:
     return sorted(
-        (job for job in fleet.list(subject=NODE, limit=1_000_000) if job.verb.is_sweep), key=lambda j: j.job_id
+        (job for job in fleet.list(subject=NODE, limit=1_000_000) if job.verb in SWEEPS), key=lambda j: j.job_id
     )
 
 
