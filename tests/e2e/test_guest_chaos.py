@@ -55,7 +55,7 @@ ASKS = {
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     # A person's word holds for a moment only: reconcile pulls the other way all the time.
-    with running_stack(MVM_MANUAL_HOLD_S="5", MVM_JOB_WORKER_DEATHS="20") as running:
+    with running_stack(MVM_MANUAL_HOLD_S="5", MVM_JOB_WORKER_DEATHS="100") as running:
         yield running
 
 

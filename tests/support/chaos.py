@@ -48,11 +48,15 @@ class Killer:
         return False
 
     def kill_ready(self, worker: str) -> bool:
-        """Kill a worker that has come up since it was killed last; one that never gets to work proves nothing."""
-        count = (self._stack.layout.logs / f"{worker}.log").read_text(errors="replace").count(" ready.")
-        if count <= self._ready[worker] or not self.kill(worker):
+        """Kill a worker that has come up since it was killed last, and has ended a job since.
+
+        A machine on which it takes longer to come up than to be killed again would never get anything done.
+        """
+        log = (self._stack.layout.logs / f"{worker}.log").read_text(errors="replace")
+        lives = log.split(" ready.")
+        if len(lives) <= self._ready[worker] + 1 or " succeeded in " not in lives[-1] or not self.kill(worker):
             return False
-        self._ready[worker] = count
+        self._ready[worker] = len(lives) - 1
         return True
 
     @contextmanager
