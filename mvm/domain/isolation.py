@@ -241,10 +241,10 @@ def calls(parties: Sequence[Party]) -> list[Call]:
         places = {f"{party.name} gateway": party.one.network.gateway, f"{party.name} {party.two.ip}": party.two.ip}
         guests = {name: guest.ip for name, guest in party.guests.items()}
         for name, ip in {**places, **guests}.items():
-            ping = f"ping -c 1 -W 3 {ip}"
+            ping = f"ping -c 1 -W 2 {ip}"
             found.append(Call("icmp", party.name, name, ping, f"icmp-{ip}"))
         for name, ip in guests.items():
-            ssh = f"nc -w 3 {ip} 22"
+            ssh = f"nc -w 2 {ip} 22"
             found.append(Call("tcp", party.name, name, ssh, f"tcp-{ip}"))
     return found
 

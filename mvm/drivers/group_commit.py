@@ -1,6 +1,6 @@
 """Commits of many threads reach the disk together.
 
-A disk takes milliseconds to say that something is on it. SQLite with ``synchronous = FULL`` asks it at each commit, and
+A disk takes milliseconds to say that something is on it. SQLite with ``synchronous = FULL`` asks at every commit, and
 lets no other writer begin meanwhile. With ``NORMAL`` it writes the commit into its write-ahead log and does not ask;
 then `GroupCommit.reached` asks once for all who wait.
 """

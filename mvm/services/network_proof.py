@@ -43,14 +43,15 @@ log = structlog.get_logger("mvm.network_proof")
 _SETTLE_S = 0.5  # what was not heard by then did not pass
 _PATIENCE_S = 5.0
 _GUESTS_AT_ONCE = 4
-_INSIDE_S = 60.0
+_INSIDE_S = 120.0
+_CALLS_AT_ONCE = 6  # more processes than that, and a small guest kills some for want of memory
 _TRIES = 3  # of what should pass: a guest on a busy host may be late
 _DONE = "done"  # a guest's last word
 _SCRIPT = """
 dir=/run/mvm/proof.$$
 mkdir $dir
-{{ {at_once}
-wait; }} 2>/dev/null
+{{ {calls}
+}} 2>/dev/null
 for file in $dir/*; do
 while read -r line; do case $line in {answers}) echo ${{file##*/}}; break ;; esac; done <$file
 done
@@ -179,9 +180,10 @@ class NetworkProof:
         if not tried:
             return set()
         instance = InstanceRef.parse(ref)
-        # One process for each call and none to judge it: there are many, and all guests are busy with theirs.
-        at_once = "\n".join(f"{call.command} </dev/null >$dir/{call.word} 2>&1 &" for call in tried)
-        command = _SCRIPT.format(at_once=at_once, answers=ANSWERS)
+        # One process for each call and none to judge it: all guests are busy with theirs.
+        starts = [f"{call.command} </dev/null >$dir/{call.word} 2>&1 &" for call in tried]
+        groups = [starts[at : at + _CALLS_AT_ONCE] for at in range(0, len(starts), _CALLS_AT_ONCE)]
+        command = _SCRIPT.format(calls="\n".join("\n".join([*group, "wait"]) for group in groups), answers=ANSWERS)
         done = self._guest.execute(instance, self._storage.directory(instance), command, deadline_s=_INSIDE_S)
         words = set(done.stdout.decode(errors="replace").split())
         if _DONE not in words:

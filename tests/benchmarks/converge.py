@@ -9,7 +9,7 @@ reading the same rows out of SQLite and decoding their JSON; that of the second 
 that its ratio is 1 when the cost grows linearly.
 
 ``plan_10k``: ``mvm agent reconcile --plan`` on the node's side: a document for 10,000 instances, all of which are
-stopped, from its bytes to the plan of 10,000 actions and its diff. Bar 5 s; the baseline is a pass with nothing to do.
+stopped, from its bytes to the plan of 10,000 actions and its diff. Bar 5 s; against a pass with nothing to do.
 """
 
 from __future__ import annotations
