@@ -6,6 +6,7 @@ failure. All failures are `Unreachable`; waiting for a reply is bounded.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ import hiredis
 
 from mvm.errors import Failed, InvalidInput, Unreachable
 
+_LOADS = "it still loads its data"
 _CONNECT_S = 0.9  # "down" must be known within a second
 
 
@@ -84,6 +86,8 @@ class RedisLink:
                 raise self._unreachable(again) from None
         for reply in replies:
             if isinstance(reply, hiredis.HiredisError):
+                if _loads(reply):
+                    raise self._unreachable(OSError(errno.EAGAIN, _LOADS)) from None
                 raise _refused("a command", reply)
         return replies
 
@@ -125,6 +129,8 @@ class RedisLink:
     def _hello(connection: _Connection, *words: str) -> None:
         (reply,) = connection.exchange(hiredis.pack_command(cast("Any", words)), 1, _CONNECT_S)
         if isinstance(reply, hiredis.HiredisError):
+            if _loads(reply):
+                raise OSError(errno.EAGAIN, _LOADS)
             raise _refused(words[0], reply)
 
     def _connect(self) -> socket.socket:
@@ -152,6 +158,11 @@ class RedisLink:
             self._code, f"Redis at {where} does not answer: {error.strerror or error}",
             hint="is the stack up? see: mvm status",
         )  # fmt: skip
+
+
+def _loads(reply: hiredis.HiredisError) -> bool:
+    """It was just started and is not there yet: nothing is wrong with what was asked."""
+    return str(reply).startswith("LOADING")
 
 
 def _refused(what: str, reply: hiredis.HiredisError) -> Failed:
