@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.drivers.stack import Stack
-from mvm.errors import Failed, NotAllowed, NotFound, Unreachable
+from mvm.errors import Failed, NotAllowed, NotFound, TimedOut, Unreachable
 from mvm.settings import Settings
 from mvm.wiring import Client, open_client
+
+_PATIENCE_S = 20.0
 
 
 def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None]) -> None:
@@ -33,14 +35,14 @@ def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None])
     stack.stop_part("beat")  # its reconcile would start again what stops here
     node = NodeId(facts["node_id"])
     actor = os.environ.get("SUDO_USER") or getpass.getuser()
-    _cancel_open_jobs(client, node, say)
+    _cancel_open_jobs(client, node, actor, say)
     answer = client.agents.call(facts["agent_address"], "instance.list", {"status": "running"}, deadline_s=10)
     refs = [str(row["ref"]) for row in answer["items"]]
     if not refs:
         return
     say(f"stopping {len(refs)} instances")
     parent = client.jobs.submit_bulk(JobVerb.INSTANCE_STOP, refs, lambda _: node, actor=actor, reason=Reason.SHUTDOWN)
-    [last] = [job for job in _finals(client, [parent.job_id]) if job.job_id == parent.job_id]
+    [last] = [job for job in _finals(client, node, actor, [parent.job_id]) if job.job_id == parent.job_id]
     if last.state is not JobState.SUCCEEDED:
         raise Failed(
             "instance.stop_failed", f"{last.progress.failed} of {len(refs)} instances could not be stopped",
@@ -48,7 +50,7 @@ def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None])
         )  # fmt: skip
 
 
-def _cancel_open_jobs(client: Client, node: NodeId, say: Callable[[str], None]) -> None:
+def _cancel_open_jobs(client: Client, node: NodeId, actor: str, say: Callable[[str], None]) -> None:
     """No job of the node is queued or running any more; one that ends may have asked for others."""
     while jobs := client.registry.open_jobs(node):
         say(f"cancelling {len(jobs)} jobs")
@@ -57,8 +59,13 @@ def _cancel_open_jobs(client: Client, node: NodeId, say: Callable[[str], None]) 
                 client.jobs.cancel(job.job_id)
             except (NotAllowed, NotFound):  # it has ended meanwhile
                 continue
-        _finals(client, [job.job_id for job in jobs])
+        _finals(client, node, actor, [job.job_id for job in jobs])
 
 
-def _finals(client: Client, ids: Sequence[JobId]) -> list[Job]:
-    return [job for job in client.jobs.follow(ids) if job.state.final]
+def _finals(client: Client, node: NodeId, actor: str, ids: Sequence[JobId]) -> list[Job]:
+    """The jobs once they have ended. Who helps on what a killed worker left is a sweep, and Beat asks for none now."""
+    while True:
+        try:
+            return [job for job in client.jobs.follow(ids, deadline_s=_PATIENCE_S) if job.state.final]
+        except TimedOut:
+            client.jobs.submit(JobVerb.SWEEP_ORPHANS, str(node), node, actor=actor, reason=Reason.SHUTDOWN)

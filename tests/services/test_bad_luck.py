@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mvm.cli import stop_all
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status
@@ -466,6 +468,26 @@ def test_a_job_cancelled_in_the_moment_it_begins_is_not_done(node: Node, monkeyp
     assert known is not None
     assert known.state is JobState.CANCELLED
     assert node.instance(ref).status is Status.READY
+
+
+def test_going_down_helps_on_what_was_lost_though_beat_has_stopped(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pool()
+    (ref,) = node.create()
+    lost = node.services.jobs.new(V.INSTANCE_START, ref, NODE, actor="test")
+    node.registry.record([lost])  # its sender died here
+    submit = node.services.jobs.submit
+
+    def asked(*words: Any, **more: Any) -> Job:
+        job = submit(*words, **more)
+        node.clock.advance(31)
+        node.drain()
+        return job
+
+    monkeypatch.setattr(stop_all, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(node.services.jobs, "submit", asked)
+    client: Any = SimpleNamespace(jobs=node.services.jobs)
+    (final,) = stop_all._finals(client, NODE, "test", [lost.job_id])
+    assert (final.job_id, final.state) == (lost.job_id, JobState.SUCCEEDED)
 
 
 def test_a_job_lost_while_the_clock_was_wrong_is_sent_again(node: Node) -> None:
