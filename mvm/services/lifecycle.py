@@ -258,9 +258,9 @@ class Lifecycle:
             except Fenced:
                 raise
             except Exception as error:
+                context.check_lease()
                 if context.unrecorded:  # the row is not true: its mark stays, by which `Recovery` brings it to rest
                     raise
-                context.check_lease()
                 failed = self._store.instance(ref)
                 kept = failed.last_error if isinstance(error, Cancelled) else _reason(error)
                 self._store.save_instance(replace(failed, in_flight=None, last_error=kept, manual_override_until=None))

@@ -199,7 +199,10 @@ def run(
     clock: Clock, probing: Probing, wires: Mapping[str, Wire], wanted: Sequence[Probe], *, settle_s: float = _SETTLE_S,
     patience_s: float = _PATIENCE_S,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Send everything, then listen: until all that is wanted was heard, and long enough for what is not."""
+    """Send everything, then listen: until all that is wanted was heard, and long enough for what is not.
+
+    What should pass is sent again after a while: a bridge forwards nothing while it takes a port up.
+    """
     seen: set[int] = set()
     waiting: dict[str, list[int]] = {}
     for number, probe in enumerate(wanted):
@@ -208,7 +211,12 @@ def run(
         wires[probe.source].send(probe.frame)
     began = clock.monotonic()
     missing = {number for number, probe in enumerate(wanted) if probe.wanted}
+    sent = 0.0
     while (passed := clock.monotonic() - began) < patience_s and (missing - seen or passed < settle_s):
+        if passed - sent >= patience_s / 5:
+            sent = passed
+            for number in missing - seen:
+                wires[wanted[number].source].send(wanted[number].frame)
         probing.wait([wires[at] for at in waiting], settle_s / 5)
         for at, numbers in waiting.items():
             for frame in wires[at].heard():
