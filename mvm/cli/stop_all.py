@@ -63,9 +63,11 @@ def _cancel_open_jobs(client: Client, node: NodeId, actor: str, say: Callable[[s
 
 
 def _finals(client: Client, node: NodeId, actor: str, ids: Sequence[JobId]) -> list[Job]:
-    """The jobs once they have ended. Who helps on what a killed worker left is a sweep, and Beat asks for none now."""
+    """The jobs once they have ended. Sweeps help on what a killed worker left, and Beat asks for none now."""
     while True:
         try:
             return [job for job in client.jobs.follow(ids, deadline_s=_PATIENCE_S) if job.state.final]
         except TimedOut:
-            client.jobs.submit(JobVerb.SWEEP_ORPHANS, str(node), node, actor=actor, reason=Reason.SHUTDOWN)
+            client.jobs.expire()
+            for sweep in (JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS):  # tell of ends; send again what was lost
+                client.jobs.submit(sweep, str(node), node, actor=actor, reason=Reason.SHUTDOWN)

@@ -478,8 +478,8 @@ def test_going_down_helps_on_what_was_lost_though_beat_has_stopped(node: Node, m
     submit = node.services.jobs.submit
 
     def asked(*words: Any, **more: Any) -> Job:
-        job = submit(*words, **more)
         node.clock.advance(31)
+        job = submit(*words, **more)
         node.drain()
         return job
 
