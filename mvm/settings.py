@@ -199,7 +199,7 @@ def load_settings(**overrides: object) -> Settings:
                 hint=f"in the file named by MVM_CONFIG; known are: {', '.join(Settings.model_fields)}", field=name,
             ) from None  # fmt: skip
         raise InvalidInput(
-            "settings.invalid", f"setting {name}: {first['msg']}",
+            "settings.invalid", f"setting {name}: {first['msg'].removeprefix('Value error, ')}",
             hint=f"set by MVM_{name.upper()} or in the file named by MVM_CONFIG", field=name,
         ) from None  # fmt: skip
     _ = settings.node  # an unusable id is refused here, not later

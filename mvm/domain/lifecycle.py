@@ -21,6 +21,10 @@ class Status(StrEnum):
     DESTROYED = "destroyed"
 
 
+UP = (Status.RUNNING, Status.WARM)
+"""Those with a VMM."""
+
+
 class Verb(StrEnum):
     """What can be asked of an instance."""
 

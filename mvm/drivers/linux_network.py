@@ -180,7 +180,9 @@ def _is_tap(link: Mapping[str, Any]) -> bool:
     """One of ours: it belongs to the user of the place that it is named after."""
     info, uid = link.get("linkinfo", {}), tap_uid(link["ifname"])
     data = info.get("info_data", {})
-    return bool(info.get("info_kind") == "tun" and data.get("type") == "tap" and data.get("user") == uid is not None)
+    return bool(
+        info.get("info_kind") == "tun" and data.get("type") == "tap" and uid is not None and data.get("user") == uid
+    )
 
 
 def _must_be(kind: Callable[[Mapping[str, Any]], bool], name: str, links: Links) -> None:

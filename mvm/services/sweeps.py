@@ -10,7 +10,7 @@ import structlog
 from mvm.domain.findings import StalePid, StalePidResult
 from mvm.domain.ids import NodeId
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import Status
+from mvm.domain.lifecycle import UP
 from mvm.errors import TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.locks import Locks
@@ -27,8 +27,6 @@ from mvm.services.secrets import TenantSecrets
 log = structlog.get_logger("mvm.sweeps")
 
 _CONSOLE_BYTES = 1 << 20  # of a running guest's console that are kept
-
-_UP = (Status.RUNNING, Status.WARM)
 
 
 def alone(locks: Locks, handler: Handler) -> Handler:
@@ -70,7 +68,7 @@ class StalePids:
         context.step("compare processes", 0, 1)
         gone = []
         for instance in self._store.instances():
-            if instance.status not in _UP or instance.in_flight:
+            if instance.status not in UP or instance.in_flight:
                 continue
             if self._vmm.observe(instance.ref, instance.process) is not Presence.ABSENT:
                 self._vmm.trim_console(self._storage.directory(instance.ref), keep=_CONSOLE_BYTES)

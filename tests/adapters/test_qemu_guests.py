@@ -313,6 +313,30 @@ def test_clients_killed_while_the_guest_boots_disturb_nobody(host: QemuHost, own
     assert host.guest.hello(own.ref, own.directory, deadline_s=BOOT_S).version == guest.PROTOCOL_VERSION
 
 
+def test_clients_of_the_clock_that_were_killed_do_no_harm(host: QemuHost, own: BootSpec) -> None:
+    process = host.running(own)
+    long_ago = guest.MOMENT.pack(bytes(guest.ENTROPY_BYTES), 10**9, 0, b"longgone")
+    for paused in (False, True):
+        if paused:
+            host.vmm.pause(own.ref, process)
+        for left in (long_ago[:7], long_ago, long_ago * 2 + long_ago[:-1]):
+            with _client(own, guest.CLOCK) as client:
+                client.sendall(left)
+        if paused:
+            host.vmm.resume(own.ref, process)
+        now = datetime.now(UTC)
+        host.guest.wake(own.ref, own.directory, now=now, entropy=os.urandom(64), secrets=False, deadline_s=ANSWER_S)
+        told = float(execute(host, own, "date +%s").stdout)
+        assert 0 <= told + 1 - now.timestamp() < ANSWER_S, f"paused: {paused}"
+
+
+def test_who_tells_the_guest_the_time_finds_its_program_again(host: QemuHost, shared: BootSpec) -> None:
+    execute(host, shared, "kill -9 $(pidof moment)")
+    host.guest.wake(
+        shared.ref, shared.directory, now=datetime.now(UTC), entropy=os.urandom(64), secrets=False, deadline_s=ANSWER_S
+    )
+
+
 # --- the VMM's process
 _STARTER = """
 import os, pickle, signal, sys
