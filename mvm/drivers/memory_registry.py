@@ -263,8 +263,10 @@ class MemoryRegistry:
     def expire(self, job: Job) -> None:
         """See ports/registry.py."""
         with self._changed:
-            self._cancels.add(job.job_id)
-        self.update(job)
+            known = self._jobs.get(job.job_id)
+            if known is None or known.state is JobState.QUEUED:
+                self._cancels.add(job.job_id)
+                self.update(job)
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:
         """See ports/registry.py."""

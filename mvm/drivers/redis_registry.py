@@ -191,10 +191,14 @@ class RedisRegistry:
 
     def update(self, job: Job) -> Job | None:
         """See ports/registry.py."""
+        return self._update(job)
+
+    def _update(self, job: Job, *, only_queued: bool = False) -> Job | None:
         keep_s = _KEEP_SWEEP_S if job.verb.is_sweep else _KEEP_JOB_S
         ended = self._link.command(
             "EVAL", UPDATE_JOB, 0, job.job_id, json.dumps(job.to_dict()), job.state, int(job.state.final),
             job.node_id, job.parent or "", datetime.now(UTC).isoformat(), keep_s,
+            int(only_queued),
         )  # fmt: skip
         return Job.from_dict(json.loads(ended)) if ended else None
 
@@ -227,10 +231,10 @@ class RedisRegistry:
         return self.job(job_id) or job
 
     def _cancel_one(self, job: Job) -> None:
-        """Flag first, then the state: a worker that takes it in between sees the flag."""
+        """Flag first, then the state: a worker that takes it in between sees the flag, and it is the worker's then."""
         self._link.command("SET", f"mvm:cancel:{job.job_id}", 1, "EX", _KEEP_JOB_S)
         if job.state is JobState.QUEUED:
-            self.update(job.with_(state=JobState.CANCELLED, finished_at=datetime.now(UTC)))
+            self._update(job.with_(state=JobState.CANCELLED, finished_at=datetime.now(UTC)), only_queued=True)
 
     def cancel_requested(self, job_id: JobId) -> bool:
         """See ports/registry.py."""
@@ -244,8 +248,7 @@ class RedisRegistry:
 
     def expire(self, job: Job) -> None:
         """See ports/registry.py."""
-        self._link.command("SET", f"mvm:cancel:{job.job_id}", 1, "EX", _KEEP_JOB_S)
-        self.update(job)
+        self._update(job, only_queued=True)
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:
         """See ports/registry.py."""

@@ -27,13 +27,18 @@ redis.call('HSET', 'mvm:tenants', ARGV[1], ARGV[2])
 return 'ok'
 """
 
-# ARGV: job id, record, state, "1" if final, node, parent or "", now (ISO), seconds to keep a final job
+# ARGV: job id, record, state, "1" if final, node, parent or "", now (ISO), seconds to keep a final job, "1" if only a
+# job that is still queued ends so, and whoever takes it later finds that somebody asked it to
 # Returns the parent's record when this update ended it, "" when nothing else ended, false when dropped.
 UPDATE_JOB = """
 local key = 'mvm:job:' .. ARGV[1]
 local known = redis.call('GET', key)
 local function final(state) return state == 'succeeded' or state == 'failed' or state == 'cancelled' end
 if known and final(cjson.decode(known).state) then return false end
+if ARGV[9] == '1' then
+  if known and cjson.decode(known).state ~= 'queued' then return false end
+  redis.call('SET', 'mvm:cancel:' .. ARGV[1], 1, 'EX', ARGV[8])
+end
 local function announce(id)
   redis.call('XADD', 'mvm:events:' .. id, 'MAXLEN', '~', 32, '*', 'c', '1')
   redis.call('EXPIRE', 'mvm:events:' .. id, ARGV[8])

@@ -134,7 +134,10 @@ class Registry(Protocol):
         ...
 
     def expire(self, job: Job) -> None:
-        """`job` ends so, cancelled; a message of it that comes later finds it so, as after `request_cancel`."""
+        """`job` ends so, cancelled; a message of it that comes later finds it so, as after `request_cancel`.
+
+        Nothing happens if it is not queued any more.
+        """
         ...
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from threading import Event, Thread
 
 import pytest
 
 from mvm.domain.ids import JobId, NodeId
-from mvm.domain.job import Job, JobState, Lane, Progress
+from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress
+from mvm.drivers.redis_link import RedisLink
+from mvm.drivers.redis_registry import RedisRegistry
 from mvm.errors import NotAllowed, NotFound, TimedOut
 from mvm.ports.registry import Registry
 from tests.support.make import ACME, NODE, START, WEB, bulk, ended, job
+from tests.support.redis_server import RedisServer
 
 FINAL = [state for state in JobState if state.final]
 
@@ -318,6 +322,46 @@ def test_a_held_child_that_was_cancelled_is_passed_over(registry: Registry) -> N
     assert list(registry.next_children(parent.job_id)) == [], "the first child is still under way"
     registry.update(ended(children[0]))
     assert list(registry.next_children(parent.job_id)) == [children[2]]
+
+
+def test_a_job_that_was_taken_meanwhile_does_not_expire(registry: Registry) -> None:
+    made = job()
+    registry.record([made])
+    registry.update(made.with_(state=JobState.RUNNING))
+    registry.expire(ended(made, JobState.CANCELLED))
+    assert _state(registry, made.job_id) is JobState.RUNNING
+    assert not registry.cancel_requested(made.job_id)
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_job_that_is_taken_while_it_is_cancelled_is_its_workers_to_end(
+    redis_server: RedisServer, alone: bool
+) -> None:
+    """Else it would be told cancelled, and be done: who cancels many jobs has looked at them a while ago."""
+
+    class Slow(RedisRegistry):
+        def job(self, job_id: JobId) -> Job | None:
+            return self._and_then_taken([super().job(job_id)])[0]
+
+        def children(self, parent: JobId) -> Sequence[Job]:
+            return [each for each in self._and_then_taken(super().children(parent)) if each]
+
+        def _and_then_taken(self, seen: Sequence[Job | None]) -> Sequence[Job | None]:
+            for each in seen:
+                if each and each.verb is not JobVerb.BULK and each.state is JobState.QUEUED:
+                    self.update(each.with_(state=JobState.RUNNING))
+            return seen
+
+    with closing(RedisLink(redis_server.url, code="registry.unreachable")) as link:
+        registry = Slow(link)
+        parent, children = bulk(2)
+        registry.record([parent, *children])
+        registry.request_cancel(children[0].job_id if alone else parent.job_id)
+        assert registry.cancel_requested(children[0].job_id), "the worker ends it at its next step"
+        assert _state(registry, children[0].job_id) is JobState.RUNNING
+        registry.update(ended(children[0]))
+        assert _state(registry, children[0].job_id) is JobState.SUCCEEDED, "there was no next step"
 
 
 # --- following
