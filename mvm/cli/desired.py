@@ -50,18 +50,22 @@ def show_plan(answer: Mapping[str, Any], output: str) -> None:
 
 
 def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: bool) -> None:
-    """Follow pass after pass until one has nothing to do; the first failure ends it. Beat's sweeps go on anyway."""
+    """Follow pass after pass until one has nothing to do and nothing under way; the first failure ends it.
+
+    Beat's sweeps go on anyway: what they or somebody else's pass asked for is waited for likewise.
+    """
     end = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
     done, job_id = 0, first
     for rounds in range(_MOST_ROUNDS):
         final = _ended(fleet, job_id, end)
         result = final.result or {}
-        if not result.get("jobs"):
+        asked = [*result.get("under_way", ()), *([result["bulk"]] if result.get("jobs") else [])]
+        if not asked:
             return _show(output, rounds, done, result)
-        bulk = _ended(fleet, JobId(result["bulk"]), end, within=True)
-        failures = [
-            error_of(child) for child in fleet.jobs.children(bulk.job_id) if child.state is not JobState.SUCCEEDED
-        ]
+        for bulk in asked:
+            _ended(fleet, JobId(bulk), end, within=True)
+        children = [child for bulk in asked for child in fleet.jobs.children(JobId(bulk))]
+        failures = [error_of(child) for child in children if child.state is not JobState.SUCCEEDED]
         if failures:
             show_and_exit(failures)
         done += result["jobs"]

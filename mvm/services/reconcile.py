@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -87,7 +87,9 @@ class Reconcile:
 
     def observe(self) -> Observed:
         """What there is. Jobs that wait in a queue count as in flight."""
-        open_jobs = self._registry.open_jobs(self._node_id)
+        return self._observe(self._registry.open_jobs(self._node_id))
+
+    def _observe(self, open_jobs: Sequence[Job]) -> Observed:
         queued = {job.subject: InFlight(job.job_id, _VERBS[job.verb]) for job in open_jobs if job.verb in _VERBS}
         instances = self._store.instances()
         return Observed(
@@ -104,13 +106,15 @@ class Reconcile:
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
         """One pass over this node; with ``params.prune`` also over what the document does not list.
 
-        With ``params.expect`` it is only done when it is the plan with that fingerprint.
+        With ``params.expect`` it is only done when it is the plan with that fingerprint. What earlier passes asked for
+        and is not done yet is told as ``under_way``: whoever waits until nothing is left to do waits for that too.
         """
         desired = self.desired()
         if context.job.params.get("prune"):
             desired = replace(desired, prune_unknown_tenants=True, prune_unknown_pools=True)
         with self._locks.hold("reconcile", deadline_s=_LOCK_S):
-            plan = Plan.make(replace(desired, generation=None), self.observe())
+            open_jobs = self._registry.open_jobs(self._node_id)
+            plan = Plan.make(replace(desired, generation=None), self._observe(open_jobs))
             if expect := context.job.params.get("expect"):
                 plan.check_current(expect)
             now = ready(plan.actions)
@@ -124,6 +128,7 @@ class Reconcile:
         return {
             "changed": bool(asked), "bulk": group.job_id if group else None, "jobs": len(asked),
             "waiting": len(plan.actions) - len(now),
+            "under_way": [j.job_id for j in open_jobs if j.verb is JobVerb.BULK and j.reason is Reason.RECONCILE],
             "remarks": [f"{subject}: {remark}" for subject, remark in (*notes, *plan.remarks)],
             "pools": sorted({str(scope(action)) for action in now}),
         }  # fmt: skip

@@ -77,6 +77,24 @@ def test_the_sweep_goes_on_with_what_was_accepted(mvm: CommandLine, node: Node, 
     assert statuses(node) == {"running": 2}
 
 
+def test_what_another_pass_asked_for_is_waited_for(mvm: CommandLine, node: Node, file: Path) -> None:
+    """A sweep between a document's acceptance and its first pass asks for all of it; that is not yet done."""
+    _, job = node.services.view.desired_apply(file.read_bytes(), prune=False, expect=None, actor="another")
+    node.services.runner.run(job)
+    assert "nothing more to do" in mvm.ok("agent", "reconcile", "--desired", str(file))
+    assert statuses(node) == {"running": 2}
+
+
+def test_what_another_pass_asked_for_in_vain_is_told(mvm: CommandLine, node: Node, file: Path) -> None:
+    node.ok(JobVerb.TENANT_CREATE, "gone", net_id=7)
+    node.ok(JobVerb.TENANT_DESTROY, "gone")  # net ids are never given twice
+    _, job = node.services.view.desired_apply(file.read_bytes(), prune=False, expect=None, actor="another")
+    node.services.runner.run(job)
+    result = mvm("agent", "reconcile", "--desired", str(file))
+    assert result.exit_code == 4
+    assert "error[tenant.net_id_used]" in result.stderr
+
+
 def test_counts_images_and_rules_change(mvm: CommandLine, node: Node, file: Path) -> None:
     words = ("agent", "reconcile", "--desired", str(file))
     mvm.ok(*words)
