@@ -11,7 +11,7 @@ from mvm.domain.job import Lane
 from mvm.drivers.celery_queue import PRIORITY_SEPARATOR, PRIORITY_STEPS
 from mvm.ports.queue import node_queue
 from mvm.settings import load_settings
-from workers.delivery import guard_detached_channels, install_steps
+from workers.delivery import guard_detached_channels, install_steps, keep_clients
 
 settings = load_settings()
 role = os.environ.get("MVM_WORKER_ROLE", "main")
@@ -58,4 +58,5 @@ app.conf.update(
     worker_redirect_stdouts=False,
 )  # fmt: skip
 guard_detached_channels()
+keep_clients()
 install_steps(app)
