@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,6 +53,16 @@ INSERT INTO jobs VALUES (?1, ?2, ?3) ON CONFLICT (id) DO UPDATE SET final = ?2, 
 WHERE final = 0 AND coalesce(doc ->> 'attempt', 0) + coalesce(doc ->> 'deaths', 0) <= ?4
 """
 _BUSY_MS = 10_000
+
+
+@lru_cache(256)  # every job's end asks for its tenant's or its pool's
+def _tenant(doc: str) -> Tenant:
+    return Tenant.from_dict(json.loads(doc))
+
+
+@lru_cache(256)
+def _pool(doc: str) -> WorkerPool:
+    return WorkerPool.from_dict(json.loads(doc))
 
 
 class SqliteStore:
@@ -157,7 +168,7 @@ class SqliteStore:
         rows = self._rows("SELECT doc FROM tenants WHERE id = ?", tenant)
         if not rows:
             raise not_found("tenant", tenant)
-        return Tenant.from_dict(json.loads(rows[0][0]))
+        return _tenant(rows[0][0])
 
     def put_tenant(self, tenant: Tenant) -> None:
         """See ports/store.py."""
@@ -184,7 +195,7 @@ class SqliteStore:
         rows = self._rows("SELECT doc FROM pools WHERE ref = ?", str(ref))
         if not rows:
             raise not_found("pool", ref)
-        return WorkerPool.from_dict(json.loads(rows[0][0]))
+        return _pool(rows[0][0])
 
     def put_pool(self, pool: WorkerPool) -> None:
         """See ports/store.py."""
