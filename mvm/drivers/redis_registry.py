@@ -129,7 +129,7 @@ class RedisRegistry:
         commands: list[Sequence[str | int]] = []
         for job in jobs:
             commands += [
-                ("SET", f"mvm:job:{job.job_id}", json.dumps(job.to_dict()), "EX", 4 * _KEEP_JOB_S),
+                ("SET", f"mvm:job:{job.job_id}", job.to_json(), "EX", 4 * _KEEP_JOB_S),
                 (
                     "ZADD",
                     "mvm:sweeps" if job.verb.is_sweep else "mvm:jobs",
@@ -301,7 +301,7 @@ class RedisRegistry:
 
 def _update(job: Job) -> Sequence[str | int]:
     return (
-        "EVAL", UPDATE_JOB, 0, job.job_id, json.dumps(job.to_dict()), job.state, int(job.state.final),
+        "EVAL", UPDATE_JOB, 0, job.job_id, job.to_json(), job.state, int(job.state.final),
         job.node_id, job.parent or "", datetime.now(UTC).isoformat(),
         _KEEP_SWEEP_S if job.verb.is_sweep else _KEEP_JOB_S,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """``enqueue.*`` and ``execute.*``: jobs per second, against Celery by itself with the same settings.
 
 ``enqueue.single``: 10,000 jobs that `Jobs.submit` records and sends one by one, against ``send_task`` of the same name,
-arguments, priority and expiry, which records nothing. Bar 0.7 of its rate. ``enqueue.bulk``: one bulk job with 10,000 children
-by `Jobs.submit_bulk`, against ``send_task`` 10,000 times within kombu's ``Producer.batch``. Bar 0.9.
+arguments, priority and expiry, which records nothing. Bar 0.7 of its rate. ``enqueue.bulk``: one bulk job with 10,000
+children by `Jobs.submit_bulk`, against ``send_task`` 10,000 times within kombu's ``Producer.batch``. Bar 0.9.
 
 ``execute.noop``: jobs whose handler does nothing, through all that makes them jobs (records, locks, cancelling, audit
 trail, registry, metrics), against a Celery task that does nothing. Bar 0.5. ``execute.wake``: ``instance.warm`` and
