@@ -318,9 +318,7 @@ class SqliteStore:
     def put_job(self, job: Job) -> None:
         """See ports/store.py."""
         # One that is not final goes to the disk with the next write: a commit is mostly waiting for that.
-        written = self._write(
-            _PUT_JOB, job.job_id, job.state.final, job.to_json(), job.run, durable=job.state.final
-        )
+        written = self._write(_PUT_JOB, job.job_id, job.state.final, job.to_json(), job.run, durable=job.state.final)
         if not written:
             raise Fenced("job.taken_over", f"job {job.job_id} was taken over by another worker",
                          hint=f"see: mvm job show {job.job_id}", subject=job.job_id)  # fmt: skip
