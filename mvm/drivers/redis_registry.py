@@ -129,7 +129,7 @@ class RedisRegistry:
         commands: list[Sequence[str | int]] = []
         for job in jobs:
             commands += [
-                ("SET", f"mvm:job:{job.job_id}", json.dumps(job.to_dict()), "EX", 4 * _KEEP_JOB_S),
+                ("SET", f"mvm:job:{job.job_id}", job.to_json(), "EX", 4 * _KEEP_JOB_S),
                 (
                     "ZADD",
                     "mvm:sweeps" if job.verb.is_sweep else "mvm:jobs",
@@ -191,12 +191,12 @@ class RedisRegistry:
 
     def update(self, job: Job) -> Job | None:
         """See ports/registry.py."""
-        keep_s = _KEEP_SWEEP_S if job.verb.is_sweep else _KEEP_JOB_S
-        ended = self._link.command(
-            "EVAL", UPDATE_JOB, 0, job.job_id, json.dumps(job.to_dict()), job.state, int(job.state.final),
-            job.node_id, job.parent or "", datetime.now(UTC).isoformat(), keep_s,
-        )  # fmt: skip
+        ended = self._link.command(*_update(job))
         return Job.from_dict(json.loads(ended)) if ended else None
+
+    def update_and_ask(self, job: Job) -> bool:
+        """See ports/registry.py."""
+        return bool(self._link.pipeline([_update(job), ("EXISTS", f"mvm:cancel:{job.job_id}")])[1])
 
     def next_children(self, parent: JobId) -> Sequence[Job]:
         """See ports/registry.py."""
@@ -297,3 +297,11 @@ class RedisRegistry:
     def release_sweep(self, verb: str, node: NodeId, job: JobId) -> None:
         """See ports/registry.py."""
         self._link.command("EVAL", RELEASE, 0, f"mvm:sweep:{verb}:{node}", job)
+
+
+def _update(job: Job) -> Sequence[str | int]:
+    return (
+        "EVAL", UPDATE_JOB, 0, job.job_id, job.to_json(), job.state, int(job.state.final),
+        job.node_id, job.parent or "", datetime.now(UTC).isoformat(),
+        _KEEP_SWEEP_S if job.verb.is_sweep else _KEEP_JOB_S,
+    )  # fmt: skip
