@@ -47,7 +47,7 @@ class Observed:
     """What a node has. Instances have their queued jobs marked as in flight.
 
     `jobs` are those that are queued or run for tenants and pools: what is changing is left alone until it has changed.
-    `unhealthy` are running instances whose guests are not well.
+    `unhealthy` are instances, running or warm, whose guests are not well.
     """
 
     now: datetime

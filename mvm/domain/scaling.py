@@ -137,7 +137,7 @@ class _Scaling:
             lands = each.lands_on
             if each.in_flight is None:
                 self.free[each.ref] = each
-                if each.status is Status.RUNNING and each.ref in self.unhealthy and not self.need.pinned:
+                if each.ref in self.unhealthy and not self.need.pinned:
                     sick.append(each)
                     continue
             elif lands in _STARTABLE:
@@ -210,7 +210,7 @@ class _Scaling:
 
     def _is_failed(self, instance: Instance) -> bool:
         down = instance.status in _STARTABLE and instance.last_error is not None
-        return down or (instance.status is Status.RUNNING and instance.ref in self.unhealthy)
+        return down or instance.ref in self.unhealthy
 
     def _start(self) -> None:
         """Start and create what is missing in all."""
