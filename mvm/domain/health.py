@@ -29,7 +29,7 @@ class Health:
         return Health(run, self.misses + 1, self.since, reason)
 
     def why_ill(self, instance: Instance, limit: int) -> str | None:
-        """Why `instance` counts as not well: it is up, and `limit` checks of this run have failed. None: it does not."""
+        """Why `instance` counts as not well: it is up, and `limit` checks of this run have failed; or None."""
         ill = instance.status in UP and self.run == instance.run and self.misses >= limit
         return f"{self.reason}, in {self.misses} checks in a row since {self.since}" if ill else None
 

@@ -42,22 +42,28 @@ class GuestHealth:
         self._answer_s = answer_s
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
-        """Check all that run and have no job; a note is written only of those that are, or were, not well."""
+        """Check all that are up and have no job; a note is written only of those that are, or were, not well.
+
+        A warm one stands still: of it is only seen whether it has its network.
+        """
         context.step("ask guests", 0, 1)
-        asked = [i for i in self._store.instances() if i.status is Status.RUNNING and i.in_flight is None]
+        there = [i for i in self._store.instances() if i.status in UP and i.in_flight is None]
+        asked = [i for i in there if i.status is Status.RUNNING]
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="health") as threads:
             reasons = dict(zip((i.ref for i in asked), threads.map(self._why, asked), strict=True))
         taps = self._network.taps()
         networks = {tenant.id: tenant.network for tenant in self._store.tenants()}
         notes, failing = self._store.notes(Note.HEALTH), []
         now_at = {instance.ref: instance.generation for instance in self._store.instances()}
-        for instance in asked:
+        for instance in there:
             ref, network = instance.ref, networks.get(instance.ref.tenant)
             if now_at.get(ref) != instance.generation:
                 continue  # a job has it, or had: what was seen may be of its doing
-            reason = reasons[ref]
+            reason = reasons.get(ref)
             if reason is None and network is not None and network.tap(instance.offset) not in taps:
                 reason = f"its network interface {network.tap(instance.offset)} is gone"
+            if reason is None and instance.status is Status.WARM:
+                continue  # that it is well is not known
             now = self._remember(instance, notes.get(ref), reason)
             if now.misses:
                 why = now.why_ill(instance, self.limit)

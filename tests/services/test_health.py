@@ -159,3 +159,14 @@ def test_a_warm_guest_that_says_no_is_well(node: Node) -> None:
     node.host.fail("guest.prepare_sleep", Failed("guest.refused", "busy"))
     node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
     assert explain(node, ref)["health"] is None
+
+
+def test_a_warm_guest_without_its_interface_is_not_well(node: Node) -> None:
+    (ref,) = running(node, 1)
+    node.ok(V.INSTANCE_WARM, ref)
+    hang(node, ref)
+    node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
+    assert check(node) == []
+    assert explain(node, ref)["health"]["failed_checks"] == 1, "a sweep cannot ask it, and knows nothing better"
+    node.host.taps.clear()
+    assert check(node)[0]["failed_checks"] == 2
