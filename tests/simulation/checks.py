@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mvm.domain.actions import Action, Request
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb
-from mvm.domain.lifecycle import Status, Verb
+from mvm.domain.lifecycle import Status
 from mvm.domain.planner import decide
 from mvm.domain.room import usage_of
 from tests.simulation.world import NODE, SETTINGS, World
@@ -229,16 +228,5 @@ def _trails(world: World) -> Iterator[str]:
 def _plan(world: World) -> Iterator[str]:
     reconcile = world.services("worker").view._desired._reconcile
     outcome = decide(reconcile.desired(), reconcile.observe())
-    left = [action for action in outcome.actions if not _cannot_sleep(world, action)]
-    if left:
-        yield f"not converged: {'; '.join(map(str, left[:3]))}"
-
-
-def _cannot_sleep(world: World, action: Action) -> bool:
-    """A clone whose template was found damaged and dropped has nothing to be saved over, until it is started anew."""
-    if not isinstance(action, Request) or action.verb is not Verb.SLEEP:
-        return False
-    row = world.rows()[action.ref]
-    return row.cloned and row.revision is not None and (
-        world.host.layout.template(row.ref.pool_ref, row.revision) not in world.host.saved
-    )  # fmt: skip
+    if outcome.actions:
+        yield f"not converged: {'; '.join(map(str, outcome.actions[:3]))}"
