@@ -66,6 +66,7 @@ def job_of(task_name: str, task_id: str, words: Mapping[str, Any]) -> Job:
             params=words.get("params") or {},
             lane=Lane(words.get("lane", Lane.NORMAL)),
             parent=JobId(words["parent"]) if words.get("parent") else None,
+            expires_at=datetime.fromisoformat(words["expires_at"]) if words.get("expires_at") else None,
             retry_of=JobId(words["retry_of"]) if words.get("retry_of") else None,
         )
     except (KeyError, ValueError, TypeError) as error:

@@ -11,7 +11,7 @@ from celery import signals
 from mvm.errors import MvmError
 from mvm.telemetry.metrics import show_instances
 from workers.app import role, settings
-from workers.base import job_of, services
+from workers.base import services
 
 log = structlog.get_logger("mvm.node")
 _leaving = threading.Event()
@@ -69,16 +69,3 @@ def _beat() -> None:
 @signals.worker_shutdown.connect
 def _shutdown(**_: Any) -> None:
     _leaving.set()
-
-
-@signals.task_revoked.connect
-def _expired(request: Any = None, expired: bool = False, **_: Any) -> None:
-    """A message nobody took in time ends its job, so that none stays open for ever."""
-    if not expired or request is None:
-        return
-    node, job = services(), job_of(request.name, request.id, request.kwargs or {})
-    known = node.store.job(job.job_id)
-    if known is None:
-        node.jobs.expired(job)
-    elif not known.state.final:  # it had been taken in time, by a worker that was killed
-        node.jobs.send_again([known])

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 
 from mvm.domain.job import Job, JobState, JobVerb, Reason
-from mvm.errors import MvmError
+from mvm.errors import MvmError, TimedOut
 
 DEADLINE_S = 300.0
 DEADLINES: Mapping[JobVerb, float] = MappingProxyType(
@@ -83,6 +83,13 @@ class TryPolicy:
     def suspect(self, job: Job) -> bool:
         """Whether `job` may be what its workers die of."""
         return job.deaths >= _SUSPECT
+
+
+def expired(job: Job, now: datetime) -> Job:
+    """`job` at its end, as no worker took it in time."""
+    hint = "sweeps come by themselves" if job.verb.is_sweep else f"is the node up? then: mvm job retry {job.job_id}"
+    error = TimedOut("job.expired", f"no worker of node {job.node_id} took it in time", hint=hint)
+    return job.with_(state=JobState.CANCELLED, error=error.to_dict(), finished_at=now)
 
 
 def _set_back(job: Job, now: datetime, code: str, message: str) -> Job:

@@ -52,7 +52,7 @@ def task_message(job: Job) -> dict[str, Any]:
             "id": job.job_id,
             "shadow": None,
             "eta": job.retry_at.isoformat() if job.retry_at else None,
-            "expires": job.expires_at.isoformat() if job.expires_at else None,
+            "expires": None,  # ours: a worker that drops a message for its age drops what is sent again, too
             "group": None,
             "group_index": None,
             "retries": 0,
@@ -91,6 +91,7 @@ def task_kwargs(job: Job) -> dict[str, Any]:
         "parent": job.parent,
         "retry_of": job.retry_of,
         "lane": job.lane.value,
+        "expires_at": job.expires_at.isoformat() if job.expires_at else None,
     }
     return {name: value for name, value in kwargs.items() if value is not None}
 

@@ -72,13 +72,11 @@ class MemoryQueue:
 
     def _take(self, node: NodeId | None) -> Job | None:
         with self._lock:
-            now = self._clock.now()
             for key in self._keys():
-                while node in (None, key[0]) and (index := self._first_due(key)) is not None:
+                if node in (None, key[0]) and (index := self._first_due(key)) is not None:
                     job = self._sent[key][index]
                     del self._sent[key][index]
-                    if job.expires_at is None or now < job.expires_at:
-                        return job
+                    return job
             return None
 
     def _first_due(self, key: tuple[NodeId, Lane]) -> int | None:

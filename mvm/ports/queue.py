@@ -18,7 +18,7 @@ class JobQueue(Protocol):
     """Sends recorded jobs to their nodes. Raises `Unreachable` (``broker.unreachable``) within a second."""
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Send each to its node's queue: delivered at its ``retry_at``, if it has one, and not after ``expires_at``."""
+        """Send each to its node's queue: delivered at its ``retry_at``, if it has one."""
         ...
 
     def queued(self, node: NodeId) -> frozenset[JobId]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason, lane_of
 from mvm.domain.refusals import job_not_found
-from mvm.errors import InvalidInput, MvmError, NotAllowed, TimedOut
+from mvm.domain.tries import expired
+from mvm.errors import InvalidInput, MvmError, NotAllowed
 from mvm.ports.clock import Clock
 from mvm.ports.queue import JobQueue
 from mvm.ports.registry import Registry
@@ -198,10 +199,7 @@ class Jobs:
 
     def expired(self, job: Job) -> None:
         """No worker took `job` in time: it ends, whatever message of it still comes."""
-        hint = "sweeps come by themselves" if job.verb.is_sweep else f"is the node up? then: mvm job retry {job.job_id}"
-        error = TimedOut("job.expired", f"no worker of node {job.node_id} took it in time", hint=hint)
-        ended = job.with_(state=JobState.CANCELLED, error=error.to_dict(), finished_at=self._clock.now())
-        self._registry.expire(ended)
+        self._registry.expire(expired(job, self._clock.now()))
         if job.verb.is_sweep:
             self._registry.release_sweep(job.verb.value, job.node_id, job.job_id)
         if job.parent:

@@ -11,7 +11,7 @@ import structlog
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason
-from mvm.domain.tries import TryPolicy
+from mvm.domain.tries import TryPolicy, expired
 from mvm.errors import Cancelled, Failed, Fenced, MvmError, Overdue, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
@@ -150,7 +150,10 @@ class Runner:
             if known is not None and self._tries.early(known, self._clock.now()):
                 log.info("delivered before its time", retry_at=known.retry_at)
                 return known
-            after = self._run_once(known or job)
+            if known is None and job.expires_at and job.expires_at <= self._clock.now():
+                after = self._drop(job)
+            else:
+                after = self._run_once(known or job)
             if not after.state.final:
                 self._try_later(after)
                 return after
@@ -191,6 +194,14 @@ class Runner:
                            hint=f"look for {job.job_id} in the worker's log")  # fmt: skip
             log.exception("crashed")
             self._fail(context, bug)
+        return context.job
+
+    def _drop(self, job: Job) -> Job:
+        """Nobody took `job` in time."""
+        context = JobContext(job, self, 0)
+        with self.store.transaction():
+            self.record_end(context, expired(job, self._clock.now()))
+        log.warning("ended", state=context.job.state.value, code="job.expired")
         return context.job
 
     def _refuse_poison(self, context: JobContext) -> None:

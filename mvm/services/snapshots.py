@@ -73,31 +73,41 @@ class Snapshots:
                 context.remark(error.message)
                 return
             context.step("make template")
-            files = self._storage.revision(revision)
-            self._vmm.kill(ref, None)
-            self._storage.remove(ref)
-            self._storage.prepare(ref, data_disk_mib=0)
             try:
-                spec = TemplateSpec(
-                    ref=ref,
-                    directory=self._storage.directory(ref),
-                    kernel=files.kernel,
-                    initramfs=files.initramfs,
-                    rootfs=files.rootfs,
-                    overlay=self._storage.fresh_overlay(ref, files.rootfs),
-                    data_disk_mib=pool.resources.data_disk_mib,
-                    vcpus=pool.resources.vcpus,
-                    mem_mib=pool.resources.mem_mib,
-                    uid=uid,
-                    seccomp=pool.seccomp_policy,
-                )
-                process = driver.boot_template(spec)
-                self._guest.hello(ref, spec.directory, deadline_s=self._boot_deadline_s)
-                self._guest.settle(ref, spec.directory, deadline_s=_GUEST_S)
+                try:
+                    spec, process = self._boot_template(pool, revision, uid)
+                except TimedOut:
+                    log.warning("guest silent, booting the template once more", deadline_s=self._boot_deadline_s)
+                    context.step("make template again")
+                    spec, process = self._boot_template(pool, revision, uid)
                 driver.save_template(spec, process, revision=revision, into=into)
             finally:
                 self._vmm.kill(ref, None)
                 self._storage.remove(ref)
+
+    def _boot_template(self, pool: WorkerPool, revision: Revision, uid: int) -> tuple[TemplateSpec, ProcessIdentity]:
+        """A guest that is ready to be saved; one that was there before is gone."""
+        ref, files = template_ref(pool.ref, revision), self._storage.revision(revision)
+        self._vmm.kill(ref, None)
+        self._storage.remove(ref)
+        self._storage.prepare(ref, data_disk_mib=0)
+        spec = TemplateSpec(
+            ref=ref,
+            directory=self._storage.directory(ref),
+            kernel=files.kernel,
+            initramfs=files.initramfs,
+            rootfs=files.rootfs,
+            overlay=self._storage.fresh_overlay(ref, files.rootfs),
+            data_disk_mib=pool.resources.data_disk_mib,
+            vcpus=pool.resources.vcpus,
+            mem_mib=pool.resources.mem_mib,
+            uid=uid,
+            seccomp=pool.seccomp_policy,
+        )
+        process = self._driver().boot_template(spec)
+        self._guest.hello(ref, spec.directory, deadline_s=self._boot_deadline_s)
+        self._guest.settle(ref, spec.directory, deadline_s=_GUEST_S)
+        return spec, process
 
     def drop_template(self, pool: WorkerPool) -> None:
         """The next start of an instance of the pool makes it anew."""

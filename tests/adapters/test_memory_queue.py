@@ -60,15 +60,6 @@ def test_another_nodes_jobs_wait(queue: MemoryQueue) -> None:
     assert list(queue.waiting("node.n2")) == [there]
 
 
-def test_what_nobody_took_in_time_is_dropped(queue: MemoryQueue, clock: ManualClock) -> None:
-    late, patient = job(expires_at=clock.now() + timedelta(seconds=10)), job()
-    queue.send([late, patient])
-    clock.advance(10)
-    got: list[Job] = []
-    assert queue.drain(got.append) == 1
-    assert got == [patient]
-
-
 def test_the_next_try_waits_for_its_time_and_holds_nobody_up(queue: MemoryQueue, clock: ManualClock) -> None:
     later, now = job(retry_at=clock.now() + timedelta(seconds=5)), job()
     queue.send([later, now])

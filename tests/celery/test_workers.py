@@ -174,6 +174,17 @@ def test_the_next_try_is_delivered_in_its_time(celery_setup: Any, fleet: Jobs) -
     assert done.started_at >= later.retry_at
 
 
+def test_what_is_taken_too_late_is_ended(celery_setup: Any, fleet: Jobs) -> None:
+    live(fleet)
+    late = fleet.new(JobVerb.TENANT_CREATE, "late", NODES[0], actor="test", expires_s=-1)
+    fleet._registry.record([late])
+    fleet.send_again([late])
+    done = ended(fleet, late.job_id)[late.job_id]
+    assert (done.state, (done.error or {})["code"]) == (JobState.CANCELLED, "job.expired")
+    other = fleet.submit(JobVerb.TENANT_CREATE, "late", NODES[0], actor="test")
+    assert ended(fleet, other.job_id)[other.job_id].state is JobState.SUCCEEDED, "nothing was made"
+
+
 def test_what_a_dead_node_never_takes_expires_and_leaves_its_queue(celery_setup: Any, fleet: Jobs) -> None:
     live(fleet)
     dead = NodeId("n9")

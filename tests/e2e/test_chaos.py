@@ -83,7 +83,7 @@ def test_jobs_are_done_once_whatever_dies(stack: Stack, client: Client) -> None:
         until(lambda: left() == 0, 300 + 2 * JOBS, "all jobs are done")
     took = monotonic() - began
 
-    until(lambda: stack.run("status").returncode == 0, 60, "the stack is whole again")
+    until(lambda: stack.run("status").returncode == 0, 120, "the stack is whole again")
     done = check_done_once(stack, client, jobs)
     check_world(stack, started, destroyed, created=sum(verb is JobVerb.INSTANCE_CREATE for verb, _ in asks))
     until(lambda: not client.jobs.queued(NODE) & ids, 60, "no message of them is left")

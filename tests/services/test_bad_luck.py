@@ -12,7 +12,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import SeccompPolicy
-from mvm.errors import Failed, Unreachable
+from mvm.errors import Failed, TimedOut, Unreachable
 from mvm.ports.guest import GuestHello
 from tests.services.conftest import NODE, Node
 
@@ -155,6 +155,20 @@ def test_a_hanging_boot_is_retried_once(node: Node) -> None:
     node.ok(V.INSTANCE_START, first)
     node.host.hang_guest(InstanceRef.parse(second), times=2)
     node.fails("guest.silent", V.INSTANCE_START, second)
+    assert len(node.host.vmm.processes()) == 1
+
+
+@pytest.mark.parametrize("point", ["guest.hello", "guest.settle"])
+def test_a_template_whose_guest_hangs_is_made_once_more(node: Node, point: str) -> None:
+    node.pool()
+    first, second = node.create(2)
+    silent = TimedOut("guest.silent", "no answer")
+    node.host.fail(point, silent, times=2)
+    node.fails("guest.silent", V.INSTANCE_START, first)
+    assert not node.host.leaks()
+    node.host.fail(point, silent)
+    node.ok(V.INSTANCE_START, second)
+    assert node.instance(second).cloned
     assert len(node.host.vmm.processes()) == 1
 
 

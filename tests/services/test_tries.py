@@ -274,6 +274,24 @@ def test_what_nobody_takes_expires_and_says_so(node: Node) -> None:
     assert node.queue.queued(dead) == {again.job_id}
 
 
+def test_what_is_taken_too_late_is_dropped_unless_it_had_begun(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = node.services.jobs.submit(V.TENANT_CREATE, "late", NODE, actor="test", expires_s=60)
+    begun = node.services.jobs.submit(V.TENANT_CREATE, "begun", NODE, actor="test", expires_s=60)
+    with monkeypatch.context() as patch:
+        kill_at(patch, node.services.store, "put_tenant")
+        assert deliver(node, begun) is None
+    node.clock.advance(60)
+    node.drain()
+    told = node.services.jobs.job(late.job_id)
+    assert (told.state, (told.error or {})["code"]) == (JobState.CANCELLED, "job.expired")
+    assert node.services.store.job(late.job_id) == told
+    assert node.services.runner.run(late) == told, "whatever message of it still comes"
+    node.services.runner.run(begun)
+    assert node.services.jobs.job(begun.job_id).state is JobState.SUCCEEDED
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_a_mark_whose_job_is_over_goes(node: Node, known: bool) -> None:
     node.pool()

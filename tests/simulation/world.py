@@ -292,24 +292,12 @@ class World:
         name, job = "urgent" if message.urgent else "worker", message.job
         self.queue.take(message, name)
         known = self.store._jobs.get(job.job_id)
-        actor = Actor(self.processes[name], f"{name}: {told_job(job)}", lambda: self._run(name, message))
+        actor = Actor(self.processes[name], f"{name}: {told_job(job)}", lambda: self.services(name).runner.run(job))
         actor.verb, actor.subject, actor.late = job.verb, job.subject, known is not None and known.state.final
         actor.began = self.clock.now()
         actor.then = lambda: self.queue.ack(message)
         self.step(actor, calls)
         return actor
-
-    def _run(self, name: str, message: Message) -> Job | None:
-        """As `workers.base` and `workers.node` do it."""
-        job, node = message.job, self.services(name)
-        if job.expires_at is None or self.clock.now() < job.expires_at:
-            return node.runner.run(job)
-        known = self.store.job(job.job_id)
-        if known is None:
-            node.jobs.expired(job)
-        elif not known.state.final:
-            node.jobs.send_again([known])
-        return None
 
     def wake(self, ref: InstanceRef, calls: int | None) -> str:
         """Somebody asks the agent."""

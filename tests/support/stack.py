@@ -135,6 +135,18 @@ class Stack:
         found = QemuDriver(self.layout, LocalShell()).processes().values()
         return [process.pid for several in found for process in several]
 
+    def told(self) -> str:
+        """What it is at, for whoever looks into a failure: parts, open jobs, and what workers and agent said last."""
+        for worker in ("worker", "urgent"):
+            with contextlib.suppress(OSError, AssertionError):
+                os.kill(self.pid(worker), signal.SIGUSR1)  # Celery logs where its threads are
+        asked = [("status",), ("job", "list", "--state", "running"), ("job", "list", "--state", "queued")]
+        texts = [self.run(*words, "-o", "json", timeout_s=60).stdout for words in asked]
+        for part in ("worker", "urgent", "agent"):
+            lines = (self.layout.logs / f"{part}.log").read_text(errors="replace").splitlines()
+            texts += [f"--- {part}.log", *lines[-150:]]
+        return "\n".join(texts)
+
     def end(self) -> None:
         """Whatever it is in the middle of, it and its instances are gone."""
         try:
@@ -198,7 +210,11 @@ def running_stack(driver: str = "qemu", *, builds: bool = False, **settings: str
     try:
         stack.mvm("up", "--detach")
         yield stack
-        stack.mvm("down", "--instances")
+        try:
+            stack.mvm("down", "--instances")
+        except (AssertionError, subprocess.TimeoutExpired):
+            print(stack.told())
+            raise
         assert not stack.rest()
     finally:
         stack.end()
