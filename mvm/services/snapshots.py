@@ -215,7 +215,8 @@ class Snapshots:
         """A sleeping instance runs where it was, and knows what time it is; its snapshot stays for the caller.
 
         One whose guest does not answer has written to its disks meanwhile, which makes what it slept in unfit. So it
-        is put to sleep anew, as it is, and can be woken again.
+        is put to sleep anew, as it is, and can be woken again. When its VMM ends after it has run, nothing is left to
+        wake it from, and the snapshot goes.
         """
         driver = self._driver()
         context.step("verify and restore", 1, 3)
@@ -230,6 +231,10 @@ class Snapshots:
             if spec.secrets is not None:
                 self._take_secrets_back(instance, process)
             self._save(instance, process, pool, spec)
+            raise
+        except Unreachable:
+            if self._vmm.observe(instance.ref, process) is Presence.ABSENT:
+                self.forget(instance.ref)
             raise
         return process
 

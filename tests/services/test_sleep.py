@@ -423,3 +423,20 @@ def test_another_one_sleeps_where_one_cannot(node: Node) -> None:
     node.services.store.put_note(InstanceRef.parse(second), Note.SLEEPLESS, {"run": node.instance(second).run})
     node.ok(V.POOL_SCALE, "acme/web", running=1, warm=0, sleeping=1)
     assert (node.instance(first).status, node.instance(second).status) == (Status.SLEEPING, Status.RUNNING)
+
+
+def test_a_guest_whose_vmm_ends_while_it_is_woken_is_stopped_and_can_be_started(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    ends = node.host.guest.wake
+
+    def end(*args: Any, **words: Any) -> None:
+        node.host.kill_process(InstanceRef.parse(ref))
+        ends(*args, **words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node.host.guest, "wake", end)
+        node.fails("guest.gone", V.INSTANCE_WAKE, ref)
+    assert node.instance(ref).status is Status.STOPPED
+    assert not node.host.leaks()
+    assert node.ok(V.INSTANCE_START, ref)["status"] == "running"
