@@ -17,7 +17,7 @@ log = structlog.get_logger("mvm.delivery")
 
 
 class AdoptUnacked(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Puts back at once what this worker's killed predecessor had taken and not acknowledged.
+    """Puts back at once, and first in line, what this worker's killed predecessor had taken and not acknowledged.
 
     The unacknowledged set is this worker's own (see `workers.app`) and one worker has it at a time, so at the first
     start of a process everything in it is left over. Without this a killed worker's jobs wait out the visibility
@@ -38,7 +38,7 @@ class AdoptUnacked(bootsteps.StartStopStep):  # type: ignore[misc]
         with channel.conn_or_acquire() as client:
             tags = [tag.decode() if isinstance(tag, bytes) else tag for tag in client.hkeys(channel.unacked_key)]
         for tag in tags:
-            channel.qos.restore_by_tag(tag, leftmost=True)
+            channel.qos.restore_by_tag(tag)
         consumer.controller.mvm_adopted = True
         if tags:
             log.warning("took over what a killed worker left", messages=len(tags))
