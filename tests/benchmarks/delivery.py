@@ -1,7 +1,7 @@
 """``enqueue.*`` and ``execute.*``: jobs per second, against Celery by itself with the same settings.
 
 ``enqueue.single``: 10,000 jobs that `Jobs.submit` records and sends one by one, against ``send_task`` of the same name,
-arguments, priority and expiry, which records nothing. Bar 0.7 of its rate. ``enqueue.bulk``: one bulk job with 10,000
+arguments and priority, which records nothing. Bar 0.7 of its rate. ``enqueue.bulk``: one bulk job with 10,000
 children by `Jobs.submit_bulk`, against ``send_task`` 10,000 times within kombu's ``Producer.batch``. Bar 0.9.
 
 ``execute.noop``: jobs whose handler does nothing, through all that makes them jobs (records, locks, cancelling, audit
@@ -64,7 +64,7 @@ class Broker:
         """As a service that uses Celery would send it."""
         self.celery.send_task(
             name, kwargs=task_kwargs(like), queue=node_queue(node), priority=_PRIORITY[like.lane], producer=producer,
-            ignore_result=True, expires=like.expires_at,
+            ignore_result=True,
         )  # fmt: skip
 
     def left(self, node: NodeId) -> int:
