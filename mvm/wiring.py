@@ -272,8 +272,12 @@ def build_node(
     runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, settings.tries, observers)
     marks = Watermarks(low=settings.disk_low_mib << 20, reserve=settings.disk_reserve_mib << 20)
     room = DiskRoom(p.store, p.storage, p.vmm, marks)
+    health = GuestHealth(
+        store=p.store, clock=p.clock, guest=p.guest, network=p.network, storage=p.storage,
+        limit=settings.health_checks, answer_s=settings.health_answer_s,
+    )  # fmt: skip
     snapshots = Snapshots(
-        locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage, room=room,
+        locks=p.locks, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage, room=room, health=health,
         boot_deadline_s=settings.boot_deadline_s, sleep_deadline_s=settings.sleep_deadline_s,
     )  # fmt: skip
     networks = Networks(p.store, p.locks, p.network, p.packets, settings.plan)
@@ -288,10 +292,6 @@ def build_node(
         authorized_key=authorized_key,
     )  # fmt: skip
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit, manual_hold_s=settings.manual_hold_s)
-    health = GuestHealth(
-        store=p.store, clock=p.clock, guest=p.guest, network=p.network, storage=p.storage,
-        limit=settings.health_checks, answer_s=settings.health_answer_s,
-    )  # fmt: skip
     reconcile = Reconcile(
         store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node,
         health=health,

@@ -15,9 +15,11 @@ from kombu.transport.redis import Channel
 
 log = structlog.get_logger("mvm.delivery")
 
+_GATHER_S = 0.2
+
 
 class AdoptUnacked(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Puts back at once what this worker's killed predecessor had taken and not acknowledged.
+    """Puts back at once, and first in line, what this worker's killed predecessor had taken and not acknowledged.
 
     The unacknowledged set is this worker's own (see `workers.app`) and one worker has it at a time, so at the first
     start of a process everything in it is left over. Without this a killed worker's jobs wait out the visibility
@@ -38,7 +40,7 @@ class AdoptUnacked(bootsteps.StartStopStep):  # type: ignore[misc]
         with channel.conn_or_acquire() as client:
             tags = [tag.decode() if isinstance(tag, bytes) else tag for tag in client.hkeys(channel.unacked_key)]
         for tag in tags:
-            channel.qos.restore_by_tag(tag, leftmost=True)
+            channel.qos.restore_by_tag(tag)
         consumer.controller.mvm_adopted = True
         if tags:
             log.warning("took over what a killed worker left", messages=len(tags))
@@ -78,9 +80,56 @@ class VisibilityHeartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
             log.warning("could not keep messages invisible", error=str(error))
 
 
+class GatherEvents(bootsteps.StartStopStep):  # type: ignore[misc]
+    """What happens to tasks within `_GATHER_S` goes to Flower as one message.
+
+    Celery sends it at the next turn of its loop: with jobs that take a moment, that is a message for each event.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        self._consumer = consumer
+        self._asked = False
+        consumer.on_send_event_buffered = self._soon
+
+    def stop(self, consumer: Any) -> None:
+        """Celery's hook: the connection is lost or the worker ends."""
+        self._flush()
+
+    def _soon(self) -> None:
+        """By any thread; the loop's timers are for its own."""
+        if not self._asked:
+            self._asked = True
+            self._consumer.hub.call_soon(self._consumer.hub.call_later, _GATHER_S, self._flush)
+
+    def _flush(self) -> None:
+        self._asked = False  # before: an event that comes meanwhile asks anew
+        self._consumer._flush_events()
+
+
 def install_steps(app: Celery) -> None:
-    """Add both steps to the app's consumers."""
-    app.steps["consumer"].update((AdoptUnacked, VisibilityHeartbeat))
+    """Add the steps to the app's consumers."""
+    app.steps["consumer"].update((AdoptUnacked, VisibilityHeartbeat, GatherEvents))
+
+
+def keep_clients() -> None:
+    """A channel has one Redis client for all that it sends and acknowledges; a client is for many threads.
+
+    kombu 5.7.0 makes one for each command, which costs more than the command.
+    """
+    original = Channel._create_client
+
+    def _create_client(self: Any, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return original(self, asynchronous)
+        pool, kept = self.pool, self.__dict__.get("mvm_client")
+        if kept is None or kept.connection_pool is not pool:  # a new pool after its connection was lost
+            kept = self.mvm_client = original(self)
+        return kept
+
+    Channel._create_client = _create_client
 
 
 def guard_detached_channels() -> None:

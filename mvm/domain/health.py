@@ -1,4 +1,4 @@
-"""Whether a running guest is well: what checks saw of it, one after the other. Pure."""
+"""Whether a guest is well: what checks saw of it, one after the other. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import Status
+from mvm.domain.lifecycle import UP
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Health:
         return Health(run, self.misses + 1, self.since, reason)
 
     def why_ill(self, instance: Instance, limit: int) -> str | None:
-        """Why `instance` counts as not well: it runs, and `limit` checks of this run have failed. None: it does not."""
-        ill = instance.status is Status.RUNNING and self.run == instance.run and self.misses >= limit
+        """Why `instance` counts as not well: it is up, and `limit` checks of this run have failed; or None."""
+        ill = instance.status in UP and self.run == instance.run and self.misses >= limit
         return f"{self.reason}, in {self.misses} checks in a row since {self.since}" if ill else None
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -142,6 +143,7 @@ class Job:
     deadline_at: datetime | None = None
     expires_at: datetime | None = None
     retry_of: JobId | None = None
+    _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def run(self) -> int:
@@ -181,6 +183,12 @@ class Job:
             "expires_at": _iso(self.expires_at),
             "retry_of": self.retry_of,
         }
+
+    def to_json(self) -> str:
+        """`to_dict` as text, made once: each state is written into the store and into the registry."""
+        if not self._json:
+            self._json.append(json.dumps(self.to_dict()))
+        return self._json[0]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Job:

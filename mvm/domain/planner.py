@@ -47,7 +47,8 @@ class Observed:
     """What a node has. Instances have their queued jobs marked as in flight.
 
     `jobs` are those that are queued or run for tenants and pools: what is changing is left alone until it has changed.
-    `unhealthy` are running instances whose guests are not well.
+    `unhealthy` are instances, running or warm, whose guests are not well; `sleepless` cannot
+    be put to sleep in the run that they are in.
     """
 
     now: datetime
@@ -56,6 +57,7 @@ class Observed:
     instances: tuple[Instance, ...] = ()
     jobs: frozenset[tuple[JobVerb, str]] = frozenset()
     unhealthy: frozenset[InstanceRef] = frozenset()
+    sleepless: frozenset[InstanceRef] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +187,9 @@ class _Planning:
 
     def _scale(self, need: PoolNeed, room: Room) -> None:
         scaled = scale(
-            need, self.instances.get(need.ref, ()), room, now=self.observed.now, unhealthy=self.observed.unhealthy
-        )
+            need, self.instances.get(need.ref, ()), room, now=self.observed.now, unhealthy=self.observed.unhealthy,
+            sleepless=self.observed.sleepless,
+        )  # fmt: skip
         self.actions += scaled.actions
         self.remarks += [(str(need.ref), remark) for remark in scaled.remarks]
 

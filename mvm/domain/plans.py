@@ -50,7 +50,9 @@ def _row(instance: Instance, observed: Observed) -> str:
     held = instance.manual_override_until is not None and instance.manual_override_until > observed.now
     job = instance.in_flight.job_id if instance.in_flight else "-"
     well = instance.ref not in observed.unhealthy
-    return f"{instance.ref} {instance.status} {instance.revision} {job} {instance.last_error is None} {held} {well}\n"
+    able = instance.ref not in observed.sleepless
+    failed = instance.last_error is not None
+    return f"{instance.ref} {instance.status} {instance.revision} {job} {failed} {held} {well} {able}\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class Scaled:
 
 def scale(
     need: PoolNeed, observed: Sequence[Instance], room: Room, *, now: datetime,
-    unhealthy: Set[InstanceRef] = frozenset(),
+    unhealthy: Set[InstanceRef] = frozenset(), sleepless: Set[InstanceRef] = frozenset(),
 ) -> Scaled:  # fmt: skip
     """Actions that move `observed` toward `need` within `room`, which they use up. None means converged.
 
@@ -59,7 +59,7 @@ def scale(
     )
     if need.critical:
         return _first_fill(need, len(alive), room)
-    return _Scaling(need, alive, room, now, unhealthy).decide()
+    return _Scaling(need, alive, room, now, unhealthy, sleepless).decide()
 
 
 def _first_fill(need: PoolNeed, existing: int, room: Room) -> Scaled:
@@ -86,6 +86,7 @@ class _Scaling:
     room: Room
     now: datetime
     unhealthy: Set[InstanceRef]
+    sleepless: Set[InstanceRef]
     actions: list[Action] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     held: set[InstanceRef] = field(default_factory=set)  # a person has changed these
@@ -137,7 +138,7 @@ class _Scaling:
             lands = each.lands_on
             if each.in_flight is None:
                 self.free[each.ref] = each
-                if each.status is Status.RUNNING and each.ref in self.unhealthy and not self.need.pinned:
+                if each.ref in self.unhealthy and not self.need.pinned:
                     sick.append(each)
                     continue
             elif lands in _STARTABLE:
@@ -210,7 +211,7 @@ class _Scaling:
 
     def _is_failed(self, instance: Instance) -> bool:
         down = instance.status in _STARTABLE and instance.last_error is not None
-        return down or (instance.status is Status.RUNNING and instance.ref in self.unhealthy)
+        return down or instance.ref in self.unhealthy
 
     def _start(self) -> None:
         """Start and create what is missing in all."""
@@ -235,11 +236,17 @@ class _Scaling:
         from what runs within it: that makes the room.
         """
         beyond = max(0, -self._missing(Status.WARM))
-        self._cool(self._free(Status.WARM)[::-1][:beyond], Verb.SLEEP, Status.SLEEPING)
+        self._cool(self._able(self._free(Status.WARM)[::-1])[:beyond], Verb.SLEEP, Status.SLEEPING)
         spare = max(0, self._running_now() - self.wanted[Status.RUNNING] + self.blocked)
-        running = self._free(Status.RUNNING)[::-1][:spare]
-        warmed = self._cool(running, Verb.WARM, Status.WARM)
-        self._cool(running[warmed:], Verb.SLEEP, Status.SLEEPING)
+        running = self._free(Status.RUNNING)[::-1]
+        warmed = self._cool(running[:spare], Verb.WARM, Status.WARM)
+        self._cool(self._able(running[warmed:])[: spare - warmed], Verb.SLEEP, Status.SLEEPING)
+        stuck = min(self._missing(Status.SLEEPING), sum(ref in self.sleepless for ref in self.free))
+        if stuck > 0:
+            self.remarks.append(f"{stuck} cannot sleep, and stay up: the template they were cloned from is gone")
+
+    def _able(self, candidates: Sequence[Instance]) -> list[Instance]:
+        return [each for each in candidates if each.ref not in self.sleepless]
 
     def _running_now(self) -> int:
         """How many run by now and go on, beside those that are held."""

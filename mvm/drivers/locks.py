@@ -145,7 +145,7 @@ def _is_at(fd: int, path: Path) -> bool:
     """Whether the open file still is the one at `path`."""
     held = os.fstat(fd)
     try:
-        there = path.stat(follow_symlinks=False)
+        there = os.lstat(path)
     except FileNotFoundError:
         return False
     return (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino)

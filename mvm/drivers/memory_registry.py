@@ -249,6 +249,11 @@ class MemoryRegistry:
                     self.update(replace(each, state=JobState.CANCELLED, finished_at=self._clock.now()))
             return self._jobs[job_id]
 
+    def update_and_ask(self, job: Job) -> bool:
+        """See ports/registry.py."""
+        self.update(job)
+        return self.cancel_requested(job.job_id)
+
     def cancel_requested(self, job_id: JobId) -> bool:
         """See ports/registry.py."""
         with self._changed:

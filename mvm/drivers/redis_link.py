@@ -35,7 +35,8 @@ class _Connection:
 
     def exchange(self, packed: bytes, count: int, timeout_s: float) -> list[Any]:
         """Send packed commands and read `count` replies."""
-        self.sock.settimeout(timeout_s)
+        if self.sock.gettimeout() != timeout_s:
+            self.sock.settimeout(timeout_s)
         self.sock.sendall(packed)
         return [self._reply() for _ in range(count)]
 

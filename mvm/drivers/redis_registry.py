@@ -129,7 +129,7 @@ class RedisRegistry:
         commands: list[Sequence[str | int]] = []
         for job in jobs:
             commands += [
-                ("SET", f"mvm:job:{job.job_id}", json.dumps(job.to_dict()), "EX", 4 * _KEEP_JOB_S),
+                ("SET", f"mvm:job:{job.job_id}", job.to_json(), "EX", 4 * _KEEP_JOB_S),
                 (
                     "ZADD",
                     "mvm:sweeps" if job.verb.is_sweep else "mvm:jobs",
@@ -191,16 +191,15 @@ class RedisRegistry:
 
     def update(self, job: Job) -> Job | None:
         """See ports/registry.py."""
-        return self._update(job)
+        return self._updated(_update(job))
 
-    def _update(self, job: Job, *, only_queued: bool = False) -> Job | None:
-        keep_s = _KEEP_SWEEP_S if job.verb.is_sweep else _KEEP_JOB_S
-        ended = self._link.command(
-            "EVAL", UPDATE_JOB, 0, job.job_id, json.dumps(job.to_dict()), job.state, int(job.state.final),
-            job.node_id, job.parent or "", datetime.now(UTC).isoformat(), keep_s,
-            int(only_queued),
-        )  # fmt: skip
+    def _updated(self, command: Sequence[str | int]) -> Job | None:
+        ended = self._link.command(*command)
         return Job.from_dict(json.loads(ended)) if ended else None
+
+    def update_and_ask(self, job: Job) -> bool:
+        """See ports/registry.py."""
+        return bool(self._link.pipeline([_update(job), ("EXISTS", f"mvm:cancel:{job.job_id}")])[1])
 
     def next_children(self, parent: JobId) -> Sequence[Job]:
         """See ports/registry.py."""
@@ -234,7 +233,7 @@ class RedisRegistry:
         """Flag first, then the state: a worker that takes it in between sees the flag, and it is the worker's then."""
         self._link.command("SET", f"mvm:cancel:{job.job_id}", 1, "EX", _KEEP_JOB_S)
         if job.state is JobState.QUEUED:
-            self._update(job.with_(state=JobState.CANCELLED, finished_at=datetime.now(UTC)), only_queued=True)
+            self._updated(_update(job.with_(state=JobState.CANCELLED, finished_at=datetime.now(UTC)), only_queued=True))
 
     def cancel_requested(self, job_id: JobId) -> bool:
         """See ports/registry.py."""
@@ -248,7 +247,7 @@ class RedisRegistry:
 
     def expire(self, job: Job) -> None:
         """See ports/registry.py."""
-        self._update(job, only_queued=True)
+        self._updated(_update(job, only_queued=True))
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:
         """See ports/registry.py."""
@@ -300,3 +299,11 @@ class RedisRegistry:
     def release_sweep(self, verb: str, node: NodeId, job: JobId) -> None:
         """See ports/registry.py."""
         self._link.command("EVAL", RELEASE, 0, f"mvm:sweep:{verb}:{node}", job)
+
+
+def _update(job: Job, *, only_queued: bool = False) -> Sequence[str | int]:
+    return (
+        "EVAL", UPDATE_JOB, 0, job.job_id, job.to_json(), job.state, int(job.state.final),
+        job.node_id, job.parent or "", datetime.now(UTC).isoformat(),
+        _KEEP_SWEEP_S if job.verb.is_sweep else _KEEP_JOB_S, int(only_queued),
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """The node's store: SQLite in WAL mode. What a call has written is on the disk when it returns.
 
-Records are JSON documents; the columns beside them are what is looked up by. One connection per thread.
+Records are JSON documents; the columns beside them are what is looked up by. One connection per thread reads. One for
+all writes, in turn: each connection has a cache of its own, which is void once another has written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +56,16 @@ WHERE final = 0 AND coalesce(doc ->> 'attempt', 0) + coalesce(doc ->> 'deaths', 
 _BUSY_MS = 10_000
 
 
+@lru_cache(256)  # every job's end asks for its tenant's or its pool's
+def _tenant(doc: str) -> Tenant:
+    return Tenant.from_dict(json.loads(doc))
+
+
+@lru_cache(256)
+def _pool(doc: str) -> WorkerPool:
+    return WorkerPool.from_dict(json.loads(doc))
+
+
 class SqliteStore:
     """ports/store.py over one file. Creates it when it is not there.
 
@@ -66,9 +78,10 @@ class SqliteStore:
         self._commit = GroupCommit(path)
         self._local = threading.local()
         self._turn = threading.RLock()  # SQLite lets writers wait by sleeping, ever longer
+        self._writing: sqlite3.Connection | None = None
         with self._translated():
-            db = self._db()
             with self.transaction():
+                db = self._db()
                 version = db.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:
                     for statement in _SCHEMA.split(";"):
@@ -85,20 +98,37 @@ class SqliteStore:
                     db.execute(statement)
 
     def _db(self) -> sqlite3.Connection:
+        """The connection by which the calling thread reads: within its transaction, the one that writes."""
+        if self._within:
+            return self._writer()
         db: sqlite3.Connection | None = getattr(self._local, "db", None)
         if db is None:
-            db = sqlite3.connect(self._path, timeout=_BUSY_MS / 1000, isolation_level=None)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            self._local.db = db
+            db = self._local.db = self._connect()
         return db
 
+    def _writer(self) -> sqlite3.Connection:
+        """For whoever has the turn."""
+        if self._writing is None:
+            self._writing = self._connect()
+        return self._writing
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        return db
+
+    @property
+    def _within(self) -> bool:
+        return getattr(self._local, "within", False)
+
     def close(self) -> None:
-        """Close the calling thread's connection."""
-        db: sqlite3.Connection | None = getattr(self._local, "db", None)
-        if db is not None:
-            db.close()
-            self._local.db = None
+        """Close the calling thread's connection and the one that writes; they are opened again when needed."""
+        with self._turn:
+            for db in (getattr(self._local, "db", None), self._writing):
+                if db is not None:
+                    db.close()
+            self._local.db = self._writing = None
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -116,14 +146,18 @@ class SqliteStore:
         """See ports/store.py."""
         with self._translated():
             with self._turn:
-                db = self._db()
+                db = self._writer()
                 db.execute("BEGIN IMMEDIATE")
+                self._local.within = True
                 try:
                     yield
+                    db.execute("COMMIT")
                 except BaseException:
-                    db.execute("ROLLBACK")
+                    if db.in_transaction:  # a full disk may have ended it
+                        db.execute("ROLLBACK")
                     raise
-                db.execute("COMMIT")
+                finally:
+                    self._local.within = False
             if durable:
                 self._reach_disk()
 
@@ -133,10 +167,9 @@ class SqliteStore:
 
     def _write(self, sql: str, *values: Any, durable: bool = True) -> int:
         with self._translated():
-            db = self._db()
             with self._turn:
-                changed = db.execute(sql, values).rowcount
-            if durable and not db.in_transaction:
+                changed = self._writer().execute(sql, values).rowcount
+            if durable and not self._within:
                 self._reach_disk()
             return changed
 
@@ -157,7 +190,7 @@ class SqliteStore:
         rows = self._rows("SELECT doc FROM tenants WHERE id = ?", tenant)
         if not rows:
             raise not_found("tenant", tenant)
-        return Tenant.from_dict(json.loads(rows[0][0]))
+        return _tenant(rows[0][0])
 
     def put_tenant(self, tenant: Tenant) -> None:
         """See ports/store.py."""
@@ -184,7 +217,7 @@ class SqliteStore:
         rows = self._rows("SELECT doc FROM pools WHERE ref = ?", str(ref))
         if not rows:
             raise not_found("pool", ref)
-        return WorkerPool.from_dict(json.loads(rows[0][0]))
+        return _pool(rows[0][0])
 
     def put_pool(self, pool: WorkerPool) -> None:
         """See ports/store.py."""
@@ -285,9 +318,7 @@ class SqliteStore:
     def put_job(self, job: Job) -> None:
         """See ports/store.py."""
         # One that is not final goes to the disk with the next write: a commit is mostly waiting for that.
-        written = self._write(
-            _PUT_JOB, job.job_id, job.state.final, json.dumps(job.to_dict()), job.run, durable=job.state.final
-        )
+        written = self._write(_PUT_JOB, job.job_id, job.state.final, job.to_json(), job.run, durable=job.state.final)
         if not written:
             raise Fenced("job.taken_over", f"job {job.job_id} was taken over by another worker",
                          hint=f"see: mvm job show {job.job_id}", subject=job.job_id)  # fmt: skip

@@ -110,6 +110,10 @@ class Registry(Protocol):
         """
         ...
 
+    def update_and_ask(self, job: Job) -> bool:
+        """`update`, and then whether somebody asked for its end (`cancel_requested`): in one exchange."""
+        ...
+
     def next_children(self, parent: JobId) -> Sequence[Job]:
         """Held children that may be sent now that others ended, at most to the bulk job's ``parallel``."""
         ...

@@ -21,6 +21,7 @@ class Note(StrEnum):
     HEALTH = "health"
     POLICY = "policy"
     SECRETS = "secrets"
+    SLEEPLESS = "sleepless"
     SLEPT = "slept"
     WOKE = "woke"
 

@@ -212,8 +212,8 @@ class Snapshotting(Protocol):
     ) -> SnapshotManifest:
         """Put an instance to sleep in `into`, which appears whole and durable; only then its VMM is ended.
 
-        `template` is what it was cloned from. On any failure nothing is left of the snapshot and the guest is as it
-        was: running, or paused.
+        `template` is what it was cloned from; another one is refused (``snapshot.other_base``). On any failure nothing
+        is left of the snapshot and the guest is as it was: running, or paused.
         """
         ...
 

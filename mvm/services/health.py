@@ -12,7 +12,7 @@ from mvm.domain.findings import HealthResult, Ill
 from mvm.domain.health import Health
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import Status
+from mvm.domain.lifecycle import UP, Status
 from mvm.errors import MvmError, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
@@ -42,32 +42,46 @@ class GuestHealth:
         self._answer_s = answer_s
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
-        """Check all that run and have no job; a note is written only of those that are, or were, not well."""
+        """Check all that are up and have no job; a note is written only of those that are, or were, not well.
+
+        A warm one stands still: of it is only seen whether it has its network.
+        """
         context.step("ask guests", 0, 1)
-        asked = [i for i in self._store.instances() if i.status is Status.RUNNING and i.in_flight is None]
+        there = [i for i in self._store.instances() if i.status in UP and i.in_flight is None]
+        asked = [i for i in there if i.status is Status.RUNNING]
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="health") as threads:
             reasons = dict(zip((i.ref for i in asked), threads.map(self._why, asked), strict=True))
         taps = self._network.taps()
         networks = {tenant.id: tenant.network for tenant in self._store.tenants()}
         notes, failing = self._store.notes(Note.HEALTH), []
         now_at = {instance.ref: instance.generation for instance in self._store.instances()}
-        for instance in asked:
+        for instance in there:
             ref, network = instance.ref, networks.get(instance.ref.tenant)
             if now_at.get(ref) != instance.generation:
                 continue  # a job has it, or had: what was seen may be of its doing
-            reason = reasons[ref]
+            reason = reasons.get(ref)
             if reason is None and network is not None and network.tap(instance.offset) not in taps:
                 reason = f"its network interface {network.tap(instance.offset)} is gone"
-            before = Health.from_dict(notes[ref]) if ref in notes else Health(instance.run)
-            now = before.seen(instance.run, self._clock.now(), reason)
-            if now != before:
-                self._store.put_note(ref, Note.HEALTH, now.to_dict())
+            if reason is None and instance.status is Status.WARM:
+                continue  # that it is well is not known
+            now = self._remember(instance, notes.get(ref), reason)
             if now.misses:
                 why = now.why_ill(instance, self.limit)
                 failing.append(Ill(str(ref), now.misses, why is not None, reason or ""))
                 if now.misses == self.limit:
                     log.warning("guest is not well", instance=str(ref), why=why)
         return HealthResult(len(asked), failing).to_dict()
+
+    def seen(self, instance: Instance, reason: str | None) -> None:
+        """A check that was made by the way: why `instance` did not pass it, or that it did (None)."""
+        self._remember(instance, self._store.note(instance.ref, Note.HEALTH), reason)
+
+    def _remember(self, instance: Instance, note: Mapping[str, Any] | None, reason: str | None) -> Health:
+        before = Health.from_dict(note) if note else Health(instance.run)
+        now = before.seen(instance.run, self._clock.now(), reason)
+        if now != before:
+            self._store.put_note(instance.ref, Note.HEALTH, now.to_dict())
+        return now
 
     def _why(self, instance: Instance) -> str | None:
         try:
@@ -87,7 +101,7 @@ class GuestHealth:
     def explain(self, instance: Instance) -> dict[str, Any] | None:
         """What is wrong with it, if the last check found something."""
         note = self._store.note(instance.ref, Note.HEALTH)
-        if note is None or not note["misses"] or note["run"] != instance.run or instance.status is not Status.RUNNING:
+        if note is None or not note["misses"] or note["run"] != instance.run or instance.status not in UP:
             return None
         health = Health.from_dict(note)
         return {

@@ -148,7 +148,7 @@ class Lifecycle:
         if instance.status is Status.WARM:
             instance = self._resume(context, instance)
         else:
-            instance = self._microvms.wake(context, instance, self._store.pool(ref.pool_ref), network)
+            instance = self._wake(context, instance, network)
         running = instance.moved(Status.RUNNING, last_error=None, last_started_at=self._clock.now())
         took = round(self._clock.monotonic() - began, 4)
         note = {"seconds": took, "from": instance.status.value, "at": self._clock.now().isoformat()}
@@ -157,6 +157,21 @@ class Lifecycle:
             self._store.put_note(ref, Note.WOKE, note)
         # Only now: a wake that is delivered again needs it.
         self._microvms.forget_snapshot(running)
+
+    def _wake(self, context: JobContext, instance: Instance, network: TenantNetwork) -> Instance:
+        """A sleeping instance runs again. One whose VMM has ended as it ran has nothing left to wake from: it stops."""
+        try:
+            return self._microvms.wake(context, instance, self._store.pool(instance.ref.pool_ref), network)
+        except Fenced:
+            raise
+        except MvmError as error:
+            context.check_lease()
+            if not error.code.startswith("snapshot.") and not self._microvms.has_snapshot(instance):
+                self._microvms.take_down(instance, network)
+                self._store.save_instance(
+                    replace(instance, status=Status.STOPPED, process=None, last_stopped_at=self._clock.now())
+                )
+            raise
 
     def _resume(self, context: JobContext, instance: Instance) -> Instance:
         """A warm instance runs again. Where only its guest does not answer it runs all the same, and is found ill."""

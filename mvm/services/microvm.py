@@ -27,7 +27,7 @@ from mvm.ports.cgroup import Cgroups
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel, GuestIdentity
 from mvm.ports.storage import NodeStorage
-from mvm.ports.store import NodeStore
+from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import BootSpec, Nic, VmmDriver
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
@@ -175,11 +175,19 @@ class MicroVms:
     def sleep(
         self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, force: bool
     ) -> SnapshotManifest:
-        """Its memory is on disk; no process and no TAP are left."""
+        """Its memory is on disk; no process and no TAP are left.
+
+        A clone whose template is gone has nothing to be saved over as long as it is up: that is noted.
+        """
         spec = self.spec(instance, pool, network)
         self._secrets.withdrawn(instance.ref, surely=not force)
         with context.undoing(partial(self._give_secrets_back, instance)), self._telling(instance.ref):
-            manifest = self._snapshots.sleep(context, instance, pool, spec, force=force)
+            try:
+                manifest = self._snapshots.sleep(context, instance, pool, spec, force=force)
+            except MvmError as error:
+                if instance.cloned and error.code in ("snapshot.other_base", "snapshot.not_found"):
+                    self._store.put_note(instance.ref, Note.SLEEPLESS, {"run": instance.run})
+                raise
         self._networks.disconnect(instance, network)
         return manifest
 

@@ -177,9 +177,7 @@ class Runner:
         context = JobContext(job, self, self._clock.monotonic() + self._tries.deadline_s(job.verb))
         try:
             with self._alone(job):
-                if job.reason is not Reason.URGENT or died:  # it is recorded with its claim
-                    self.save(job)
-                self.check_cancelled(job)  # not before: until it is told to run, whoever cancels it ends it there
+                self._begin(job, died=died)
                 log.debug("began", attempt=job.attempt, deaths=job.deaths)
                 self._refuse_poison(context)
                 result = self._handlers[job.verb][0](context)
@@ -195,6 +193,12 @@ class Runner:
             log.exception("crashed")
             self._fail(context, bug)
         return context.job
+
+    def _begin(self, job: Job, *, died: bool) -> None:
+        """Record that it runs, then tell and ask: until it is told, whoever cancels it ends it in the registry."""
+        if job.reason is not Reason.URGENT or died:  # else it is recorded with its claim
+            self.store.put_job(job)
+        self._heed(job, lambda: self._registry.update_and_ask(job))
 
     def _drop(self, job: Job) -> Job:
         """Nobody took `job` in time."""
@@ -261,11 +265,15 @@ class Runner:
 
     def check_cancelled(self, job: Job) -> None:
         """Raises `Cancelled` if somebody asked for it. An unreachable registry has nobody's wishes."""
-        if job.reason is Reason.URGENT:
+        self._heed(job, lambda: self._registry.cancel_requested(job.job_id))
+
+    def _heed(self, job: Job, ask: Callable[[], bool]) -> None:
+        if job.reason is Reason.URGENT:  # every millisecond of it is waited for
             return
         try:
-            asked = self._registry.cancel_requested(job.job_id)
-        except Unreachable:
+            asked = ask()
+        except Unreachable as error:
+            log.warning("registry not asked", error=error.message)
             return
         if asked:
             raise Cancelled("job.cancelled", "cancelled on request; what it had begun is undone")

@@ -12,6 +12,7 @@ import structlog
 
 from mvm.domain.ids import InstanceId, InstanceRef, PoolRef, Revision
 from mvm.domain.instance import Instance, ProcessIdentity
+from mvm.domain.lifecycle import Status
 from mvm.domain.pool import StartMode, WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import Failed, MvmError, NotAllowed, NotFound, QuotaExceeded, TimedOut, Unreachable
@@ -21,6 +22,7 @@ from mvm.ports.locks import Locks
 from mvm.ports.storage import NodeStorage
 from mvm.ports.vmm import BootSpec, Presence, Snapshotting, TemplateSpec, VmmDriver
 from mvm.services.disk_room import DiskRoom
+from mvm.services.health import GuestHealth
 from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.snapshots")
@@ -35,7 +37,7 @@ class Snapshots:
 
     def __init__(
         self, *, locks: Locks, clock: Clock, vmm: VmmDriver, guest: GuestChannel, storage: NodeStorage,
-        room: DiskRoom, boot_deadline_s: float, sleep_deadline_s: float,
+        room: DiskRoom, health: GuestHealth, boot_deadline_s: float, sleep_deadline_s: float,
     ) -> None:  # fmt: skip
         self._locks = locks
         self._clock = clock
@@ -43,6 +45,7 @@ class Snapshots:
         self._guest = guest
         self._storage = storage
         self._room = room
+        self._health = health
         self._boot_deadline_s = boot_deadline_s
         self._sleep_deadline_s = sleep_deadline_s
 
@@ -193,18 +196,27 @@ class Snapshots:
                 instance.ref, self._storage.directory(instance.ref), deadline_s=self._sleep_deadline_s
             )
         except (TimedOut, Failed) as error:
+            self._met(instance, error.message if isinstance(error, TimedOut) else None)
             if not force:
                 raise Failed(
                     "guest.not_ready", f"the guest of {instance.ref} did not get ready to sleep: {error.message}",
                     hint=f"mvm instance sleep {instance.ref} --force", subject=str(instance.ref),
                 ) from None  # fmt: skip
             log.warning("put to sleep without the guest's consent", why=error.message)
+        else:
+            self._met(instance, None)
+
+    def _met(self, instance: Instance, silent: str | None) -> None:
+        """A warm guest is checked when it is asked to sleep: else it stands still, and no sweep can ask it."""
+        if instance.status is Status.WARM:
+            self._health.seen(instance, silent)
 
     def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec) -> ProcessIdentity:
         """A sleeping instance runs where it was, and knows what time it is; its snapshot stays for the caller.
 
         One whose guest does not answer has written to its disks meanwhile, which makes what it slept in unfit. So it
-        is put to sleep anew, as it is, and can be woken again.
+        is put to sleep anew, as it is, and can be woken again. When its VMM ends after it has run, nothing is left to
+        wake it from, and the snapshot goes.
         """
         driver = self._driver()
         context.step("verify and restore", 1, 3)
@@ -219,6 +231,10 @@ class Snapshots:
             if spec.secrets is not None:
                 self._take_secrets_back(instance, process)
             self._save(instance, process, pool, spec)
+            raise
+        except Unreachable:
+            if self._vmm.observe(instance.ref, process) is Presence.ABSENT:
+                self.forget(instance.ref)
             raise
         return process
 

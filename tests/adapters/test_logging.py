@@ -65,6 +65,13 @@ def test_filter_by_logger() -> None:
     ]
 
 
+def test_celery_tells_of_each_task_only_when_asked() -> None:
+    for log, told in (("info", []), ("debug", []), ("info,celery.app.trace=info", ["t"])):
+        out = start(log)
+        logging.getLogger("celery.app.trace").info("t")
+        assert [line["event"] for line in lines(out)] == told
+
+
 @pytest.mark.parametrize("text", ["loud", "a=loud", "=info", "a=b=", "info;debug"])
 def test_a_bad_filter_is_named(text: str) -> None:
     with pytest.raises(InvalidInput) as caught:

@@ -11,6 +11,7 @@ import pytest
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.drivers.sqlite_store import SqliteStore
+from mvm.errors import Failed
 from mvm.ports.store import Note
 from tests.support import make
 
@@ -43,6 +44,20 @@ def test_a_note_is_kept_until_its_instance_is_forgotten(store: SqliteStore) -> N
     assert store.notes(Note.SLEPT) == {}
     store.put_note(ref, Note.SLEPT, {"bytes": 3})
     assert store.notes(Note.SLEPT) == {}, "nobody is left to forget it"
+
+
+def test_what_could_not_be_committed_is_undone_and_the_next_write_goes_on(store: SqliteStore) -> None:
+    def refuse(action: int, word: str | None, *_: str | None) -> int:
+        commits = action == sqlite3.SQLITE_TRANSACTION and word == "COMMIT"
+        return sqlite3.SQLITE_DENY if commits else sqlite3.SQLITE_OK
+
+    store._writer().set_authorizer(refuse)
+    with pytest.raises(Failed), store.transaction():
+        store.put_desired({"generation": 1})
+    store._writer().set_authorizer(None)
+    assert store.desired() is None
+    store.put_desired({"generation": 2})
+    assert store.desired() == {"generation": 2}
 
 
 def test_a_store_from_before_there_were_notes_gets_them(store: SqliteStore, tmp_path: Path) -> None:

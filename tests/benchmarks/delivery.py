@@ -1,13 +1,14 @@
 """``enqueue.*`` and ``execute.*``: jobs per second, against Celery by itself with the same settings.
 
 ``enqueue.single``: 10,000 jobs that `Jobs.submit` records and sends one by one, against ``send_task`` of the same name,
-arguments and priority, which records nothing. Bar 0.7 of its rate. ``enqueue.bulk``: one bulk job with 10,000 children
-by `Jobs.submit_bulk`, against ``send_task`` 10,000 times within kombu's ``Producer.batch``. Bar 0.9.
+arguments and priority, which records nothing. Bar 0.7 of its rate. ``enqueue.bulk``: one bulk job with 10,000
+children by `Jobs.submit_bulk`, against ``send_task`` 10,000 times within kombu's ``Producer.batch``. Bar 0.9.
 
 ``execute.noop``: jobs whose handler does nothing, through all that makes them jobs (records, locks, cancelling, audit
 trail, registry, metrics), against a Celery task that does nothing. Bar 0.5. ``execute.wake``: ``instance.warm`` and
-``instance.wake``, in turn, of fake guests; for information. Both by one real worker as ``mvm up`` starts it, from the
-moment at which all messages are there until the last one is acknowledged. Redis has its append-only file.
+``instance.wake``, in turn, of fake guests; for information. Jobs are done by one real worker as ``mvm up`` starts it,
+the task by Celery's with the same settings, which has nothing of ours (see `bare_worker`); from the moment at which all
+messages are there until the last one is acknowledged. Redis has its append-only file.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _NODE = NodeId("n1")
 _SENT, _BATCHES = 10_000, 5
 _ROUNDS, _A_ROUND = 5, 600
 _TENANTS, _GUESTS = 10, 20
-_BARE = "bench.noop"  # `noop_worker` has it
+_PLAIN = NodeId("plain")  # whose worker is Celery by itself
 _PRIORITY = {Lane.NORMAL: 3, Lane.BULK: 9}
 
 
@@ -59,18 +60,18 @@ class Broker:
     def job(self, verb: JobVerb = JobVerb.INSTANCE_START, subject: str = "bench/web/i-00000000") -> Job:
         return self.jobs.new(verb, subject, _NODE, actor="bench")
 
-    def send_task(self, name: str, like: Job, producer: object = None) -> None:
+    def send_task(self, name: str, like: Job, producer: object = None, node: NodeId = _NODE) -> None:
         """As a service that uses Celery would send it."""
         self.celery.send_task(
-            name, kwargs=task_kwargs(like), queue=node_queue(_NODE), priority=_PRIORITY[like.lane], producer=producer,
+            name, kwargs=task_kwargs(like), queue=node_queue(node), priority=_PRIORITY[like.lane], producer=producer,
             ignore_result=True,
         )  # fmt: skip
 
-    def left(self) -> int:
+    def left(self, node: NodeId) -> int:
         """Messages that wait or are not acknowledged."""
-        keys = [f"{node_queue(_NODE)}{PRIORITY_SEPARATOR}{p}" if p else node_queue(_NODE) for p in PRIORITY_STEPS]
+        keys = [f"{node_queue(node)}{PRIORITY_SEPARATOR}{p}" if p else node_queue(node) for p in PRIORITY_STEPS]
         waiting = self.link.pipeline([("LLEN", key) for key in keys])
-        return sum(waiting) + int(self.link.command("HLEN", f"mvm:unacked:{_NODE}:main"))
+        return sum(waiting) + int(self.link.command("HLEN", f"mvm:unacked:{node}:main"))
 
 
 @contextmanager
@@ -129,25 +130,31 @@ def enqueue_bulk(bench: Bench) -> Result:
 
 # --- executing
 @contextmanager
-def worker(there: Broker) -> Iterator[None]:
-    """The node's worker, with `noop_worker`'s task; it has taken nothing yet when this begins."""
+def workers(there: Broker) -> Iterator[None]:
+    """The node's worker and Celery's; they have taken nothing yet when this begins."""
+    with _worker(there, _PLAIN, "bare_worker"), _worker(there, _NODE, "noop_worker"):
+        until(lambda: there.jobs.is_node_live(_NODE), 60, "the worker's heartbeat")
+        yield
+
+
+@contextmanager
+def _worker(there: Broker, node: NodeId, module: str) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="mvm-bench-") as root:
         settings = Settings(
-            state_dir=Path(root), redis_url=there.url, node_id=_NODE, driver="fake", netns="host",
+            state_dir=Path(root), redis_url=there.url, node_id=node, driver="fake", netns="host",
         )  # fmt: skip
         settings.layout.metrics.mkdir(parents=True)
         env = {name: value for name, value in os.environ.items() if not name.startswith("MVM_")}
         env |= {**settings.environment(), "MVM_WORKER_ROLE": "main", "PYTHONPATH": str(Path(__file__).parents[2]),
                 "PROMETHEUS_MULTIPROC_DIR": str(settings.layout.metrics)}  # fmt: skip
         argv = [
-            sys.executable, "-m", "celery", "-A", "tests.benchmarks.noop_worker", "worker", "-n", f"main@{_NODE}",
-            "-Q", node_queue(_NODE), "-P", "threads", "-c", str(settings.worker_threads), "--without-gossip",
+            sys.executable, "-m", "celery", "-A", f"tests.benchmarks.{module}", "worker", "-n", f"main@{node}",
+            "-Q", node_queue(node), "-P", "threads", "-c", str(settings.worker_threads), "--without-gossip",
             "--without-mingle", "-E", "-l", "INFO",
         ]  # fmt: skip
         with (Path(root) / "worker.log").open("wb") as log:
             process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
-                until(lambda: there.jobs.is_node_live(_NODE), 60, "the worker's heartbeat")
                 yield
             finally:
                 process.terminate()
@@ -155,7 +162,7 @@ def worker(there: Broker) -> Iterator[None]:
 
 
 def execute_noop(bench: Bench) -> Result:
-    with broker() as there, worker(there):
+    with broker() as there, workers(there):
         tenants = [f"t{n}" for n in range(_TENANTS)]
         _all(there, [Asked(JobVerb.TENANT_CREATE, tenant) for tenant in tenants])
         asked = [Asked(JobVerb.TENANT_UPDATE, tenants[n % _TENANTS]) for n in range(_A_ROUND)]
@@ -166,7 +173,7 @@ def execute_noop(bench: Bench) -> Result:
 
 
 def execute_wake(bench: Bench) -> Result:
-    with broker() as there, worker(there):
+    with broker() as there, workers(there):
         pools = [f"t{n}/web" for n in range(_TENANTS)]
         shape = {"flake_ref": "builtin:", "profile": "minimal", "start": "cold"}
         _all(there, [Asked(JobVerb.TENANT_CREATE, pool.split("/")[0]) for pool in pools])
@@ -197,7 +204,7 @@ def _all(there: Broker, asked: Sequence[Asked]) -> float:
     jobs = [there.jobs.new(a.verb, a.subject, _NODE, params=a.params, actor="bench") for a in asked]
     there.jobs._registry.record(jobs)
     there.queue.send(jobs)
-    rate = _drained(there, len(jobs))
+    rate = _drained(there, len(jobs), _NODE)
     ended = [there.jobs.job(job.job_id) for job in jobs]
     assert all(job.state is JobState.SUCCEEDED for job in ended), next(job.error for job in ended if job.error)
     return rate
@@ -206,12 +213,12 @@ def _all(there: Broker, asked: Sequence[Asked]) -> float:
 def _bare_rate(there: Broker, count: int) -> float:
     with there.celery.producer_pool.acquire() as producer, producer.batch(count):
         for _ in range(count):
-            there.send_task(_BARE, there.job(), producer)
-    return _drained(there, count)
+            there.send_task("bench.noop", there.job(), producer, _PLAIN)
+    return _drained(there, count, _PLAIN)
 
 
-def _drained(there: Broker, count: int) -> float:
-    return _rate(lambda: until(lambda: not there.left(), 120, "all messages acknowledged"), count)
+def _drained(there: Broker, count: int, node: NodeId) -> float:
+    return _rate(lambda: until(lambda: not there.left(node), 120, "all messages acknowledged"), count)
 
 
 def _ended(there: Broker, parent: Job) -> None:

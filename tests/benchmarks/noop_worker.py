@@ -1,7 +1,4 @@
-"""The node's worker as it is, over a fake host in its memory, with two more things that do nothing.
-
-They are a task of Celery's alone, and the handler of jobs ``tenant.update``.
-"""
+"""The node's worker as it is, over a fake host in its memory; its jobs ``tenant.update`` do nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +10,7 @@ from mvm.drivers.clock import SystemClock
 from mvm.drivers.fake import FakeHost
 from mvm.telemetry.metrics import observe_job
 from mvm.wiring import NodeServices, build_node, open_ports
-from workers.app import app, settings
-
-
-@app.task(name="bench.noop", ignore_result=True)
-def noop(**_: object) -> None:
-    """Nothing."""
+from workers.app import app, settings  # noqa: F401 - Celery looks for the app here
 
 
 def _services() -> NodeServices:

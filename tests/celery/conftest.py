@@ -113,7 +113,7 @@ def start_worker(directory: Path, node: NodeId, url: str, *, role: str = "main")
     env = {
         "MVM_STATE_DIR": str(state), "MVM_REDIS_URL": url, "MVM_NODE_ID": node, "MVM_DRIVER": "fake",
         "MVM_NETNS": "host", "MVM_WORKER_ROLE": role, "MVM_HEARTBEAT_S": "0.5", "MVM_VISIBILITY_TIMEOUT_S": "6",
-        "MVM_LOG": "debug", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default",
+        "MVM_LOG": "debug,celery.worker.strategy=info", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default",
     }  # fmt: skip
     argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-n", f"{role}@{node}", "-Q", queue,
             "-P", "threads", "-c", "4", "--without-gossip", "--without-mingle", "-E"]  # fmt: skip

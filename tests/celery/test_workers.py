@@ -74,6 +74,22 @@ def test_killed_workers_lose_and_repeat_nothing(celery_setup: Any, fleet: Jobs) 
     assert len(set(net_ids)) == 60
 
 
+def test_what_a_killed_worker_had_taken_comes_first(celery_setup: Any, fleet: Jobs) -> None:
+    live(fleet)
+    worker = celery_setup.worker_cluster[0]
+    taken = fleet.new(JobVerb.TENANT_CREATE, "taken", NODES[0], actor="test")
+    with locked(worker, f"job {taken.job_id}"):
+        fleet._registry.record([taken])
+        fleet.send_again([taken])
+        until(lambda: fleet._queue._link.command("HLEN", "mvm:unacked:n1:main"), 20, "it is taken")  # type: ignore[attr-defined]
+        worker.container._container.kill()
+    others = [fleet.submit(JobVerb.TENANT_CREATE, f"t{n}", NODES[0], actor="test") for n in range(60)]
+    worker.container._container.start()
+    done = ended(fleet, taken.job_id, *(job.job_id for job in others), deadline_s=90)
+    order = sorted(done.values(), key=lambda job: job.finished_at or job.submitted_at)
+    assert taken.job_id in [job.job_id for job in order[:30]], "not behind all that wait"
+
+
 def test_a_message_that_was_lost_is_sent_again_by_the_next_worker(celery_setup: Any, fleet: Jobs) -> None:
     live(fleet)
     lost = fleet.new(JobVerb.TENANT_CREATE, "lost", NODES[0], actor="test")

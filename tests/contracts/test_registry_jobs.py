@@ -256,13 +256,13 @@ def test_a_queued_job_is_cancelled_at_once(registry: Registry) -> None:
 def test_a_running_job_is_asked_to_end(registry: Registry) -> None:
     made = job(state=JobState.RUNNING)
     registry.record([made.with_(state=JobState.QUEUED)])
-    registry.update(made)
+    assert not registry.update_and_ask(made)
     assert not registry.cancel_requested(made.job_id)
     assert registry.request_cancel(made.job_id) == made
     assert registry.request_cancel(made.job_id) == made
     assert registry.cancel_requested(made.job_id)
-    registry.update(made.with_(step="undo"))
-    assert registry.cancel_requested(made.job_id)
+    assert registry.update_and_ask(made.with_(step="undo"))
+    assert registry.job(made.job_id) == made.with_(step="undo")
     registry.update(ended(made, JobState.CANCELLED))
     assert _state(registry, made.job_id) is JobState.CANCELLED
     assert registry.cancel_requested(made.job_id), "a message of it may come later"

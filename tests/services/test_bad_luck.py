@@ -372,7 +372,7 @@ def test_the_registry_may_be_away_while_a_job_runs(node: Node, monkeypatch: pyte
     def away(*_: object) -> None:
         raise Unreachable("registry.unreachable", "away")
 
-    for name in ("update", "cancel_requested"):
+    for name in ("update", "update_and_ask", "cancel_requested"):
         monkeypatch.setattr(node.registry, name, away)
     node.drain()
     assert node.instance(ref).status is Status.RUNNING

@@ -115,3 +115,58 @@ def test_those_that_are_not_running_and_those_that_are_gone_are_not_asked(node: 
     assert node.sweep(V.SWEEP_HEALTH) == {"changed": False, "checked": 1, "failing": []}
     node.host.fail("guest.ping", Failed("guest.refused", "what?"))
     assert [each["ref"] for each in check(node)] == [two]
+
+
+def test_a_warm_guest_that_is_silent_when_it_is_to_sleep_is_replaced(node: Node) -> None:
+    (ref,) = running(node, 1)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.ok(V.POOL_SCALE, "acme/web", running=1)
+    node.clock.advance(601)
+    hang(node, ref)
+    for missed in range(1, CHECKS + 1):
+        node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
+        node.clock.advance(601)
+        health = explain(node, ref)["health"]
+        assert (health["failed_checks"], health["well"]) == (missed, missed < CHECKS)
+        assert "did not answer" in health["reason"]
+    assert node.instance(ref).status is Status.WARM
+    assert explain(node, ref)["next"]["verb"] == "stop"
+    node.sweep(V.SWEEP_RECONCILE)
+    assert node.instance(ref).status is Status.STOPPED
+    assert explain(node, ref)["health"] is None
+
+
+def test_exact_counts_that_want_a_silent_warm_guest_asleep_are_met_in_the_end(node: Node) -> None:
+    (ref,) = running(node, 1)
+    node.ok(V.INSTANCE_WARM, ref)
+    hang(node, ref)
+    node.ok(V.POOL_SCALE, "acme/web", running=0, warm=0, sleeping=1)
+    node.clock.advance(601)
+    for _ in range(CHECKS + 3):
+        node.sweep(V.SWEEP_RECONCILE)
+    assert node.instance(ref).status is Status.SLEEPING
+    jobs = [job for job in node.registry.jobs(subject=ref) if job.verb is V.INSTANCE_STOP]
+    assert [job.params for job in jobs] == [{"why": "its guest is not well"}]
+
+
+def test_a_warm_guest_that_says_no_is_well(node: Node) -> None:
+    (ref,) = running(node, 1)
+    node.ok(V.INSTANCE_WARM, ref)
+    hang(node, ref)
+    node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
+    assert explain(node, ref)["health"]["failed_checks"] == 1
+    hang(node, ref, hung=False)
+    node.host.fail("guest.prepare_sleep", Failed("guest.refused", "busy"))
+    node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
+    assert explain(node, ref)["health"] is None
+
+
+def test_a_warm_guest_without_its_interface_is_not_well(node: Node) -> None:
+    (ref,) = running(node, 1)
+    node.ok(V.INSTANCE_WARM, ref)
+    hang(node, ref)
+    node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
+    assert check(node) == []
+    assert explain(node, ref)["health"]["failed_checks"] == 1, "a sweep cannot ask it, and knows nothing better"
+    node.host.taps.clear()
+    assert check(node)[0]["failed_checks"] == 2

@@ -10,6 +10,7 @@ from mvm.domain.ids import InstanceRef, PoolRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, NotFound, TimedOut
+from mvm.ports.store import Note
 from tests.services.conftest import Node
 
 V = JobVerb
@@ -395,3 +396,47 @@ def test_what_was_done_and_could_not_be_written_down_is_put_right(
         assert node.host.machines[instance].paused
     assert node.instance(ref).in_flight is None
     assert not node.host.leaks()
+
+
+def test_a_clone_whose_template_is_gone_is_not_asked_to_sleep_again_and_again(node: Node) -> None:
+    (ref,) = running(node)
+    node.host.fail("vmm.clone", Failed("snapshot.damaged", "devices differs from its manifest"))
+    (other,) = node.create(1)
+    node.ok(V.INSTANCE_START, other)  # which drops the template
+    node.ok(V.INSTANCE_DESTROY, other)
+    node.ok(V.POOL_SCALE, "acme/web", running=0, warm=0, sleeping=1)
+    node.clock.advance(601)
+    told = node.sweep(V.SWEEP_RECONCILE)
+    assert not told["changed"]
+    assert told["remarks"] == ["acme/web: 1 cannot sleep, and stay up: the template they were cloned from is gone"]
+    asked = [job for job in node.registry.jobs(subject=ref) if job.verb is V.INSTANCE_SLEEP]
+    assert [job.error and job.error["code"] for job in asked] == ["snapshot.not_found"]
+    node.ok(V.INSTANCE_STOP, ref)  # and by its next start it is a clone of a new one
+    node.clock.advance(601)
+    for _ in range(3):
+        node.sweep(V.SWEEP_RECONCILE)
+    assert node.instance(ref).status is Status.SLEEPING
+
+
+def test_another_one_sleeps_where_one_cannot(node: Node) -> None:
+    first, second = running(node, 2)
+    node.services.store.put_note(InstanceRef.parse(second), Note.SLEEPLESS, {"run": node.instance(second).run})
+    node.ok(V.POOL_SCALE, "acme/web", running=1, warm=0, sleeping=1)
+    assert (node.instance(first).status, node.instance(second).status) == (Status.SLEEPING, Status.RUNNING)
+
+
+def test_a_guest_whose_vmm_ends_while_it_is_woken_is_stopped_and_can_be_started(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    ends = node.host.guest.wake
+
+    def end(*args: Any, **words: Any) -> None:
+        node.host.kill_process(InstanceRef.parse(ref))
+        ends(*args, **words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node.host.guest, "wake", end)
+        node.fails("guest.gone", V.INSTANCE_WAKE, ref)
+    assert node.instance(ref).status is Status.STOPPED
+    assert not node.host.leaks()
+    assert node.ok(V.INSTANCE_START, ref)["status"] == "running"

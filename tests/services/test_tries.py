@@ -274,9 +274,7 @@ def test_what_nobody_takes_expires_and_says_so(node: Node) -> None:
     assert node.queue.queued(dead) == {again.job_id}
 
 
-def test_what_is_taken_too_late_is_dropped_unless_it_had_begun(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_taken_too_late_is_dropped_unless_it_had_begun(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     late = node.services.jobs.submit(V.TENANT_CREATE, "late", NODE, actor="test", expires_s=60)
     begun = node.services.jobs.submit(V.TENANT_CREATE, "begun", NODE, actor="test", expires_s=60)
     with monkeypatch.context() as patch:

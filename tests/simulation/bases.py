@@ -81,7 +81,7 @@ def _own(value: _T) -> _T:
 
 @cache
 def _base(kind: int) -> World:
-    """0: scaled by hand. 1: by a document. 2: hardly begun."""
+    """0: scaled by hand, with an image newer than some run and sleep on. 1: by a document. 2: hardly begun."""
     world = World()
     _current[:] = [world]
     for tenant, most in (("acme", 3), ("bolt", 2)):
@@ -105,6 +105,9 @@ def _base(kind: int) -> World:
         world.pass_time(65.0)
         for verb in (V.SWEEP_STALE_PIDS, V.SWEEP_RECONCILE):
             world.jobs().sweep(verb, every_s=15.0)
+    if kind == 0:
+        _do(world, V.POOL_UPDATE, "bolt/web", {"source": {"flake_ref": "builtin:", "profile": "python"}})
+        _do(world, V.POOL_BUILD, "bolt/web", {})
     _drain(world)
     world.registry._jobs.clear()
     world.registry._bulks.clear()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mvm.domain.actions import Action, Request
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb
-from mvm.domain.lifecycle import Status, Verb
+from mvm.domain.lifecycle import Status
 from mvm.domain.planner import decide
 from mvm.domain.room import usage_of
-from tests.simulation.world import NODE, World
+from tests.simulation.world import NODE, SETTINGS, World
 
 _UP = (Status.RUNNING, Status.WARM)
 
@@ -65,8 +64,14 @@ def _up(world: World, ref: InstanceRef, row: Instance) -> Iterator[str]:
         yield f"stores disagree: {ref} is recorded as {row.process} and runs as {machine.process}"
     elif machine.paused is not (row.status is Status.WARM):
         yield f"stores disagree: {ref} is {row.status} and {'paused' if machine.paused else 'not paused'}"
-    if tap not in world.host.taps:
+    if tap not in world.host.taps and not _only_told(world, ref):
         yield f"stores disagree: {ref} is {row.status} and has no TAP"
+
+
+def _only_told(world: World, ref: InstanceRef) -> bool:
+    """Nobody replaces an ill instance there."""
+    pool = world.store._pools[ref.pool_ref]
+    return bool(pool.protected) or pool.desired is None
 
 
 def _down(world: World, ref: InstanceRef, row: Instance) -> Iterator[str]:
@@ -119,7 +124,7 @@ def at_the_end(world: World) -> list[str]:
     """What is not as it should be when faults are over and sweeps have had their time: of the first kind that is."""
     world.tainted.clear()
     world.harmed.clear()
-    for look in (after_event, _jobs, _host, _plan, _agreement, _trails):
+    for look in (after_event, _jobs, _host, _images, _plan, _agreement, _trails):
         breaches = list(look(world))
         if breaches:
             return breaches
@@ -151,6 +156,7 @@ def _host(world: World) -> Iterator[str]:
     host, rows = world.host, world.rows()
     up = {ref for ref, row in rows.items() if row.status in _UP}
     asleep = {host.layout.snapshot(ref) for ref, row in rows.items() if row.status is Status.SLEEPING}
+    taps = {tap for ref in up if (tap := _tap(world, rows[ref])) in host.taps or not _only_told(world, ref)}
     pools = {(pool.ref.tenant, pool.ref.pool) for pool in world.store._pools.values()}
     saved = {path for path in host.saved if not path.is_relative_to(host.layout.templates)}
     templates = {
@@ -159,7 +165,7 @@ def _host(world: World) -> Iterator[str]:
     }  # fmt: skip
     for what, there, owned in (
         ("processes", set(host.machines), up),
-        ("TAPs", set(host.taps), {_tap(world, rows[ref]) for ref in up}),
+        ("TAPs", set(host.taps), taps),
         ("control groups", set(host.groups), up),
         ("snapshots", saved, asleep),
         ("templates without a pool", templates, set()),
@@ -177,6 +183,28 @@ def _host(world: World) -> Iterator[str]:
     different = host.packets.differences(world.services("worker").networks.expected())
     if different:
         yield f"leak: rules differ: {different[:3]}"
+
+
+def _images(world: World) -> Iterator[str]:
+    """What pools and instances need of images is there; and when space is low, nothing else."""
+    host = world.host
+    for pool in world.store._pools.values():
+        if pool.revision is not None and pool.revision not in host.revisions:
+            yield f"lost: the image of {pool.ref} is gone"
+    for ref, row in world.rows().items():
+        if row.status not in (*_UP, Status.SLEEPING) or row.revision is None:
+            continue
+        if row.revision not in host.revisions:
+            yield f"lost: {ref} is {row.status} on an image that is gone"
+        if row.status is Status.SLEEPING:
+            asleep, template = host.saved[host.layout.snapshot(ref)], host.layout.template(ref.pool_ref, row.revision)
+            base = asleep.manifest.template
+            if base is not None and (template not in host.saved or host.saved[template].manifest.id != base):
+                yield f"lost: {ref} sleeps on a template that is gone"
+    if world.was_low:
+        found, _ = world.services("worker").view._disk._decide(SETTINGS.keep_revisions)
+        if found.revisions or found.templates:
+            yield f"leak: not cleaned up: {found.revisions} {found.templates}"
 
 
 def _agreement(world: World) -> Iterator[str]:
@@ -200,16 +228,5 @@ def _trails(world: World) -> Iterator[str]:
 def _plan(world: World) -> Iterator[str]:
     reconcile = world.services("worker").view._desired._reconcile
     outcome = decide(reconcile.desired(), reconcile.observe())
-    left = [action for action in outcome.actions if not _cannot_sleep(world, action)]
-    if left:
-        yield f"not converged: {'; '.join(map(str, left[:3]))}"
-
-
-def _cannot_sleep(world: World, action: Action) -> bool:
-    """A clone whose template was found damaged and dropped has nothing to be saved over, until it is started anew."""
-    if not isinstance(action, Request) or action.verb is not Verb.SLEEP:
-        return False
-    row = world.rows()[action.ref]
-    return row.cloned and row.revision is not None and (
-        world.host.layout.template(row.ref.pool_ref, row.revision) not in world.host.saved
-    )  # fmt: skip
+    if outcome.actions:
+        yield f"not converged: {'; '.join(map(str, outcome.actions[:3]))}"

@@ -8,11 +8,14 @@ from random import Random
 
 _ANY = 1 << 16
 
-WORK = {"ask": 16, "deliver": 30, "go": 16, "beat": 9, "time": 9, "wake": 3, "apply": 1, "secrets": 1, "cancel": 2}
+WORK = {
+    "ask": 16, "deliver": 30, "go": 16, "beat": 9, "time": 9, "wake": 3, "apply": 1, "secrets": 1, "cancel": 2,
+    "busy": 1,
+}  # fmt: skip
 """What a fleet's day is made of, and how often."""
 FAULTS = {
     "crash": 5, "restart": 3, "reboot": 1, "redis": 3, "lose": 3, "duplicate": 4, "delay": 3, "fail": 4, "full": 2,
-    "silence": 3, "vmm": 4, "clock": 2,
+    "silence": 3, "vmm": 4, "clock": 2, "low": 3, "memory": 3, "untap": 2,
 }  # fmt: skip
 
 

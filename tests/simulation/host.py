@@ -19,6 +19,7 @@ from mvm.drivers.fake.machines import FakeVmm
 from mvm.drivers.fake.resources import FakePackets
 from mvm.drivers.fake.state import Machine
 from mvm.errors import Failed, TimedOut
+from mvm.ports.host import MemoryLeft
 from mvm.ports.vmm import BootSpec
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ ACTS = frozenset({
     "storage.fresh_overlay", "storage.remove", "storage.clean_runtime", "network.ensure_tap", "network.remove_taps",
 })  # fmt: skip
 """What changes an instance on the host."""
+
+
+ROOM, LOW, NONE_LEFT = 1 << 39, 2 << 30, 512 << 20
+"""Bytes that are free on the disk: enough; so few that a sweep cleans up; too few to build or to sleep."""
+PLENTY = MemoryLeft(total_mib=16384, available_mib=8192)
+SHORT_MIB = 512
 
 
 class SimClock:
@@ -251,6 +258,8 @@ class SimHost(FakeHost):
         """Nothing fails any more; guests that are silent stay so."""
         self._faults.clear()
         self.disk_full = False
+        self.disk_free = LOW if self.world.was_low else ROOM
+        self.memory_left = PLENTY
         self.hangs.clear()
         self.panics.clear()
 

@@ -69,8 +69,10 @@ def settle(world: World) -> tuple[int, list[str]]:
     for number in range(1, ROUNDS + 1):
         world.pass_time(35.0)
         sweeps = [JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE]
-        if any(machine.hung for machine in world.host.machines.values()):
+        if world.has_ill:
             sweeps.insert(0, JobVerb.SWEEP_HEALTH)
+        if world.was_low:
+            sweeps.append(JobVerb.SWEEP_DISK)
         for verb in sweeps:
             world.heartbeat()  # a sweep may have waited for silent guests
             world.jobs().sweep(verb, every_s=15.0)

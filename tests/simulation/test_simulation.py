@@ -15,7 +15,7 @@ RUNS = 300
 NEAR = 150
 """Seeds that are looked through for a planted bug; the first of them has it, as long as runs mean what they do now."""
 FOUND_AT = {
-    "drop-the-lock": 240, "ack-early": 150, "forget-an-undo": 90, "count-ready-as-gone": 10, "compare-pid-only": 70,
+    "drop-the-lock": 30, "ack-early": 30, "forget-an-undo": 180, "count-ready-as-gone": 5, "compare-pid-only": 160,
 }  # fmt: skip
 
 

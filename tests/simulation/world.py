@@ -15,13 +15,28 @@ from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.tenant import Quota
 from mvm.errors import Failed, MvmError, TimedOut
+from mvm.ports.guest import Worker
+from mvm.ports.host import MemoryLeft
 from mvm.services.jobs import Jobs
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
 from tests.simulation.actors import Actor, Killed, Process
 from tests.simulation.broker import Message, SimQueue, SimRegistry, away
 from tests.simulation.events import Event
-from tests.simulation.host import ACTS, CLEANING, WRITES, SimClock, SimHost, SimLocks, TrueTime
+from tests.simulation.host import (
+    ACTS,
+    CLEANING,
+    LOW,
+    NONE_LEFT,
+    PLENTY,
+    ROOM,
+    SHORT_MIB,
+    WRITES,
+    SimClock,
+    SimHost,
+    SimLocks,
+    TrueTime,
+)
 from tests.simulation.store import MemoryStore
 
 NODE = NodeId("n1")
@@ -29,6 +44,7 @@ HOLD_S = 60.0
 SETTINGS = Settings(
     state_dir=Path("/nonexistent"), node_id=NODE, driver="fake", parallel_boots=1024, orphan_grace_s=60,
     manual_hold_s=HOLD_S, idleness_sweep_s=30, health_checks=2,
+    keep_revisions=1,
 )  # fmt: skip
 V = JobVerb
 SWEEPS = (
@@ -37,7 +53,7 @@ SWEEPS = (
 _INSTANCE = (V.INSTANCE_START, V.INSTANCE_STOP, V.INSTANCE_WARM, V.INSTANCE_SLEEP, V.INSTANCE_WAKE, V.INSTANCE_DESTROY)
 _SCALING = (V.POOL_SCALE, V.NODE_RECONCILE, V.SWEEP_RECONCILE)
 _STARTABLE = (Status.CREATED, Status.READY, Status.STOPPED)
-_POOLED = ("create", "scale", "scale exactly", "bulk", "build", "update", "quota", "rotate", "tenant", "pool")
+_POOLED = ("create", "scale", "scale exactly", "bulk", "build", "update", "quota", "rotate", "tenant", "pool", "clean")
 _FAULTS: Sequence[tuple[str, MvmError]] = (
     *((f"guest.{name}", TimedOut("guest.silent", "no answer")) for name in ("hello", "configure", "wake", "settle")),
     *((f"guest.{name}", Failed("guest.refused", "it says no")) for name in ("prepare_sleep", "shutdown", "configure")),
@@ -46,6 +62,8 @@ _FAULTS: Sequence[tuple[str, MvmError]] = (
     ("vmm.kill", Failed("vmm.failed", "cannot be ended")), ("network.ensure_tap", Failed("network.failed", "no TAP")),
     ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "is")),
     ("storage.fresh_overlay", Failed("storage.failed", "no overlay")), ("images.build", Failed("build.failed", "no")),
+    *((f"guest.{name}", TimedOut("guest.silent", "no answer")) for name in ("ping", "status", "prepare_sleep")),
+    *((f"storage.{name}", Failed("storage.failed", "cannot")) for name in ("remove_template", "remove_revision")),
     ("packets.change", Failed("firewall.refused", "no such set")), ("vmm.put_secrets", Failed("vmm.failed", "no")),
 )  # fmt: skip
 _SECONDS = (0.5, 3.0, 11.0, 31.0, 65.0)
@@ -77,6 +95,7 @@ class World:
         self.breaches: list[str] = []
         self.told: list[str] | None = None
         self.remembers = False
+        self.was_low = False
         self.forgot = self.was_full = False
         """Redis was away or lost something: it may cancel what it does not know to have begun."""
         self._acted: dict[str, list[Actor]] = {}
@@ -155,6 +174,13 @@ class World:
         running = sum(not machine.paused for machine in there)
         if running > limit:
             self.breach(f"quota breach: {running} VMMs of {ref.tenant} run, at most {limit} may")
+
+    @property
+    def has_ill(self) -> bool:
+        """Whether some guest is silent, or has no TAP."""
+        rows = (self.rows().get(ref) for ref in self.host.machines)
+        taps = {self.store._tenants[row.ref.tenant].network.tap(row.offset) for row in rows if row}
+        return not taps <= self.host.taps.keys() or any(machine.hung for machine in self.host.machines.values())
 
     # --- what it is made of
     def rows(self) -> dict[InstanceRef, Instance]:
@@ -349,6 +375,8 @@ class World:
                 return self._submit(event, V.TENANT_UPDATE, pool.tenant, {"quota": {"max_running": 2 + value % 3}})
             case "rotate":
                 return self._submit(event, V.TENANT_SECRETS, pool.tenant, {"rotate": True})
+            case "clean":
+                return self._submit(event, V.NODE_CLEAN, NODE, {"keep": 1 + value % 2, "dry_run": value % 8 == 7})
             case "tenant":
                 return self._submit(event, (V.TENANT_CREATE, V.TENANT_DESTROY)[value % 2], "temp", {})
             case _:
@@ -537,6 +565,34 @@ class World:
             return "nobody"
         self.host.hang_guest(ref)
         return str(ref)
+
+    def _do_busy(self, event: Event) -> str:
+        ref = self._ref(event.pick)
+        if ref is None or ref not in self.host.machines:
+            return "nobody"
+        worker = (Worker.BUSY, Worker.IDLE, Worker.UNKNOWN)[event.value % 3]
+        self.host.work(ref, worker, cpu_s=float(event.value % 100))
+        return f"{ref} is {worker}"
+
+    def _do_low(self, event: Event) -> str:
+        low, self.was_low = self.host.disk_free == ROOM, True
+        self.host.disk_free = (LOW, NONE_LEFT)[event.value % 2] if low else ROOM
+        return f"the disk has {self.host.disk_free >> 20} MiB left"
+
+    def _do_memory(self, event: Event) -> str:
+        total, left = PLENTY.total_mib, (PLENTY.available_mib, SHORT_MIB)[self.host.memory_left == PLENTY]
+        self.host.memory_left = MemoryLeft(total, left)
+        return f"the host has {left} MiB of memory left"
+
+    def _do_untap(self, event: Event) -> str:
+        there = {self.store._tenants[ref.tenant].network.tap(row.offset): ref for ref, row in self.rows().items()}
+        taps = sorted(tap for tap in self.host.taps if tap in there)
+        if not taps:
+            return "there is none"
+        tap = taps[event.pick % len(taps)]
+        del self.host.taps[tap]
+        self.harmed.add(there[tap])
+        return f"somebody has removed {tap}"
 
     def _do_vmm(self, event: Event) -> str:
         refs = sorted(self.host.machines, key=str)

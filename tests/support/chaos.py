@@ -54,7 +54,7 @@ class Killer:
         """
         log = (self._stack.layout.logs / f"{worker}.log").read_text(errors="replace")
         lives = log.split(" ready.")
-        if len(lives) <= self._ready[worker] + 1 or " succeeded in " not in lives[-1] or not self.kill(worker):
+        if len(lives) <= self._ready[worker] + 1 or '"event": "succeeded"' not in lives[-1] or not self.kill(worker):
             return False
         self._ready[worker] = len(lives) - 1
         return True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mvm.drivers.fake import FakeHost
@@ -13,6 +14,7 @@ from mvm.ports.clock import Clock
 
 _KEPT = ("machines", "consoles", "taps", "bridges", "files", "saved", "spoilt", "revisions", "groups",
          "out_of_memory", "last_pid", "rules", "tampered", "forwards")  # fmt: skip
+_MARK_BYTES = 16  # of what a write begins with, so that nobody reads again what he wrote himself
 
 
 class SharedFakeHost(FakeHost):
@@ -26,6 +28,7 @@ class SharedFakeHost(FakeHost):
         super().__init__(clock)
         self._path = path
         self._inside = False
+        self._mark = bytes(_MARK_BYTES)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -36,13 +39,23 @@ class SharedFakeHost(FakeHost):
                 return
             with self._path.with_suffix(".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if self._path.exists():
-                    vars(self).update(pickle.loads(self._path.read_bytes()))
+                self._read()
                 self._inside = True
                 try:
                     yield
                 finally:
                     self._inside = False
-                    draft = self._path.with_suffix(".new")
-                    draft.write_bytes(pickle.dumps({name: getattr(self, name) for name in _KEPT}))
-                    draft.replace(self._path)
+                    self._write()
+
+    def _read(self) -> None:
+        """Take over what another process has written since."""
+        with suppress(FileNotFoundError), self._path.open("rb") as file:
+            mark = file.read(len(self._mark))
+            if mark != self._mark:
+                vars(self).update(pickle.load(file))
+                self._mark = mark
+
+    def _write(self) -> None:
+        draft, self._mark = self._path.with_suffix(".new"), os.urandom(_MARK_BYTES)
+        draft.write_bytes(self._mark + pickle.dumps({name: getattr(self, name) for name in _KEPT}))
+        draft.replace(self._path)

@@ -122,6 +122,8 @@ class FakeSnapshots(Part):
         """See ports/vmm.py."""
         machine = self._running(spec.ref, process)
         base = self.manifest(template).id if template else None
+        if base and base != machine.base:
+            raise Failed("snapshot.other_base", f"{spec.ref} cannot sleep: the template it was cloned from is replaced")
         kind = Kind.DELTA if base else Kind.FULL
         made = self._manifest(spec, kind, revision, base, compression, self._disk(spec.ref))
         self._host.saved[into] = Saved(made, machine)
@@ -176,7 +178,9 @@ class FakeSnapshots(Part):
         was = host.saved[snapshot].machine
         started = self._start(spec, paused=True)
         host.consoles[spec.directory] = deque(maxlen=1000)
-        host.machines[spec.ref] = replace(started, identity=was.identity, booted_at=was.booted_at, mounted=was.mounted)
+        host.machines[spec.ref] = replace(
+            started, identity=was.identity, booted_at=was.booted_at, mounted=was.mounted, base=base.id if base else None
+        )
         return started.process
 
     def _disk(self, ref: InstanceRef) -> DiskState:

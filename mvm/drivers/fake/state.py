@@ -19,7 +19,7 @@ from mvm.domain.ids import InstanceRef, Revision, TenantId
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.domain.secrets import Secrets
-from mvm.domain.snapshot import SnapshotManifest
+from mvm.domain.snapshot import SnapshotId, SnapshotManifest
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestIdentity, Worker
@@ -61,7 +61,10 @@ class ManualClock:
 
 @dataclass
 class Machine:
-    """A VMM process and its guest; of secrets it knows the names and what `digests` tells of their values."""
+    """A VMM process and its guest; of secrets it knows the names and what `digests` tells of their values.
+
+    `base` is the template whose memory it shares.
+    """
 
     spec: BootSpec
     process: ProcessIdentity
@@ -73,6 +76,7 @@ class Machine:
     cpu_s: float = 0.0
     disk: Mapping[str, str] = field(default_factory=dict)
     mounted: Mapping[str, str] = field(default_factory=dict)
+    base: SnapshotId | None = None
 
 
 def digests(secrets: Secrets | None) -> dict[str, str]:
