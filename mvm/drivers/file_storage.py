@@ -150,6 +150,10 @@ class FileStorage:
                 return f"{directory} belongs to user {owner}"
             if mount := disk_usage.mounted_within(directory):
                 return f"something is mounted at {mount}"
+            if self.snapshot(ref).exists():
+                return f"somebody may sleep in {self.snapshot(ref)}; if not: rm -r {directory}"
+            if (disk := directory / DATA_DISK).exists():
+                return f"there may be data on {disk}; if not: rm -r {directory}"
         return None
 
     def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:

@@ -71,7 +71,10 @@ class NodeStorage(Protocol):
         ...
 
     def not_ours(self, ref: InstanceRef) -> str | None:
-        """Why the instance's directory may hold what is somebody else's, if it may: its user, or a mount within."""
+        """Why the instance's directory may hold what somebody wants to keep, if it may.
+
+        It is another user's, has a mount within, or what an instance writes to: the store may have lost it.
+        """
         ...
 
     def leftovers(self) -> Mapping[InstanceRef, Sequence[str]]:

@@ -89,6 +89,15 @@ def test_a_directory_with_a_mount_or_of_another_user_is_not_surely_ours(layout: 
     assert storage.not_ours(ONE) == f"{directory} belongs to user {NOBODY}"
 
 
+def test_what_an_instance_has_written_is_kept_though_the_store_has_lost_it(layout: StateLayout) -> None:
+    storage = FileStorage(layout, LocalShell())
+    storage.prepare(ONE, data_disk_mib=8)
+    disk = storage.data_disk(ONE)
+    assert (storage.not_ours(ONE) or "").startswith(f"there may be data on {disk}")
+    storage.snapshot(ONE).mkdir()
+    assert (storage.not_ours(ONE) or "").startswith(f"somebody may sleep in {storage.snapshot(ONE)}")
+
+
 def test_mounts_are_found_where_they_are() -> None:
     assert mounted_within(Path("/proc")) == Path("/proc")
     assert mounted_within(Path("/proc/self/fd")) is None
