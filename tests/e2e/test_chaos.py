@@ -36,7 +36,11 @@ pytestmark = [pytest.mark.redis, pytest.mark.timeout(600 + 2 * JOBS)]
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     # So many kills are no job's fault; and the fewer are at work, the fewer begin again after each.
-    settings = {"MVM_RECONCILE_SWEEP_S": "60", "MVM_JOB_WORKER_DEATHS": "100", "MVM_WORKER_THREADS": "4"}
+    # A sweep reads the whole fake host again and again, and it is one file.
+    settings = {
+        "MVM_RECONCILE_SWEEP_S": "60", "MVM_STALE_PID_SWEEP_S": "10", "MVM_ORPHAN_SWEEP_S": "10",
+        "MVM_JOB_WORKER_DEATHS": "100", "MVM_WORKER_THREADS": "4",
+    }  # fmt: skip
     with running_stack("fake", MVM_NETNS="host", **settings) as running:
         yield running
 
@@ -53,7 +57,7 @@ def prepared(stack: Stack) -> list[str]:
         stack.mvm("tenant", "create", f"t{n}", "--max-running", "1000", "--max-mem", "1000000", "--max-vcpus", "1000",
                   "--max-instances-per-pool", "1000")  # fmt: skip
         pool = f"t{n}/web"
-        stack.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--cold")
+        stack.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--cold", "--pinned")
         stack.mvm("pool", "build", pool)
         refs += stack.mvm("instance", "create", pool, "--count", str(6 * JOBS // 10 // TENANTS)).split()
     return refs
