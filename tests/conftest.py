@@ -7,10 +7,15 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mvm.drivers.redis_link import RedisLink
 from tests.support.microvm import image_cache
 from tests.support.redis_server import RedisServer
+
+# A slow machine is no failure.
+settings.register_profile("mvm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mvm")
 
 
 def pytest_keyboard_interrupt() -> None:
@@ -31,9 +36,9 @@ def package_lists() -> None:
         return
     root = image_cache().root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    settings = f'{{Dir "/" {{Cache "var/cache/apt/" {{pkgcache "{root}/pkgcache.bin";}};}};}};\n'
+    text = f'{{Dir "/" {{Cache "var/cache/apt/" {{pkgcache "{root}/pkgcache.bin";}};}};}};\n'
     config = root / f"apt.conf.{os.getpid()}"
-    config.write_text("".join(f"Binary::{program} {settings}" for program in ("apt-get", "apt-cache")))
+    config.write_text("".join(f"Binary::{program} {text}" for program in ("apt-get", "apt-cache")))
     os.environ["APT_CONFIG"] = str(config.rename(root / "apt.conf"))
 
 
