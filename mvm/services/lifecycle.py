@@ -159,14 +159,19 @@ class Lifecycle:
         self._microvms.forget_snapshot(running)
 
     def _wake(self, context: JobContext, instance: Instance, network: TenantNetwork) -> Instance:
-        """A sleeping instance runs again. One whose VMM has ended as it ran has nothing left to wake from: it stops."""
+        """A sleeping instance runs again. One whose VMM has ended as it ran has nothing left to wake from: it stops.
+
+        So does one that a killed worker woke, when its VMM ended with the host: its disk has outrun what it slept in.
+        """
         try:
             return self._microvms.wake(context, instance, self._store.pool(instance.ref.pool_ref), network)
         except Fenced:
             raise
         except MvmError as error:
             context.check_lease()
-            if not error.code.startswith("snapshot.") and not self._microvms.has_snapshot(instance):
+            has_run = error.code == "snapshot.other_disk" and context.job.deaths > 0
+            gone = not error.code.startswith("snapshot.") and not self._microvms.has_snapshot(instance)
+            if has_run or gone:
                 self._microvms.take_down(instance, network)
                 self._store.save_instance(
                     replace(instance, status=Status.STOPPED, process=None, last_stopped_at=self._clock.now())
