@@ -296,6 +296,9 @@ class Lifecycle:
         with self._store.transaction(durable=not in_memory):
             instance = self._store.instance(ref)
             context.found(ref, instance)
+            if instance.in_flight and instance.status is Status.SLEEPING and not self._microvms.has_snapshot(instance):
+                # A job that was to stop it got as far as that, and could not record it.
+                instance = replace(instance, status=Status.STOPPED, process=None)
             landing(instance.status, verb, ref)
             left = self._store.job(instance.in_flight.job_id) if instance.in_flight else None
             context.left_at = left.step if left and left.job_id != context.job.job_id else None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mvm.domain.ids import InstanceRef, PoolRef
+from mvm.domain.instance import Instance
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, NotFound, TimedOut
@@ -439,3 +440,23 @@ def test_a_guest_whose_vmm_ends_while_it_is_woken_is_stopped_and_can_be_started(
     assert node.instance(ref).status is Status.STOPPED
     assert not node.host.leaks()
     assert node.ok(V.INSTANCE_START, ref)["status"] == "running"
+
+
+def test_a_stop_that_could_not_be_recorded_leaves_nothing_to_wake_from(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    store = node.services.store
+    save = store.save_instance
+
+    def full(instance: Instance) -> Instance:
+        if instance.status is Status.STOPPED:
+            raise Failed("disk.full", "the node's store: database or disk is full")
+        return save(instance)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "save_instance", full)
+        node.fails("disk.full", V.INSTANCE_STOP, ref)
+    assert node.instance(ref).status is Status.SLEEPING
+    node.fails("instance.invalid_transition", V.INSTANCE_WAKE, ref)
+    assert node.ok(V.INSTANCE_START, ref)["status"] == "running"
+    assert not node.host.leaks()
