@@ -157,7 +157,7 @@ class Hand:
         self._ram = os.memfd_create(_RAM, os.MFD_CLOEXEC)
         os.truncate(self._ram, said.mem_mib << 20)
         pages = Unpacker(index, packed, said.compression, said.mem_mib * 256)
-        memory.unpack(pages, lambda offset, data: _write_all(self._ram, offset, data))
+        memory.unpack(pages.runs(), lambda offset, data: _write_all(self._ram, offset, data))
 
     def close(self) -> None:
         os.close(self._ram)

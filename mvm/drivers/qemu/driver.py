@@ -36,7 +36,7 @@ from mvm.drivers import snapshot_files as files
 from mvm.drivers import tap
 from mvm.drivers.files import closing_fd
 from mvm.drivers.qemu import argv, memory
-from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker
+from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker, ahead
 from mvm.drivers.qemu.qmp import CommandFailed, Qmp
 from mvm.drivers.qemu.tsc import host_tsc_khz
 from mvm.drivers.qemu.vmms import QemuVmms, UidOf
@@ -198,10 +198,11 @@ class QemuDriver(QemuVmms):
             disk = self._verified.check(template, DISK, base.files)
 
         def load(qmp: Qmp, process: ProcessIdentity) -> None:
+            runs = ahead(pages.runs()) if pages else None  # while QEMU comes up
             _refuse(snapshot, other_version(said, qmp.hello()))
-            if pages:
+            if runs:
                 try:
-                    memory.unpack_into(memory.region(process, spec.mem_mib), pages)
+                    memory.unpack_into(memory.region(process, spec.mem_mib), runs)
                 except (FileNotFoundError, ProcessLookupError, EOFError):
                     raise _ended(process) from None
             qmp.run("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])

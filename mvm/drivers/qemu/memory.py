@@ -10,13 +10,13 @@ import fcntl
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mvm.domain.instance import ProcessIdentity
-from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker
+from mvm.drivers.qemu.packing import Buffer, Packer, Run, Unpacker
 from mvm.errors import Failed
 from mvm.ports.vmm import MemoryUse
 
@@ -88,13 +88,13 @@ def pack(place: Region, into: Packer) -> None:
             os.close(base)
 
 
-def unpack(pages: Unpacker, put: Put) -> None:
+def unpack(pages: Iterable[Run], put: Put) -> None:
     """Write what `pack` packed."""
-    for first, count, data in pages.runs():
+    for first, count, data in pages:
         put(first * PAGE, bytes(count * PAGE) if data is None else data)
 
 
-def unpack_into(place: Region, pages: Unpacker) -> None:
+def unpack_into(place: Region, pages: Iterable[Run]) -> None:
     """Write it into a VMM that has not begun to run."""
     memory = os.open(f"/proc/{place.pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
     try:
@@ -108,7 +108,7 @@ def sealed(name: str, mem_mib: int, pages: Unpacker) -> int:
     fd = os.memfd_create(_NAME + name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.truncate(fd, mem_mib << 20)
-        unpack(pages, lambda offset, data: _write(fd, offset, data))
+        unpack(pages.runs(), lambda offset, data: _write(fd, offset, data))
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(fd)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from io import BytesIO
+from itertools import chain
 from mmap import mmap
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -17,9 +18,12 @@ from mvm.domain.snapshot import Compression
 _RUN = struct.Struct("<III")
 _PAGE = 4096
 _AT_ONCE = 1 << 20  # bytes
+_AHEAD = 64 << 20  # bytes that may wait for being used
 _ZEROS, _BYTES = 0, 1
 
 Buffer: TypeAlias = bytes | memoryview | mmap
+Run: TypeAlias = tuple[int, int, Buffer | None]
+"""First page, number of pages, and their bytes, or None for zeros."""
 
 
 class _Stream(Protocol):
@@ -74,8 +78,8 @@ class Unpacker:
         self._compression = compression
         self._pages = pages
 
-    def runs(self) -> Iterator[tuple[int, int, Buffer | None]]:
-        """First page, number of pages, and their bytes, or None for zeros."""
+    def runs(self) -> Iterator[Run]:
+        """In ascending order."""
         read = _reader(self._memory, self._compression)
         for first, count, kind in _RUN.iter_unpack(self._index):
             if first + count > self._pages or kind not in (_ZEROS, _BYTES):
@@ -87,6 +91,18 @@ class Unpacker:
             if len(data) != count * _PAGE:
                 raise ValueError("pages are missing")
             yield first, count, data
+
+
+def ahead(runs: Iterator[Run]) -> Iterator[Run]:
+    """The same runs, the first of which have been unpacked when this returns."""
+    ready: list[Run] = []
+    size = 0
+    for run in runs:
+        ready.append(run)
+        size += len(run[2] or b"")
+        if size >= _AHEAD:
+            break
+    return chain(ready, runs)
 
 
 class _Plain:

@@ -105,9 +105,9 @@ class QemuVmms:
         command: Callable[[Spec, argv.Descriptors, Path | None], list[str]],
         *, template_disk: Path | None = None, secrets: Secrets | None = None, pass_fds: Sequence[int] = (),
         new_run: bool = True,
-        then: Callable[[Qmp, ProcessIdentity], None] = lambda qmp, process: None,
+        then: Callable[[Qmp, ProcessIdentity], object] = lambda qmp, process: qmp.hello(),
     ) -> ProcessIdentity:  # fmt: skip
-        """Start QEMU and let `then` speak to it; it returns, or QEMU is ended."""
+        """Start QEMU and let `then` speak to it, which comes up meanwhile; `then` returns, or QEMU is ended."""
         ref, directory = spec.ref, spec.directory
         log = directory / _VMM_LOG
         for path in (log, directory / argv.CONSOLE_LOG) if new_run else (log,):
@@ -127,7 +127,6 @@ class QemuVmms:
             self._children.add(process)
         try:
             with Qmp(ref, directory, _UP_DEADLINE_S) as qmp:
-                qmp.hello()
                 then(qmp, process)
         except (CommandFailed, Unreachable, TimedOut) as error:
             self._kill(process)
