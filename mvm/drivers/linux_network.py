@@ -1,4 +1,4 @@
-"""Bridges and TAPs by ``ip``, in the network namespace of the calling thread."""
+"""Bridges and TAPs, in the network namespace of the calling thread."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mvm.domain.addressing import METADATA, TenantNetwork, bridge_mac, tap_uid
+from mvm.drivers.interfaces import Interfaces
+from mvm.drivers.tap import create as create_tap
 from mvm.errors import Failed, NotAllowed
 from mvm.ports.network import BridgeState
 from mvm.ports.shell import Shell
@@ -23,14 +25,15 @@ Links = Mapping[str, Mapping[str, Any]]
 
 
 class LinuxNetwork:
-    """ports/network.py. Programs cost milliseconds each, so one batch of commands does what is usual.
+    """ports/network.py. Programs cost milliseconds each, so what is usual is asked of the kernel without one.
 
-    When that fails (something is missing, or there already), what is there is looked at and only the difference
-    made; other workers may change it meanwhile, so that is tried a few times.
+    When that fails (something is missing, or there already), ``ip`` looks at what is there, and makes only the
+    difference; other workers may change it meanwhile, so that is tried a few times.
     """
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
+        self._interfaces = Interfaces()
 
     def ensure_bridge(self, network: TenantNetwork) -> None:
         """See ports/network.py."""
@@ -59,11 +62,21 @@ class LinuxNetwork:
             return [*bridge, *_bridge_up(network), *([] if tap_there else create), *attach]
 
         try:
-            self._batch([*_bridge_up(network), *create, *attach])  # fails before it touches what is not ours
-        except _KernelSaid:
+            self._usual(network, tap, owner)
+        except OSError:
             self._apply(missing)
         with suppress(FileNotFoundError):  # removed meanwhile
             (_CONF / network.bridge / "arp_ignore").write_text(_OWN_ADDRESSES)
+
+    def _usual(self, network: TenantNetwork, tap: str | None, owner: int) -> None:
+        """As the commands say; it fails before it touches what is not ours."""
+        bridge = network.bridge
+        self._interfaces.bridge_up(bridge, network.mac(_GATEWAY_OFFSET))
+        self._interfaces.give(bridge, network.gateway, network.subnet.prefixlen)
+        self._interfaces.give(bridge, METADATA, METADATA.max_prefixlen)
+        if tap is not None:
+            create_tap(tap, owner)
+            self._interfaces.port_up(tap, bridge)
 
     def remove_bridges(self, names: frozenset[str]) -> None:
         """See ports/network.py."""

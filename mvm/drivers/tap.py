@@ -1,4 +1,4 @@
-"""Opening TAP interfaces."""
+"""Making and opening TAP interfaces."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ import struct
 
 from mvm.errors import Failed
 
-_TUNSETIFF = 0x400454CA
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_TUNSETIFF, _PERSIST, _OWNER, _GROUP = 0x400454CA, 0x400454CB, 0x400454CC, 0x400454CE
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_EXCLUSIVE = 0x0002, 0x1000, 0x4000, 0x8000
+
+
+def create(name: str, uid: int) -> None:
+    """A new TAP `name` that belongs to user and group `uid`. Raises `OSError`, such as EBUSY where there is one."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_EXCLUSIVE))
+        fcntl.ioctl(fd, _OWNER, uid)
+        fcntl.ioctl(fd, _GROUP, uid)
+        fcntl.ioctl(fd, _PERSIST, 1)
+    finally:
+        os.close(fd)
 
 
 def attach(name: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -185,7 +185,8 @@ class QemuDriver(QemuVmms):
                 said, owner=str(spec.ref), vmm=self.name, machine=self._machine(spec, accel, _data_bytes(spec)),
                 template=base, revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec),
             ))  # fmt: skip
-        for process in self._of(spec.ref):
+        there = self.processes()
+        for process in there.get(spec.ref, ()):
             if self._has_begun(spec, process):
                 return process
             self._end(spec.ref, process)  # left half restored by a worker that was killed
@@ -214,7 +215,7 @@ class QemuDriver(QemuVmms):
         with ExitStack() as stack:
             card = stack.enter_context(closing_fd(tap.attach(spec.nic.tap)))
             state = stack.enter_context(closing_fd(_in_memory(devices)))
-            shared = stack.enter_context(self._template_memory(template, base)) if template and base else None
+            shared = stack.enter_context(self._template_memory(template, base, there)) if template and base else None
             inherited = [state, *([shared] if shared is not None else [])]
             return self._launch(
                 spec, card, accel,
@@ -223,12 +224,22 @@ class QemuDriver(QemuVmms):
             )  # fmt: skip
 
     @contextmanager
-    def _template_memory(self, template: Path, manifest: SnapshotManifest) -> Iterator[int]:
-        """The template's memory, sealed: a running VMM's, or else it is read. One of those who start reads it."""
+    def _template_memory(
+        self, template: Path, manifest: SnapshotManifest, there: Mapping[InstanceRef, tuple[ProcessIdentity, ...]]
+    ) -> Iterator[int]:
+        """The template's memory, sealed: a running VMM's, some of which are `there`, or else it is read.
+
+        One of those who start reads it; the others wait until its VMM has it.
+        """
         name = _memory_name(manifest.id)
+        fd = next(self._shared(name, there), None)
+        if fd is not None:
+            with closing_fd(fd):
+                yield fd
+            return
         with closing_fd(os.open(template, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            fd = next(self._shared(name), None)
+            fd = next(self._shared(name, self.processes()), None)
             if fd is None:
                 fd = memory.sealed(name, manifest.mem_mib, self._template_pages(template, manifest))
             with closing_fd(fd):
@@ -240,11 +251,8 @@ class QemuDriver(QemuVmms):
         with self._verified.check(template, MEMORY, manifest.files).open("rb") as file:
             return _unpacker(index, mmap(file.fileno(), 0, access=ACCESS_READ), manifest)
 
-    def _shared(self, name: str) -> Iterator[int]:
-        with self._lock:
-            children = tuple(self._children)
-        others = (process for found in (self.processes,) for several in found().values() for process in several)
-        for process in chain(children, others):  # looking for all of them takes a while
+    def _shared(self, name: str, there: Mapping[InstanceRef, tuple[ProcessIdentity, ...]]) -> Iterator[int]:
+        for process in chain.from_iterable(there.values()):
             fd = memory.sealed_in(process.pid, name)
             if fd is not None:
                 yield fd
