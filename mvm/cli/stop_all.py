@@ -42,7 +42,7 @@ def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None])
         return
     say(f"stopping {len(refs)} instances")
     parent = client.jobs.submit_bulk(JobVerb.INSTANCE_STOP, refs, lambda _: node, actor=actor, reason=Reason.SHUTDOWN)
-    [last] = [job for job in _finals(client, node, actor, [parent.job_id]) if job.job_id == parent.job_id]
+    [last] = [job for job in _finals(client, node, actor, [parent.job_id], say) if job.job_id == parent.job_id]
     if last.state is not JobState.SUCCEEDED:
         raise Failed(
             "instance.stop_failed", f"{last.progress.failed} of {len(refs)} instances could not be stopped",
@@ -59,15 +59,16 @@ def _cancel_open_jobs(client: Client, node: NodeId, actor: str, say: Callable[[s
                 client.jobs.cancel(job.job_id)
             except (NotAllowed, NotFound):  # it has ended meanwhile
                 continue
-        _finals(client, node, actor, [job.job_id for job in jobs])
+        _finals(client, node, actor, [job.job_id for job in jobs], say)
 
 
-def _finals(client: Client, node: NodeId, actor: str, ids: Sequence[JobId]) -> list[Job]:
+def _finals(client: Client, node: NodeId, actor: str, ids: Sequence[JobId], say: Callable[[str], None]) -> list[Job]:
     """The jobs once they have ended. Sweeps help on what a killed worker left, and Beat asks for none now."""
     while True:
         try:
             return [job for job in client.jobs.follow(ids, deadline_s=_PATIENCE_S) if job.state.final]
-        except TimedOut:
+        except TimedOut as error:
+            say(f"still waiting: {error.message}")
             client.jobs.expire()
             for sweep in (JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS):  # tell of ends; send again what was lost
                 client.jobs.submit(sweep, str(node), node, actor=actor, reason=Reason.SHUTDOWN)

@@ -98,13 +98,15 @@ def _set_back(job: Job, now: datetime, code: str, message: str) -> Job:
 
 def parse_deadlines(text: str) -> Mapping[JobVerb, float]:
     """`DEADLINES` with changes such as ``pool.build=7200 instance.start=60``. Raises `ValueError`."""
-    changed = {}
+    changed: dict[JobVerb, float] = {}
     for word in text.replace(",", " ").split():
         name, _, seconds = word.partition("=")
         try:
             verb, limit = JobVerb(name), float(seconds)
         except ValueError:
             raise ValueError(f"{word!r} is not VERB=SECONDS, such as instance.start=60") from None
+        if verb is JobVerb.BULK:
+            raise ValueError(f"{word!r} has no deadline: a bulk job ends with its last child")
         if not 0 < limit <= _LONGEST_S:
             raise ValueError(f"{word!r} is not within 0 and {_LONGEST_S} seconds")
         changed[verb] = limit

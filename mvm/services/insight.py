@@ -101,6 +101,9 @@ class Insight:
             return self._replacing(pool, ill["reason"])
         if not isinstance(self._vmm, Snapshotting):
             return _nothing(f"the {self._vmm.name} driver cannot snapshot")
+        sleepless = self._store.note(instance.ref, Note.SLEEPLESS)
+        if sleepless and sleepless["run"] == instance.run:
+            return _nothing("it cannot sleep in this run: the template that it was cloned from is gone")
         if pool.protected:
             return _nothing(f"the sleep policy leaves it alone: its pool is {pool.protected}")
         if note is None or note["watch"]["run"] != instance.run:

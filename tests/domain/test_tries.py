@@ -65,7 +65,9 @@ def test_deadlines_are_set_by_verb() -> None:
     assert load_settings(job_deadlines="pool.build=7").tries.deadline_s(JobVerb.POOL_BUILD) == 7
 
 
-@pytest.mark.parametrize("wrong", ["pool.build", "pool.bild=1", "pool.build=soon", "pool.build=0", "pool.build=1e9"])
+@pytest.mark.parametrize(
+    "wrong", ["pool.build", "pool.bild=1", "pool.build=soon", "pool.build=0", "pool.build=1e9", "bulk=5"]
+)
 def test_a_bad_deadline_is_named(wrong: str) -> None:
     with pytest.raises(InvalidInput) as bad:
         load_settings(job_deadlines=wrong)

@@ -500,7 +500,9 @@ def test_going_down_helps_on_what_was_lost_though_beat_has_stopped(node: Node, m
     monkeypatch.setattr(stop_all, "_PATIENCE_S", 0.0)
     monkeypatch.setattr(node.services.jobs, "submit", asked)
     client: Any = SimpleNamespace(jobs=node.services.jobs)
-    (final,) = stop_all._finals(client, NODE, "test", [lost.job_id])
+    said: list[str] = []
+    (final,) = stop_all._finals(client, NODE, "test", [lost.job_id], said.append)
+    assert lost.job_id in said[0]
     assert (final.job_id, final.state) == (lost.job_id, JobState.SUCCEEDED)
 
 

@@ -411,6 +411,8 @@ def test_a_clone_whose_template_is_gone_is_not_asked_to_sleep_again_and_again(no
     assert told["remarks"] == ["acme/web: 1 cannot sleep, and stay up: the template they were cloned from is gone"]
     asked = [job for job in node.registry.jobs(subject=ref) if job.verb is V.INSTANCE_SLEEP]
     assert [job.error and job.error["code"] for job in asked] == ["snapshot.not_found"]
+    told = node.services.view.explain(InstanceRef.parse(ref))["next"]["reason"]
+    assert told == "it cannot sleep in this run: the template that it was cloned from is gone"
     node.ok(V.INSTANCE_STOP, ref)  # and by its next start it is a clone of a new one
     node.clock.advance(601)
     for _ in range(3):
