@@ -170,7 +170,7 @@ class Lifecycle:
         except MvmError as error:
             context.check_lease()
             has_run = error.code == "snapshot.other_disk" and context.job.deaths > 0
-            gone = not error.code.startswith("snapshot.") and not self._microvms.has_snapshot(instance)
+            gone = not _of_snapshot(error) and not self._microvms.has_snapshot(instance)
             if has_run or gone:
                 self._microvms.take_down(instance, network)
                 self._store.save_instance(
@@ -279,9 +279,9 @@ class Lifecycle:
                 raise
             except Exception as error:
                 context.check_lease()
-                if context.unrecorded:  # the row is not true: its mark stays, by which `Recovery` brings it to rest
-                    raise
                 failed = self._store.instance(ref)
+                if context.unrecorded or (self._hollow(failed) and not _of_snapshot(error)):
+                    raise  # the row is not true: its mark stays, by which `Recovery` brings it to rest
                 kept = failed.last_error if isinstance(error, Cancelled) else _reason(error)
                 self._store.save_instance(replace(failed, in_flight=None, last_error=kept, manual_override_until=None))
                 raise
@@ -296,8 +296,7 @@ class Lifecycle:
         with self._store.transaction(durable=not in_memory):
             instance = self._store.instance(ref)
             context.found(ref, instance)
-            if instance.in_flight and instance.status is Status.SLEEPING and not self._microvms.has_snapshot(instance):
-                # A job that was to stop it got as far as that, and could not record it.
+            if instance.in_flight and self._hollow(instance):  # a job got as far as that, and could not record it
                 instance = replace(instance, status=Status.STOPPED, process=None)
             landing(instance.status, verb, ref)
             left = self._store.job(instance.in_flight.job_id) if instance.in_flight else None
@@ -319,6 +318,10 @@ class Lifecycle:
                 replace(instance, in_flight=flight, lease=lease, **self._hold(context.job))
             )
 
+    def _hollow(self, instance: Instance) -> bool:
+        """It sleeps by its row, and what it slept in is gone."""
+        return instance.status is Status.SLEEPING and not self._microvms.has_snapshot(instance)
+
     def _hold(self, job: Job) -> dict[str, Any]:
         """What a person does holds for a while: reconcile leaves the instance as it then is."""
         if job.reason not in (Reason.MANUAL, Reason.URGENT):
@@ -330,6 +333,11 @@ def _check_run(context: JobContext, instance: Instance) -> None:
     """Raises `Cancelled` when the job is about a run (``params.run``) that has ended: it was woken meanwhile."""
     if context.job.params.get("run", instance.run) != instance.run:
         raise Cancelled("policy.outdated", f"{instance.ref} was started or woken since this was decided")
+
+
+def _of_snapshot(error: Exception) -> bool:
+    """Whether what an instance slept in was refused: it may be put right, so it is not given up."""
+    return isinstance(error, MvmError) and error.code.startswith("snapshot.")
 
 
 def _reason(error: Exception) -> str:

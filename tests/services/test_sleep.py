@@ -462,3 +462,16 @@ def test_a_stop_that_could_not_be_recorded_leaves_nothing_to_wake_from(node: Nod
     node.fails("instance.invalid_transition", V.INSTANCE_WAKE, ref)
     assert node.ok(V.INSTANCE_START, ref)["status"] == "running"
     assert not node.host.leaks()
+
+
+def test_a_forced_start_that_fails_and_cannot_be_undone_leaves_nothing_to_wake_from(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    node.host.fail("guest.configure", Failed("guest.refused", "no"))
+    node.host.fail("network.remove_taps", Failed("network.failed", "the kernel said no"))
+    node.fails("network.failed", V.INSTANCE_START, ref, force=True)
+    node.sweep(V.SWEEP_STALE_PIDS)
+    node.sweep(V.SWEEP_ORPHANS)
+    assert node.instance(ref).status is Status.STOPPED
+    assert node.instance(ref).in_flight is None
+    assert not node.host.leaks()
