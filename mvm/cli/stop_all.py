@@ -67,8 +67,8 @@ def _finals(client: Client, node: NodeId, actor: str, ids: Sequence[JobId], say:
     while True:
         try:
             return [job for job in client.jobs.follow(ids, deadline_s=_PATIENCE_S) if job.state.final]
-        except TimedOut as error:
-            say(f"still waiting: {error.message}")
+        except TimedOut:
+            say("still waiting for jobs to end; see: mvm job list")
             client.jobs.expire()
             for sweep in (JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS):  # tell of ends; send again what was lost
                 client.jobs.submit(sweep, str(node), node, actor=actor, reason=Reason.SHUTDOWN)

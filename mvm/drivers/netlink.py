@@ -46,6 +46,7 @@ class Line:
             there, known, closing = self._open
             if os.path.samestat(here, there):
                 return known
+            self._open = None
             closing()
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, self._protocol)
         sock.bind((0, 0))

@@ -127,7 +127,7 @@ def manifest(directory: Path) -> SnapshotManifest:
             f"there is no snapshot {directory}",
             hint="to start the instance anew without what it held in memory: mvm instance start --force",
         ) from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         damaged(directory, MANIFEST, f"cannot be read: {error}")
 
 
@@ -137,6 +137,8 @@ def read(directory: Path, name: str, files: Mapping[str, FileDigest]) -> bytes:
         data = (directory / name).read_bytes()
     except FileNotFoundError:
         damaged(directory, name, "is missing")
+    except OSError as error:
+        damaged(directory, name, f"cannot be read: {error}")
     _compare(directory, name, files, FileDigest(sha256(data).hexdigest(), len(data)))
     return data
 

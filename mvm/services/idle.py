@@ -14,7 +14,7 @@ from mvm.domain.ids import InstanceRef, JobId, NodeId, PoolRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import UP, Status
-from mvm.domain.pool import WorkerPool
+from mvm.domain.pool import SleepPolicy, WorkerPool
 from mvm.errors import Failed, MvmError, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
@@ -26,6 +26,7 @@ from mvm.ports.vmm import Snapshotting, VmmDriver
 from mvm.services.disk_room import DiskRoom
 from mvm.services.jobs import Jobs
 from mvm.services.runner import JobContext
+from mvm.services.snapshots import sleepless
 
 log = structlog.get_logger("mvm.idle")
 
@@ -72,12 +73,13 @@ class Idleness:
         tight = room < sum(pools[i.ref.pool_ref].resources.mem_mib for i in up)
         samples = self._samples([i for i in free if i.status is Status.RUNNING])
         now, notes = self._clock.monotonic(), self._store.notes(Note.POLICY)
+        awake = sleepless(self._store, free)
         candidates = [
             Candidate(
                 ref=i.ref,
                 status=i.status,
                 watch=self._watch(i, notes.get(i.ref), samples.get(i.ref), now),
-                policy=pools[i.ref.pool_ref].sleep_policy,
+                policy=policy_of(pools[i.ref.pool_ref], sleepless=i.ref in awake),
                 silent=i.status is Status.RUNNING and samples[i.ref] is None,
                 frees_mib=self._frees_mib(i, pools) if short or tight else 0,
             )
@@ -156,6 +158,11 @@ class Idleness:
         self._store.put_note(ref, Note.POLICY, {**note, "job_id": job.job_id})
         log.info("asked", instance=str(ref), verb=decision.choice.value, why=decision.reason)
         return {"ref": str(ref), "verb": decision.choice.value, "why": decision.reason, "job_id": job.job_id}
+
+
+def policy_of(pool: WorkerPool, *, sleepless: bool) -> SleepPolicy:
+    """What holds for an instance of `pool`, which may be one that cannot be put to sleep."""
+    return replace(pool.sleep_policy, sleep_after_s=0) if sleepless else pool.sleep_policy
 
 
 def _governed(pool: WorkerPool) -> bool:

@@ -23,6 +23,8 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import MemoryUse, Snapshotting, VmmDriver
 from mvm.services.health import GuestHealth
+from mvm.services.idle import policy_of
+from mvm.services.snapshots import sleepless
 
 
 class Insight:
@@ -101,16 +103,17 @@ class Insight:
             return self._replacing(pool, ill["reason"])
         if not isinstance(self._vmm, Snapshotting):
             return _nothing(f"the {self._vmm.name} driver cannot snapshot")
-        sleepless = self._store.note(instance.ref, Note.SLEEPLESS)
-        if sleepless and sleepless["run"] == instance.run:
-            return _nothing("it cannot sleep in this run: the template that it was cloned from is gone")
         if pool.protected:
             return _nothing(f"the sleep policy leaves it alone: its pool is {pool.protected}")
         if note is None or note["watch"]["run"] != instance.run:
             return _nothing("the sleep policy has not looked at it yet")
         now = self._clock.monotonic()
         watch = Watch.from_dict(note["watch"])
-        coming = outlook(Candidate(instance.ref, instance.status, watch, pool.sleep_policy), now)
+        awake = bool(sleepless(self._store, [instance]))
+        policy = policy_of(pool, sleepless=awake)
+        coming = outlook(Candidate(instance.ref, instance.status, watch, policy), now)
+        if coming is None and awake:
+            return _nothing("it cannot sleep in this run: the template that it was cloned from is gone")
         if coming is None:
             return _nothing("its pool's sleep policy is off")
         choice, wait = coming

@@ -170,7 +170,7 @@ class Lifecycle:
         except MvmError as error:
             context.check_lease()
             has_run = error.code == "snapshot.other_disk" and context.job.deaths > 0
-            gone = not _of_snapshot(error) and not self._microvms.has_snapshot(instance)
+            gone = not error.code.startswith("snapshot.") and not self._microvms.has_snapshot(instance)
             if has_run or gone:
                 self._microvms.take_down(instance, network)
                 self._store.save_instance(
@@ -280,7 +280,7 @@ class Lifecycle:
             except Exception as error:
                 context.check_lease()
                 failed = self._store.instance(ref)
-                if context.unrecorded or (self._hollow(failed) and not _of_snapshot(error)):
+                if context.unrecorded or self._given_up(failed, verb, context.job):
                     raise  # the row is not true: its mark stays, by which `Recovery` brings it to rest
                 kept = failed.last_error if isinstance(error, Cancelled) else _reason(error)
                 self._store.save_instance(replace(failed, in_flight=None, last_error=kept, manual_override_until=None))
@@ -296,10 +296,11 @@ class Lifecycle:
         with self._store.transaction(durable=not in_memory):
             instance = self._store.instance(ref)
             context.found(ref, instance)
-            if instance.in_flight and self._hollow(instance):  # a job got as far as that, and could not record it
+            mark = instance.in_flight
+            left = self._store.job(mark.job_id) if mark else None
+            if mark and verb not in (Verb.STOP, Verb.DESTROY) and self._given_up(instance, mark.verb, left):
                 instance = replace(instance, status=Status.STOPPED, process=None)
             landing(instance.status, verb, ref)
-            left = self._store.job(instance.in_flight.job_id) if instance.in_flight else None
             context.left_at = left.step if left and left.job_id != context.job.job_id else None
             if verb in (Verb.START, Verb.WAKE, Verb.WARM) and instance.in_flight:
                 # A mark that a crash left: the quota must not count this instance twice.
@@ -318,9 +319,10 @@ class Lifecycle:
                 replace(instance, in_flight=flight, lease=lease, **self._hold(context.job))
             )
 
-    def _hollow(self, instance: Instance) -> bool:
-        """It sleeps by its row, and what it slept in is gone."""
-        return instance.status is Status.SLEEPING and not self._microvms.has_snapshot(instance)
+    def _given_up(self, instance: Instance, verb: Verb, job: Job | None) -> bool:
+        """It sleeps by its row, and `job`, which was to drop what it slept in, has done so and could not record it."""
+        drops = verb in (Verb.STOP, Verb.DESTROY) or bool(verb is Verb.START and job and job.params.get("force"))
+        return drops and instance.status is Status.SLEEPING and not self._microvms.has_snapshot(instance)
 
     def _hold(self, job: Job) -> dict[str, Any]:
         """What a person does holds for a while: reconcile leaves the instance as it then is."""
@@ -333,11 +335,6 @@ def _check_run(context: JobContext, instance: Instance) -> None:
     """Raises `Cancelled` when the job is about a run (``params.run``) that has ended: it was woken meanwhile."""
     if context.job.params.get("run", instance.run) != instance.run:
         raise Cancelled("policy.outdated", f"{instance.ref} was started or woken since this was decided")
-
-
-def _of_snapshot(error: Exception) -> bool:
-    """Whether what an instance slept in was refused: it may be put right, so it is not given up."""
-    return isinstance(error, MvmError) and error.code.startswith("snapshot.")
 
 
 def _reason(error: Exception) -> str:

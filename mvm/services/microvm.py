@@ -314,8 +314,8 @@ class MicroVms:
         """No process, no TAP, no files of the run."""
         self._vmm.kill(instance.ref, instance.process)
         self._networks.disconnect(instance, network)
+        self._snapshots.forget(instance.ref)  # before its overlay, without which it could not be woken
         self._storage.clean_runtime(instance.ref)
-        self._snapshots.forget(instance.ref)  # last: before that, it sleeps on
 
     def remove(self, instance: Instance, network: TenantNetwork) -> None:
         """Nothing of it is left on the host, its data disk included."""

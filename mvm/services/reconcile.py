@@ -24,8 +24,8 @@ from mvm.domain.actions import (
     scope,
 )  # fmt: skip
 from mvm.domain.desired import DesiredState, parse
-from mvm.domain.ids import InstanceRef, JobId, NodeId
-from mvm.domain.instance import InFlight, Instance
+from mvm.domain.ids import JobId, NodeId
+from mvm.domain.instance import InFlight
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Verb
 from mvm.domain.planner import Observed, as_parameters
@@ -37,11 +37,12 @@ from mvm.errors import QuotaExceeded
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
-from mvm.ports.store import NodeStore, Note
+from mvm.ports.store import NodeStore
 from mvm.services.health import GuestHealth
 from mvm.services.jobs import Asked, Jobs
 from mvm.services.lifecycle import Lifecycle
 from mvm.services.runner import JobContext
+from mvm.services.snapshots import sleepless
 
 log = structlog.get_logger("mvm.reconcile")
 
@@ -101,12 +102,8 @@ class Reconcile:
                 (job.verb, job.subject) for job in open_jobs if job.verb.value.startswith(("tenant.", "pool."))
             ),
             unhealthy=frozenset(self._health.ill(instances)),
-            sleepless=self._sleepless(instances),
+            sleepless=sleepless(self._store, instances),
         )
-
-    def _sleepless(self, instances: Sequence[Instance]) -> frozenset[InstanceRef]:
-        notes = self._store.notes(Note.SLEEPLESS)
-        return frozenset(i.ref for i in instances if i.ref in notes and notes[i.ref]["run"] == i.run)
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
         """One pass over this node; with ``params.prune`` also over what the document does not list.

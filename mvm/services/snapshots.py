@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
 from mvm.ports.locks import Locks
 from mvm.ports.storage import NodeStorage
+from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import BootSpec, Presence, Snapshotting, TemplateSpec, VmmDriver
 from mvm.services.disk_room import DiskRoom
 from mvm.services.health import GuestHealth
@@ -277,6 +279,12 @@ class Snapshots:
 def template_ref(pool: PoolRef, revision: Revision) -> InstanceRef:
     """The name of the process that becomes a pool's template; no instance has it (theirs come from job ids)."""
     return pool.instance(InstanceId.from_bytes(sha256(f"template {pool} {revision}".encode()).digest()))
+
+
+def sleepless(store: NodeStore, instances: Iterable[Instance]) -> frozenset[InstanceRef]:
+    """Those that cannot be put to sleep in the run they are in: the template that they were cloned from is gone."""
+    notes = store.notes(Note.SLEEPLESS)
+    return frozenset(i.ref for i in instances if i.ref in notes and notes[i.ref]["run"] == i.run)
 
 
 def unusable(error: MvmError) -> bool:
