@@ -18,7 +18,7 @@ from mvm.drivers.fake import FakeHost
 from mvm.drivers.fake.machines import FakeVmm
 from mvm.drivers.fake.resources import FakePackets
 from mvm.drivers.fake.state import Machine
-from mvm.errors import Failed, TimedOut
+from mvm.errors import Failed, MvmError, TimedOut
 from mvm.ports.host import MemoryLeft
 from mvm.ports.vmm import BootSpec
 
@@ -150,6 +150,14 @@ class SimVmm(FakeVmm):
     def _restored(self, snapshot: Path, template: Path | None, spec: BootSpec, revision: Revision) -> ProcessIdentity:
         self._host.launching(spec.ref)
         return super()._restored(snapshot, template, spec, revision)
+
+    def kill(self, ref: InstanceRef, process: ProcessIdentity | None) -> None:
+        """See ports/vmm.py. What could not be ended is nobody's: whoever comes next may take it over."""
+        try:
+            super().kill(ref, process)
+        except MvmError:
+            self._host.makers.pop(ref, None)
+            raise
 
     def _start(self, spec: BootSpec, *, paused: bool = False) -> Machine:
         machine = super()._start(spec, paused=paused)
