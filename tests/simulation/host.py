@@ -14,11 +14,12 @@ from mvm.domain.firewall import Ruleset
 from mvm.domain.ids import InstanceRef, PoolRef, Revision
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
+from mvm.domain.lifecycle import UP
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.fake.machines import FakeVmm
 from mvm.drivers.fake.resources import FakePackets
 from mvm.drivers.fake.state import Machine
-from mvm.errors import Failed, MvmError, TimedOut
+from mvm.errors import Failed, TimedOut
 from mvm.ports.host import MemoryLeft
 from mvm.ports.vmm import BootSpec
 
@@ -151,14 +152,6 @@ class SimVmm(FakeVmm):
         self._host.launching(spec.ref)
         return super()._restored(snapshot, template, spec, revision)
 
-    def kill(self, ref: InstanceRef, process: ProcessIdentity | None) -> None:
-        """See ports/vmm.py. What could not be ended is nobody's: whoever comes next may take it over."""
-        try:
-            super().kill(ref, process)
-        except MvmError:
-            self._host.makers.pop(ref, None)
-            raise
-
     def _start(self, spec: BootSpec, *, paused: bool = False) -> Machine:
         machine = super()._start(spec, paused=paused)
         self._host.makers[spec.ref] = self._host.world.current
@@ -233,9 +226,12 @@ class SimHost(FakeHost):
             raise faults.popleft()
 
     def launching(self, ref: InstanceRef) -> None:
-        """Somebody is about to start a VMM for `ref`."""
+        """Somebody is about to start a VMM for `ref`, or to take over one that failed work has left."""
         maker, current = self.makers.get(ref), self.world.current
-        if ref in self.machines and maker is not None and maker is not current and not maker.doomed:
+        if ref not in self.machines or maker is None or maker is current or maker.doomed:
+            return
+        row = self.world.rows().get(ref)
+        if not maker.done or (row is not None and row.status in UP):
             self.world.breach(f"double start: {ref} is started by {current and current.name}, and was by {maker.name}")
 
     def pass_time(self, seconds: float) -> None:

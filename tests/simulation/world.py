@@ -236,6 +236,8 @@ class World:
             self.breach(f"crashed: {actor.name}: {error!r}")
         else:
             self.tell(f"      {actor.name} ends{_outcome(actor.result)}")
+            if isinstance(actor.result, Job) and not actor.result.state.final:
+                return  # it is tried again, and then asks for the rest
             asked = {job.subject for job in self.registry.all_jobs().values()} if actor.spare else set()
             for spare in actor.spare:
                 if self.rows().get(spare.ref) == spare and str(spare.ref) not in asked:
