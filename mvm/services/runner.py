@@ -149,6 +149,7 @@ class Runner:
                 return known
             if known is not None and self._tries.early(known, self._clock.now()):
                 log.info("delivered before its time", retry_at=known.retry_at)
+                self._try_later(known)  # one message for this one, which may be the only one: clocks are set back
                 return known
             if known is None and job.expires_at and job.expires_at <= self._clock.now():
                 after = self._drop(job)

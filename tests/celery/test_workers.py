@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.drivers.locks import FileLocks
+from mvm.drivers.sqlite_store import SqliteStore
 from mvm.errors import MvmError
 from mvm.services.jobs import Jobs
 from tests.celery.conftest import NODES
@@ -188,6 +189,25 @@ def test_the_next_try_is_delivered_in_its_time(celery_setup: Any, fleet: Jobs) -
     assert done.state is JobState.SUCCEEDED
     assert done.started_at is not None
     assert done.started_at >= later.retry_at
+
+
+def test_a_message_before_its_time_is_sent_again_for_what_is_left(celery_setup: Any, fleet: Jobs) -> None:
+    """As when the clock is set back while the worker's timer waits. Ten of them end as one job, and do not spin."""
+    live(fleet)
+    worker = celery_setup.worker_cluster[0]
+    job = fleet.new(JobVerb.TENANT_CREATE, "early", NODES[0], actor="test")
+    later = job.with_(attempt=1, attempts=3, retry_at=job.submitted_at + timedelta(seconds=3))
+    fleet._registry.record([later])
+    with closing(SqliteStore(worker.container.state_dir / "node.db")) as store:
+        store.put_job(later)
+    fleet.send_again([job] * 10)  # without the time that it is to wait for
+    done = ended(fleet, job.job_id)[job.job_id]
+    assert (done.state, done.attempt) == (JobState.SUCCEEDED, 2)
+    assert done.finished_at is not None
+    assert done.finished_at >= later.retry_at
+    until(lambda: worker.logs().count("delivered again") == 9, 20, "every message has found the job ended")
+    assert worker.logs().count("delivered before its time") < 20, "each once, unless a clock differs by a moment"
+    assert fleet.queued(NODES[0]) == frozenset()
 
 
 def test_what_is_taken_too_late_is_ended(celery_setup: Any, fleet: Jobs) -> None:

@@ -63,6 +63,18 @@ def test_a_transient_failure_is_undone_and_tried_again_later(node: Node) -> None
     assert node.instance(ref).status is Status.RUNNING
 
 
+def test_a_clock_set_back_while_a_next_try_waits_does_not_strand_it(node: Node) -> None:
+    node.host.fail("network.ensure_bridge", BUSY)
+    job = node.submit(V.TENANT_CREATE, "temp")
+    node.queue.drain(node.services.runner.run)
+    (only,) = node.queue.waiting(f"node.{NODE}")
+    node.queue.discard(NODE, frozenset({job.job_id}))
+    assert node.services.runner.run(only).state is JobState.QUEUED, "its time has not come by this clock"
+    assert [again.retry_at for again in node.queue.waiting(f"node.{NODE}")] == [only.retry_at], "one for one"
+    node.drain()
+    assert node.services.jobs.job(job.job_id).state is JobState.SUCCEEDED
+
+
 def test_tries_are_bounded_and_their_errors_told(node: Node) -> None:
     node.pool()
     (ref,) = node.create()
