@@ -52,6 +52,8 @@ class Actor:
         self.began = datetime.max.replace(tzinfo=UTC)
         self.spare: list[Instance] = []
         """What could have been started when it made more."""
+        self.misled = False
+        """What it saw in the registry, or put there, was lost while it was at work."""
         self.at = "its begin"
         self.calls = 0
         self.left: int | None = None

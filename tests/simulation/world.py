@@ -236,14 +236,19 @@ class World:
             self.breach(f"crashed: {actor.name}: {error!r}")
         else:
             self.tell(f"      {actor.name} ends{_outcome(actor.result)}")
-            if isinstance(actor.result, Job) and not actor.result.state.final:
-                return  # it is tried again, and then asks for the rest
-            asked = {job.subject for job in self.registry.all_jobs().values()} if actor.spare else set()
-            for spare in actor.spare:
-                if self.rows().get(spare.ref) == spare and str(spare.ref) not in asked:
-                    self.breach(f"not converging: {actor.name} made more, and {spare.ref} was {spare.status} and free")
             if isinstance(actor.result, Job) and actor.result.error and actor.result.error["code"] == "internal":
                 self.breach(f"crashed: {actor.name} ended with an unexpected error")
+            self._check_spare(actor)
+
+    def _check_spare(self, actor: Actor) -> None:
+        """Who made more has asked for all that could be started, unless it asks again, or its jobs were forgotten."""
+        again = isinstance(actor.result, Job) and not actor.result.state.final
+        if not actor.spare or actor.misled or again:
+            return
+        asked = {job.subject for job in self.registry.all_jobs().values()}
+        for spare in actor.spare:
+            if self.rows().get(spare.ref) == spare and str(spare.ref) not in asked:
+                self.breach(f"not converging: {actor.name} made more, and {spare.ref} was {spare.status} and free")
 
     def begin(self, process: Process, name: str, work: Callable[[], object], calls: int | None = None) -> Actor:
         """A process begins something."""
@@ -327,7 +332,9 @@ class World:
         self.queue.set_state(queue)
         lost = self.accepted[count:]
         self.excused.update(lost)
-        working = {id(actor) for actor in self.actors()}
+        working = self.actors()
+        for actor in working:
+            actor.misled = True
         if not working:
             for name in ("worker", "urgent"):
                 self.queue.give_back(name)
