@@ -159,7 +159,8 @@ class _Planning:
             if changes:
                 self.actions.append(UpdatePool(wanted.ref, changes))
         first = known is None or known.revision is None
-        if not jobs and (known is None or first or (known.built or known.source) != wanted.source):
+        outdated = known is None or first or (known.built or known.source) != wanted.source
+        if not jobs and outdated:
             self.actions.append(Build(wanted.ref, wanted.source, first))
         counts = wanted.desired or (known.desired if known else None)
         if counts is None or (first and jobs):
@@ -167,7 +168,8 @@ class _Planning:
         self._scale(
             PoolNeed(
                 wanted.ref, counts, known.resources if known else wanted.resources, known.revision if known else None,
-                pinned=wanted.pinned, critical=wanted.critical, max_unavailable=wanted.max_unavailable,
+                pinned=wanted.pinned, critical=wanted.critical,
+                max_unavailable=0 if outdated else wanted.max_unavailable,  # nothing stops for an image not asked for
             ),
             room,
         )  # fmt: skip

@@ -27,6 +27,7 @@ from mvm.domain.actions import (
 from mvm.domain.desired import DesiredPool, DesiredState, DesiredTenant
 from mvm.domain.ids import PoolId, PoolRef, TenantId
 from mvm.domain.instance import Instance
+from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb
 from mvm.domain.planner import check_possible, decide, plan
 from mvm.domain.pool import DesiredCounts, InstanceResources, SeccompPolicy, SleepPolicy
@@ -120,7 +121,8 @@ def test_what_is_protected_is_left_alone(world: World) -> None:
             rules = wanted.get(pool.ref, pool)
             assert instance.manual_override_until is None
             assert instance.in_flight is None
-            assert not rules.critical
+            first = action.verb is V.START and action.status in (S.CREATED, S.READY)
+            assert not rules.critical or first
             assert not rules.pinned or action.verb in (V.START, V.WAKE)
         if isinstance(action, DestroyPool):
             assert not world.pools[action.pool].pinned
@@ -237,6 +239,16 @@ def test_rules_that_change_are_updated_and_nothing_else_is_done() -> None:
     before, after = asdict(SleepPolicy()), {"warm_after_s": 0, "sleep_after_s": 0, "min_running_s": 0}
     changes = (Change("sleep_policy", before, after), Change("seccomp_policy", "baseline", "strict"))
     assert plan(state, world(state).observed()) == (UpdatePool(WEB, changes),)
+
+
+def test_nothing_is_rolled_to_a_revision_that_is_not_asked_for_any_more() -> None:
+    """The document goes back in the middle of a rollout, and its image takes its time."""
+    there = world()
+    python = SOURCES[1]
+    there.pools[WEB] = replace(there.pools[WEB], revision=revision_of(python), built=python)
+    assert [type(action) for action in plan(there.desired, there.observed())] == [Build]
+    building = replace(there.observed(), jobs=frozenset({(JobVerb.POOL_BUILD, str(WEB))}))
+    assert plan(there.desired, building) == ()
 
 
 def test_a_rollout_halts_when_a_new_one_is_not_well() -> None:
