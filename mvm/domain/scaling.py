@@ -58,14 +58,29 @@ def scale(
         (each for each in observed if each.lands_on is not Status.DESTROYED), key=lambda i: (i.created_at, i.ref)
     )
     if need.critical:
-        return _first_fill(need, len(alive), room)
+        return _first_fill(need, alive, room, now)
     return _Scaling(need, alive, room, now, unhealthy, sleepless).decide()
 
 
-def _first_fill(need: PoolNeed, existing: int, room: Room) -> Scaled:
-    missing = max(0, need.counts.total - existing)
+def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: datetime) -> Scaled:
+    """Create what is missing, and start what has never run: its first start failed, or its job was lost."""
+    up = sum(each.lands_on in _UP for each in alive)
+    new = [each for each in alive if each.status in (Status.READY, Status.CREATED) and each.last_started_at is None]
+    free = [
+        each for each in new
+        if not each.in_flight and not (each.manual_override_until and each.manual_override_until > now)
+    ]  # fmt: skip
+    wanted = free[: max(0, need.counts.total - up)]
+    starts = [each for each in wanted if room.run(need.shape)]
+    missing = max(0, need.counts.total - len(alive))
     count = _admitted(need, missing, room)
-    return Scaled((Create(need.ref, count),) if count else (), _no_room(missing - count))
+    actions: list[Action] = [Request(each.ref, Verb.START, each.status, Why.TOO_FEW) for each in starts]
+    if count:
+        actions.append(Create(need.ref, count))
+    down = sum(each.status is Status.STOPPED and each.in_flight is None for each in alive)
+    stays = min(down, need.counts.total - up - len(starts) - missing)
+    remarks = [f"{stays} are stopped, and stay: the pool is critical"] if stays > 0 else []
+    return Scaled(tuple(actions), (*remarks, *_no_room(missing - count + len(wanted) - len(starts))))
 
 
 def _admitted(need: PoolNeed, wanted: int, room: Room) -> int:

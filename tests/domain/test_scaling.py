@@ -264,6 +264,24 @@ def test_critical_ones_are_made_and_then_not_touched() -> None:
     assert decide(need(1, critical=True), [stopped, running]) == ()
 
 
+def test_a_critical_one_that_never_ran_is_started() -> None:
+    """Its first start failed, was cancelled, or its job was lost with Redis."""
+    new, ready, running = instance(1, S.CREATED), instance(2, S.READY), instance(3, S.RUNNING)
+    assert decide(need(3, critical=True), [new, ready, running]) == (start(new), start(ready))
+    assert decide(need(2, critical=True), [new, ready, running]) == (start(new),)
+    assert decide(need(1, critical=True), [new, ready, running]) == ()
+    held = replace(new, manual_override_until=START + timedelta(seconds=1))
+    flying = replace(ready, in_flight=InFlight(make.job().job_id, V.START))
+    assert decide(need(3, critical=True), [held, flying, running]) == ()
+
+
+def test_it_is_told_when_a_critical_one_is_stopped() -> None:
+    stopped, running = instance(1, S.STOPPED), instance(2, S.RUNNING)
+    room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [stopped, running])
+    scaled = scale(need(2, critical=True), [stopped, running], room, now=START)
+    assert (scaled.actions, scaled.remarks) == ((), ("1 are stopped, and stay: the pool is critical",))
+
+
 def test_a_revision_comes_with_the_next_start_unless_it_is_rolled() -> None:
     old = [replace(instance(n, S.RUNNING, age=n), revision=OLD) for n in range(3)]
     assert decide(need(3), old) == ()
