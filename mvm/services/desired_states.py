@@ -44,7 +44,8 @@ class DesiredStates:
             check_for_node(state, self._node_id, known)
             generation = state.generation if known is None or state.generation is not None else known.generation
             self._store.put_desired({**value, **({} if generation is None else {"generation": generation})})
-        params = {"prune": prune, **({"expect": expect} if expect is not None else {})}
+        # It is accepted, and a sweep may be first to do it. Only what sweeps do not do is asked for again.
+        params = {"prune": prune, **({"expect": expect} if expect is not None and prune else {})}
         job = self._jobs.submit(JobVerb.NODE_RECONCILE, self._node_id, self._node_id, params=params, actor=actor)
         return plan, job
 

@@ -296,6 +296,7 @@ class Lifecycle:
         with self._store.transaction(durable=not in_memory):
             instance = self._store.instance(ref)
             context.found(ref, instance)
+            self._check_word(context.job, instance)
             mark = instance.in_flight
             left = self._store.job(mark.job_id) if mark else None
             if mark and verb not in (Verb.STOP, Verb.DESTROY) and self._given_up(instance, mark.verb, left):
@@ -323,6 +324,14 @@ class Lifecycle:
         """It sleeps by its row, and `job`, which was to drop what it slept in, has done so and could not record it."""
         drops = verb in (Verb.STOP, Verb.DESTROY) or bool(verb is Verb.START and job and job.params.get("force"))
         return drops and instance.status is Status.SLEEPING and not self._microvms.has_snapshot(instance)
+
+    def _check_word(self, job: Job, instance: Instance) -> None:
+        """Raises `Cancelled` when a person has changed `instance` since reconcile decided `job`: it stays so."""
+        until, mark = instance.manual_override_until, instance.in_flight
+        if job.reason is not Reason.RECONCILE or until is None or (mark and mark.job_id == job.job_id):
+            return
+        if until > self._clock.now() and until - self._manual_hold > job.submitted_at:
+            raise Cancelled("policy.outdated", f"a person has changed {instance.ref} since this was decided")
 
     def _hold(self, job: Job) -> dict[str, Any]:
         """What a person does holds for a while: reconcile leaves the instance as it then is."""

@@ -120,6 +120,7 @@ class Reconcile:
             if expect := context.job.params.get("expect"):
                 plan.check_current(expect)
             now = ready(plan.actions)
+            self._unscale(now)
             actor = "reconcile" if context.job.verb.is_sweep else context.job.actor
             asked, notes = self._asked(now, context.job)
             group = (
@@ -134,6 +135,15 @@ class Reconcile:
             "remarks": [f"{subject}: {remark}" for subject, remark in (*notes, *plan.remarks)],
             "pools": sorted({str(scope(action)) for action in now}),
         }  # fmt: skip
+
+    def _unscale(self, actions: Iterable[Action]) -> None:
+        """What goes is not filled up again meanwhile by a pass that does not prune."""
+        going = {
+            action.ref.pool_ref for action in actions if isinstance(action, Request) and action.why is Why.UNLISTED
+        }
+        with self._store.transaction():
+            for ref in going:
+                self._store.put_pool(replace(self._store.pool(ref), desired=None))
 
     def pool(self, pool: WorkerPool, job: Job, *, actor: str) -> Submitted:
         """One pool that a person has just scaled: also one that reconcile by itself would leave alone."""

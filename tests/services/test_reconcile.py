@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from mvm.domain.document import MAX_BYTES
-from mvm.domain.job import JobVerb
+from mvm.domain.ids import JobId
+from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
-from tests.services.conftest import Node
+from tests.services.conftest import NODE, Node
 from tests.support.command_line import ADDRESS, DEAD, CommandLine
 
 WEB: dict[str, Any] = {
@@ -121,6 +122,39 @@ def test_what_is_not_listed_stays_until_it_is_pruned(mvm: CommandLine, node: Nod
     assert {str(tenant.id) for tenant in node.services.store.tenants()} == {"acme"}
 
 
+def test_a_sweep_does_not_fill_up_again_what_is_pruned(mvm: CommandLine, node: Node, file: Path) -> None:
+    """The document says nothing of pruning, `--prune` did; and its caller is gone after the first round."""
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    write(file, {"pool_id": "api"})
+    mvm.ok(*words, "--prune", "--no-wait")
+    node.drain()
+    for _ in range(5):
+        node.sweep(JobVerb.SWEEP_RECONCILE)
+    assert {i.ref.pool for i in node.services.store.instances()} == {"api"}
+    write(file)
+    mvm.ok(*words)
+    assert statuses(node) == {"running": 4}, "it is asked for again"
+
+
+def test_a_saved_plan_that_was_accepted_is_not_refused_because_a_sweep_began_it(
+    mvm: CommandLine, node: Node, file: Path
+) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    write(file, {"desired_counts": {"running": 3}})
+    plan = mvm.json(*words, "--plan")["fingerprint"]
+    job = mvm.ok(*words, "--expect", plan, "--no-wait").strip()
+    sweep = node.services.jobs.new(
+        JobVerb.SWEEP_RECONCILE, "n1", NODE, reason=Reason.SWEEP, actor="beat"
+    )  # before the job: Beat's has a worker of its own
+    node.services.runner.run(sweep)
+    node.drain()
+    assert node.services.jobs.job(JobId(job)).state is JobState.SUCCEEDED
+    node.sweep(JobVerb.SWEEP_RECONCILE)
+    assert statuses(node) == {"running": 3}
+
+
 def test_a_saved_plan_is_refused_once_the_world_has_moved(mvm: CommandLine, node: Node, file: Path) -> None:
     words = ("agent", "reconcile", "--desired", str(file))
     mvm.ok(*words)
@@ -144,6 +178,26 @@ def test_what_a_person_does_holds_for_a_while(mvm: CommandLine, node: Node, file
     node.clock.advance(600)
     mvm.ok(*words)
     assert statuses(node) == {"running": 2}
+
+
+def test_what_was_decided_before_a_person_spoke_is_not_done(node: Node) -> None:
+    """A busy node: the sweep's jobs wait behind those of people."""
+    node.pool()
+    ref, other = node.create(2)
+    for each in (ref, other):
+        node.ok(JobVerb.INSTANCE_START, each)
+    node.clock.advance(1)
+    decided = [
+        node.services.jobs.new(JobVerb.INSTANCE_STOP, each, NODE, reason=Reason.RECONCILE, actor="reconcile")
+        for each in (ref, other)
+    ]
+    node.clock.advance(1)
+    node.ok(JobVerb.INSTANCE_STOP, ref)
+    node.ok(JobVerb.INSTANCE_START, ref)
+    outdated, done = map(node.services.runner.run, decided)
+    assert (outdated.state, outdated.error and outdated.error["code"]) == (JobState.CANCELLED, "policy.outdated")
+    assert done.state is JobState.SUCCEEDED, "of this one a person had spoken before"
+    assert statuses(node) == {"running": 1, "stopped": 1}
 
 
 def test_a_crash_ends_what_a_person_has_said(mvm: CommandLine, node: Node, file: Path) -> None:
