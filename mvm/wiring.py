@@ -266,7 +266,7 @@ def build_node(
 
     p, node = ports, settings.node
     address = f"{settings.agent_host}:{settings.agent_port}"
-    jobs = Jobs(p.registry, p.queue, p.clock, expires_s=settings.job_expires_s)
+    jobs = Jobs(p.registry, p.queue, p.clock, expires_s=settings.job_expires_s, cap_s=settings.retry_cap_s)
     precedence = Precedence(p.locks)
     audit = Audit(p.store, p.audit, p.clock, precedence, node)
     runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, settings.tries, observers)

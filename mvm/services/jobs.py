@@ -18,7 +18,10 @@ from mvm.ports.registry import Registry
 
 NODE_LIVE_S = 15.0
 AHEAD_S = 120.0
-"""A time further ahead than this, of a job that waits, is of a clock that has been set back since."""
+"""A time further ahead than this, of a job that waits, is of a clock that has been set back since.
+
+Or twice as far ahead as the longest pause between tries, if that is more.
+"""
 _VAIN = (JobState.FAILED, JobState.CANCELLED)
 
 
@@ -33,11 +36,14 @@ class Asked(NamedTuple):
 class Jobs:
     """Records a job, then sends it: never the other way round."""
 
-    def __init__(self, registry: Registry, queue: JobQueue, clock: Clock, *, expires_s: float = 86400.0) -> None:
+    def __init__(
+        self, registry: Registry, queue: JobQueue, clock: Clock, *, expires_s: float = 86400.0, cap_s: float = 0.0
+    ) -> None:
         self._registry = registry
         self._queue = queue
         self._clock = clock
         self._expires_s = expires_s
+        self.ahead_s = max(AHEAD_S, 2 * cap_s)
 
     def new(
         self, verb: JobVerb, subject: str, node: NodeId, *, params: Mapping[str, Any] | None = None,
@@ -166,7 +172,7 @@ class Jobs:
         and sending it. A message too many is harmless: a job is done once. Sweeps are not worth it.
         """
         now = self._clock.now()
-        before, ahead = now - timedelta(seconds=older_than_s), now + timedelta(seconds=AHEAD_S)
+        before, ahead = now - timedelta(seconds=older_than_s), now + timedelta(seconds=self.ahead_s)
         waiting = [
             job
             for job in self._registry.open_jobs(node)

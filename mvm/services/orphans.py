@@ -28,7 +28,7 @@ from mvm.ports.network import HostNetwork
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import Snapshotting, VmmDriver
-from mvm.services.jobs import AHEAD_S, Jobs
+from mvm.services.jobs import Jobs
 from mvm.services.ledger import Ledger
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
@@ -107,7 +107,7 @@ class Orphans:
     def _left(self, own: Job) -> Sequence[Job]:
         """A message too many does no harm, so a job is sent again that may only just have lost its worker."""
         now = self._clock.now()
-        due, ahead = now - timedelta(seconds=_LOST_S), now + timedelta(seconds=AHEAD_S)
+        due, ahead = now - timedelta(seconds=_LOST_S), now + timedelta(seconds=self._jobs.ahead_s)
         open_jobs = [
             job
             for job in self._store.unfinished_jobs()
