@@ -91,6 +91,12 @@ class Pools:
             params,
         )
         self._networks.check(pool.egress)
+        other = self._registry.pool_node(pool.ref)
+        if other not in (None, pool.node_id):
+            raise NotAllowed(
+                "pool.exists", f"pool {pool.ref} exists already, on node {other}",
+                hint="destroy it there first, or choose another name", field="pool", value=str(pool.ref),
+            )  # fmt: skip
         with self._store.transaction():
             tenant = self._store.tenant(pool.ref.tenant)
             try:

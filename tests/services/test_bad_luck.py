@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mvm.cli import stop_all
-from mvm.domain.ids import InstanceRef
+from mvm.domain.ids import InstanceRef, NodeId, PoolRef
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import SeccompPolicy
 from mvm.errors import Failed, TimedOut, Unreachable
 from mvm.ports.guest import GuestHello
+from mvm.services.jobs import Jobs
 from tests.services.conftest import NODE, Node
 
 V = JobVerb
@@ -504,6 +506,27 @@ def test_going_down_helps_on_what_was_lost_though_beat_has_stopped(node: Node, m
     (final,) = stop_all._finals(client, NODE, "test", [lost.job_id], said.append)
     assert said == ["still waiting for jobs to end; see: mvm job list"]
     assert (final.job_id, final.state) == (lost.job_id, JobState.SUCCEEDED)
+
+
+def test_a_pool_that_another_node_has_is_not_taken_from_it(node: Node) -> None:
+    node.ok(V.TENANT_CREATE, "acme")
+    ref = PoolRef.parse("acme/web")
+    node.registry.place_pool(ref, NodeId("n2"))
+    failed = node.fails("pool.exists", V.POOL_CREATE, "acme/web", flake_ref="builtin:", profile="minimal")
+    assert "on node n2" in (failed.error or {})["message"]
+    assert (node.registry.pool_node(ref), node.services.store.pools()) == (NodeId("n2"), [])
+
+
+def test_what_waits_for_a_long_pause_is_not_taken_for_lost(node: Node) -> None:
+    """Its message is with the worker until its time, in no queue."""
+    jobs = Jobs(node.registry, node.queue, node.clock, cap_s=900)
+    job = jobs.new(V.TENANT_CREATE, "later", NODE, actor="test")
+    node.registry.record([job.with_(attempt=1, attempts=3, retry_at=node.clock.now() + timedelta(seconds=900))])
+    for _ in range(25):
+        assert jobs.send_lost(NODE, older_than_s=30) == []
+        node.clock.advance(36)
+    node.clock.advance(31)
+    assert [lost.job_id for lost in jobs.send_lost(NODE, older_than_s=30)] == [job.job_id]
 
 
 def test_a_job_lost_while_the_clock_was_wrong_is_sent_again(node: Node) -> None:
