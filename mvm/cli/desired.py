@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import click
@@ -17,11 +19,13 @@ from mvm.cli.params import JobWait, actor
 from mvm.cli.render import emit
 from mvm.domain.ids import JobId
 from mvm.domain.job import Job, JobState, JobVerb
-from mvm.errors import Failed
+from mvm.errors import Failed, TimedOut
 from mvm.ports.agents import NodeAgents
 
 APPLY_S = 60.0  # reading and planning a large document
 _MOST_ROUNDS = 200
+_LOOK_AGAIN_S = 2.0  # health checks come by themselves
+_HALTED_S = 180.0  # a rollout that has not gone on for so long does not go on
 
 
 def give(
@@ -50,18 +54,26 @@ def show_plan(answer: Mapping[str, Any], output: str) -> None:
 
 
 def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: bool) -> None:
-    """Follow pass after pass until one has nothing to do and nothing under way; the first failure ends it.
+    """Follow pass after pass until one has nothing to do and nothing under way.
 
-    Beat's sweeps go on anyway: what they or somebody else's pass asked for is waited for likewise.
+    The first failure ends it, and so does a rollout that the health checks of its new instances have halted. Beat's
+    sweeps go on anyway: what they or somebody else's pass asked for is waited for likewise.
     """
     end = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
-    done, job_id = 0, first
-    for rounds in range(_MOST_ROUNDS):
+    done, rounds, job_id = 0, 0, first
+    fewest, since = sys.maxsize, time.monotonic()
+    while rounds < _MOST_ROUNDS:
         final = _ended(fleet, job_id, end)
         result = final.result or {}
         asked = [*result.get("under_way", ()), *([result["bulk"]] if result.get("jobs") else [])]
-        if not asked:
+        rolling = result.get("rolling", 0)
+        if 0 < rolling < fewest:
+            fewest, since = rolling, time.monotonic()
+        if not asked and not rolling:
             return _show(output, rounds, done, result)
+        if not asked:
+            _await_health(result, since, end)
+        rounds += bool(asked)
         for bulk in asked:
             _ended(fleet, JobId(bulk), end, within=True)
         children = [child for bulk in asked for child in fleet.jobs.children(JobId(bulk))]
@@ -78,6 +90,17 @@ def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: boo
         f"there is still something to do after {_MOST_ROUNDS} rounds",
         hint="see: mvm job list --all",
     )
+
+
+def _await_health(result: Mapping[str, Any], since: float, end: float | None) -> None:
+    remark = next((remark for remark in result["remarks"] if "health check" in remark), "")
+    now = time.monotonic()
+    if now - since > _HALTED_S:
+        raise Failed("desired.rollout_halted", f"the rollout has halted: {remark}",
+                     hint="sweeps go on with it once that is well; see: mvm instance list", remark=remark)  # fmt: skip
+    if end is not None and now > end:
+        raise TimedOut("job.wait_timeout", f"the rollout is still under way: {remark}", hint="sweeps go on with it")
+    Event().wait(_LOOK_AGAIN_S)
 
 
 def _ended(fleet: Fleet, job_id: JobId, end: float | None, *, within: bool = False) -> Job:

@@ -33,6 +33,10 @@ class Health:
         ill = instance.status in UP and self.run == instance.run and self.misses >= limit
         return f"{self.reason}, in {self.misses} checks in a row since {self.since}" if ill else None
 
+    def proves(self, instance: Instance) -> bool:
+        """Whether `instance` passed its last check, in this run."""
+        return self.run == instance.run and not self.misses
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as stored."""
         return asdict(self)

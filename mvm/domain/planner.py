@@ -48,7 +48,8 @@ class Observed:
 
     `jobs` are those that are queued or run for tenants and pools: what is changing is left alone until it has changed.
     `unhealthy` are instances, running or warm, whose guests are not well; `sleepless` cannot
-    be put to sleep in the run that they are in.
+    be put to sleep in the run that they are in; `unproven` ones have a new revision, and no health check has found them
+    well yet (see `scaling.proving`).
     """
 
     now: datetime
@@ -58,14 +59,18 @@ class Observed:
     jobs: frozenset[tuple[JobVerb, str]] = frozenset()
     unhealthy: frozenset[InstanceRef] = frozenset()
     sleepless: frozenset[InstanceRef] = frozenset()
+    unproven: frozenset[InstanceRef] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The actions, and by tenant or pool what people should know of what is not done."""
+    """The actions, by tenant or pool what people should know of what is not done, and how many a rollout (see
+    `scaling.Scaled`) has still to come to.
+    """
 
     actions: tuple[Action, ...] = ()
     remarks: tuple[tuple[str, str], ...] = ()
+    rolling: int = 0
 
 
 def plan(desired: DesiredState, observed: Observed) -> tuple[Action, ...]:
@@ -88,6 +93,7 @@ class _Planning:
     observed: Observed
     actions: list[Action] = field(default_factory=list)
     remarks: list[tuple[str, str]] = field(default_factory=list)
+    rolling: int = 0
     tenants: dict[TenantId, Tenant] = field(default_factory=dict)
     pools: dict[TenantId, dict[PoolRef, WorkerPool]] = field(default_factory=lambda: defaultdict(dict))
     instances: dict[PoolRef, list[Instance]] = field(default_factory=lambda: defaultdict(list))
@@ -106,7 +112,7 @@ class _Planning:
                 else:
                     for pool in self.pools[known.id].values():
                         self._unlisted_pool(pool, room)
-        return Outcome(ordered(self.actions), tuple(self.remarks))
+        return Outcome(ordered(self.actions), tuple(self.remarks), self.rolling)
 
     def _index(self) -> None:
         for tenant in sorted(self.observed.tenants, key=lambda t: t.id):
@@ -190,9 +196,10 @@ class _Planning:
     def _scale(self, need: PoolNeed, room: Room) -> None:
         scaled = scale(
             need, self.instances.get(need.ref, ()), room, now=self.observed.now, unhealthy=self.observed.unhealthy,
-            sleepless=self.observed.sleepless,
+            sleepless=self.observed.sleepless, unproven=self.observed.unproven,
         )  # fmt: skip
         self.actions += scaled.actions
+        self.rolling += scaled.rolling
         self.remarks += [(str(need.ref), remark) for remark in scaled.remarks]
 
     def _prune_tenant(self, tenant: Tenant, room: Room) -> None:

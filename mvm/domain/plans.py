@@ -51,8 +51,9 @@ def _row(instance: Instance, observed: Observed) -> str:
     job = instance.in_flight.job_id if instance.in_flight else "-"
     well = instance.ref not in observed.unhealthy
     able = instance.ref not in observed.sleepless
+    proven = instance.ref not in observed.unproven
     failed = instance.last_error is not None
-    return f"{instance.ref} {instance.status} {instance.revision} {job} {failed} {held} {well} {able}\n"
+    return f"{instance.ref} {instance.status} {instance.revision} {job} {failed} {held} {well} {able} {proven}\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,13 @@ class Plan:
     fingerprint: str
     actions: tuple[Action, ...]
     remarks: tuple[tuple[str, str], ...] = ()
+    rolling: int = 0
 
     @classmethod
     def make(cls, desired: DesiredState, observed: Observed) -> Plan:
         """The plan for now."""
         outcome = decide(desired, observed)
-        return cls(fingerprint(desired, observed), outcome.actions, outcome.remarks)
+        return cls(fingerprint(desired, observed), outcome.actions, outcome.remarks, outcome.rolling)
 
     def check_current(self, expected: str) -> None:
         """Raises `NotAllowed` (``desired.plan_outdated``) unless `expected` is the fingerprint of this plan."""

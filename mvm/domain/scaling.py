@@ -7,7 +7,7 @@ not decided again while it is under way.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -37,15 +37,20 @@ class PoolNeed:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """What to do, and what people should know of what is not done."""
+    """What to do, and what people should know of what is not done.
+
+    `rolling` are how many keep another revision until health checks have found the new ones well.
+    """
 
     actions: tuple[Action, ...] = ()
     remarks: tuple[str, ...] = ()
+    rolling: int = 0
 
 
 def scale(
     need: PoolNeed, observed: Sequence[Instance], room: Room, *, now: datetime,
     unhealthy: Set[InstanceRef] = frozenset(), sleepless: Set[InstanceRef] = frozenset(),
+    unproven: Set[InstanceRef] = frozenset(),
 ) -> Scaled:  # fmt: skip
     """Actions that move `observed` toward `need` within `room`, which they use up. None means converged.
 
@@ -59,7 +64,20 @@ def scale(
     )
     if need.critical:
         return _first_fill(need, alive, room, now)
-    return _Scaling(need, alive, room, now, unhealthy, sleepless).decide()
+    return _Scaling(need, alive, room, now, unhealthy, sleepless, unproven).decide()
+
+
+def proving(revisions: Mapping[PoolRef, Revision | None], instances: Collection[Instance]) -> tuple[Instance, ...]:
+    """Those that run with their pool's revision while others of the pool are still up with another: a check that they
+    pass is what a rollout goes on by.
+    """
+    rolling = {i.ref.pool_ref for i in instances if i.status in _UP and i.revision != revisions.get(i.ref.pool_ref)}
+    if not rolling:
+        return ()
+    return tuple(
+        i for i in instances
+        if i.ref.pool_ref in rolling and i.status is Status.RUNNING and i.revision == revisions.get(i.ref.pool_ref)
+    )  # fmt: skip
 
 
 def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: datetime) -> Scaled:
@@ -102,15 +120,17 @@ class _Scaling:
     now: datetime
     unhealthy: Set[InstanceRef]
     sleepless: Set[InstanceRef]
+    unproven: Set[InstanceRef]
     actions: list[Action] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     held: set[InstanceRef] = field(default_factory=set)  # a person has changed these
     free: dict[InstanceRef, Instance] = field(default_factory=dict)  # that may be asked, oldest first
     have: Counter[Status] = field(default_factory=Counter)  # how many land in each place
     wanted: Counter[Status] = field(default_factory=Counter)
-    settled: int = 0  # up, well, and not going away
+    settled: int = 0  # up, well as far as a rollout has to know, and not going away
     returning: int = 0  # on their way to where they can be started
     blocked: int = 0  # should run, and there is no room for
+    rolling: int = 0  # keep another revision until new ones have passed a health check
 
     def decide(self) -> Scaled:
         counts = self.need.counts
@@ -125,7 +145,7 @@ class _Scaling:
         if counts.exact and not self.need.pinned:
             self._put_away()
         self.remarks += _no_room(self.blocked)
-        return Scaled(tuple(self.actions), tuple(self.remarks))
+        return Scaled(tuple(self.actions), tuple(self.remarks), self.rolling)
 
     def _place(self, status: Status) -> Status:
         """Which of the places a status is in: with one count for all that are up, they are one place."""
@@ -160,7 +180,7 @@ class _Scaling:
                 self.returning += 1
             if lands in _UP:
                 self.have[self._place(lands)] += 1
-                self.settled += each.status in _UP
+                self.settled += self._is_settled(each)
         for each in sick:
             self._ask(each, Verb.STOP, Why.UNHEALTHY)
             self.returning += 1
@@ -172,7 +192,10 @@ class _Scaling:
         place = next((place for place in places if self.wanted[place] > 0), None)
         if place is not None:
             self.wanted[place] -= 1
-            self.settled += lands in _UP and held.status in _UP
+            self.settled += lands in _UP and self._is_settled(held)
+
+    def _is_settled(self, instance: Instance) -> bool:
+        return instance.status in _UP and instance.ref not in self.unproven
 
     def _rouse(self) -> None:
         """What sleeps or is warm beyond its count fills places that are hotter."""
@@ -202,7 +225,7 @@ class _Scaling:
             if surplus > 0 and self.have[place] > self.wanted[place]:
                 self._ask(each, Verb.STOP, Why.TOO_MANY)
                 self.have[place] -= 1
-                self.settled -= 1
+                self.settled -= self._is_settled(each)
                 surplus -= 1
 
     def _roll(self) -> None:
@@ -219,14 +242,20 @@ class _Scaling:
             self.remarks.append(f"{len(old)} keep another revision: {why}")
             return
         unavailable = max(0, self.need.counts.total - self.settled)
-        for each in old[: max(0, self.need.max_unavailable - unavailable)]:
+        now = old[: max(0, self.need.max_unavailable - unavailable)]
+        waited = [each.ref for each in self.alive if each.ref in self.unproven]
+        if waited and not now:
+            self.rolling = len(old)
+            why = f"until {waited[0].instance} with the new one has passed a health check"
+            self.remarks.append(f"{len(old)} keep another revision {why}")
+        for each in now:
             self._ask(each, Verb.STOP, Why.ROLLOUT)
             self.have[self._place(each.status)] -= 1
             self.returning += 1
 
     def _is_failed(self, instance: Instance) -> bool:
         down = instance.status in _STARTABLE and instance.last_error is not None
-        return down or instance.ref in self.unhealthy
+        return (down and self._missing() > 0) or instance.ref in self.unhealthy  # a spare one does not count
 
     def _start(self) -> None:
         """Start and create what is missing in all."""

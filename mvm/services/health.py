@@ -13,6 +13,7 @@ from mvm.domain.health import Health
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import UP, Status
+from mvm.domain.scaling import proving
 from mvm.errors import MvmError, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
@@ -42,12 +43,15 @@ class GuestHealth:
         self._answer_s = answer_s
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
-        """Check all that are up and have no job; a note is written only of those that are, or were, not well.
+        """Check all that are up and have no job. A note is written of those that are, or were, not well, and of those
+        for which a rollout waits.
 
         A warm one stands still: of it is only seen whether it has its network.
         """
         context.step("ask guests", 0, 1)
-        there = [i for i in self._store.instances() if i.status in UP and i.in_flight is None]
+        instances = self._store.instances()
+        there = [i for i in instances if i.status in UP and i.in_flight is None]
+        waited = {i.ref for i in self._proving(instances)}
         asked = [i for i in there if i.status is Status.RUNNING]
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="health") as threads:
             reasons = dict(zip((i.ref for i in asked), threads.map(self._why, asked), strict=True))
@@ -64,7 +68,7 @@ class GuestHealth:
                 reason = f"its network interface {network.tap(instance.offset)} is gone"
             if reason is None and instance.status is Status.WARM:
                 continue  # that it is well is not known
-            now = self._remember(instance, notes.get(ref), reason)
+            now = self._remember(instance, notes.get(ref), reason, proves=ref in waited)
             if now.misses:
                 why = now.why_ill(instance, self.limit)
                 failing.append(Ill(str(ref), now.misses, why is not None, reason or ""))
@@ -76,10 +80,12 @@ class GuestHealth:
         """A check that was made by the way: why `instance` did not pass it, or that it did (None)."""
         self._remember(instance, self._store.note(instance.ref, Note.HEALTH), reason)
 
-    def _remember(self, instance: Instance, note: Mapping[str, Any] | None, reason: str | None) -> Health:
+    def _remember(
+        self, instance: Instance, note: Mapping[str, Any] | None, reason: str | None, *, proves: bool = False
+    ) -> Health:
         before = Health.from_dict(note) if note else Health(instance.run)
         now = before.seen(instance.run, self._clock.now(), reason)
-        if now != before:
+        if now != before or (note is None and proves):
             self._store.put_note(instance.ref, Note.HEALTH, now.to_dict())
         return now
 
@@ -97,6 +103,17 @@ class GuestHealth:
         notes = self._store.notes(Note.HEALTH)
         known = ((i, Health.from_dict(notes[i.ref])) for i in instances if i.ref in notes) if notes else ()
         return {i.ref: why for i, health in known if (why := health.why_ill(i, self.limit))}
+
+    def unproven(self, instances: Collection[Instance]) -> frozenset[InstanceRef]:
+        """Those of `instances` for which a rollout waits: no check of this run was passed, or the last one was not."""
+        waited = self._proving(instances)
+        notes = self._store.notes(Note.HEALTH) if waited else {}
+        return frozenset(
+            i.ref for i in waited if i.ref not in notes or not Health.from_dict(notes[i.ref]).proves(i)
+        )  # fmt: skip
+
+    def _proving(self, instances: Collection[Instance]) -> Collection[Instance]:
+        return proving({pool.ref: pool.revision for pool in self._store.pools()}, instances)
 
     def explain(self, instance: Instance) -> dict[str, Any] | None:
         """What is wrong with it, if the last check found something."""

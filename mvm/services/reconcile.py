@@ -103,13 +103,15 @@ class Reconcile:
             ),
             unhealthy=frozenset(self._health.ill(instances)),
             sleepless=sleepless(self._store, instances),
+            unproven=self._health.unproven(instances),
         )
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
         """One pass over this node; with ``params.prune`` also over what the document does not list.
 
         With ``params.expect`` it is only done when it is the plan with that fingerprint. What earlier passes asked for
-        and is not done yet is told as ``under_way``: whoever waits until nothing is left to do waits for that too.
+        and is not done yet is told as ``under_way``: whoever waits until nothing is left to do waits for that too, and
+        for the health checks with which a rollout goes on (``rolling``, see `scaling.Scaled`).
         """
         desired = self.desired()
         if context.job.params.get("prune"):
@@ -133,6 +135,7 @@ class Reconcile:
             "waiting": len(plan.actions) - len(now),
             "under_way": [j.job_id for j in open_jobs if j.verb is JobVerb.BULK and j.reason is Reason.RECONCILE],
             "remarks": [f"{subject}: {remark}" for subject, remark in (*notes, *plan.remarks)],
+            "rolling": plan.rolling,
             "pools": sorted({str(scope(action)) for action in now}),
         }  # fmt: skip
 

@@ -16,7 +16,7 @@ from mvm.domain.instance import InFlight, Instance
 from mvm.domain.lifecycle import Status, Verb, landing
 from mvm.domain.pool import DesiredCounts, InstanceResources
 from mvm.domain.room import Room, usage_of
-from mvm.domain.scaling import PoolNeed, scale
+from mvm.domain.scaling import PoolNeed, proving, scale
 from mvm.domain.tenant import Quota
 from tests.support import make
 from tests.support.fleets import UP, counts
@@ -288,6 +288,30 @@ def test_a_revision_comes_with_the_next_start_unless_it_is_rolled() -> None:
     assert decide(need(3, max_unavailable=2), old) == (stop(old[2], Why.ROLLOUT), stop(old[1], Why.ROLLOUT))
     one_down = [replace(old[0], status=S.STOPPED), *old[1:]]
     assert decide(need(3, max_unavailable=1), one_down) == (start(one_down[0]),)
+
+
+def test_a_rollout_waits_until_a_new_one_has_passed_a_health_check() -> None:
+    old = [replace(instance(n, S.RUNNING, age=n), revision=OLD) for n in (1, 2)]
+    there = [*old, instance(3, S.RUNNING)]
+    revisions = {WEB: NEW}
+    assert proving(revisions, there) == (there[2],)
+    assert proving(revisions, [there[2]]) == proving(revisions, old) == (), "nothing is rolled"
+    room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, there)
+    waits = scale(need(3, max_unavailable=1), there, room, now=START, unproven={there[2].ref})
+    assert (waits.actions, waits.rolling) == ((), 2)
+    assert waits.remarks == (
+        f"2 keep another revision until {there[2].ref.instance} with the new one has passed a health check",
+    )
+    goes_on = scale(need(3, max_unavailable=1), there, room, now=START)
+    assert (goes_on.actions, goes_on.rolling) == ((stop(old[1], Why.ROLLOUT),), 0)
+    two = scale(need(3, max_unavailable=2), there, room, now=START, unproven={there[2].ref})
+    assert (two.actions, two.rolling) == ((stop(old[1], Why.ROLLOUT),), 0)
+
+
+def test_a_spare_one_that_failed_long_ago_does_not_halt_a_rollout() -> None:
+    old = [replace(instance(n, S.RUNNING, age=n), revision=OLD) for n in (1, 2)]
+    spare = replace(instance(3, S.STOPPED), last_error="it was out of memory")
+    assert decide(need(2, max_unavailable=1), [*old, spare]) == (stop(old[1], Why.ROLLOUT), start(spare))
 
 
 def test_a_rollout_waits_while_one_with_the_new_revision_is_not_well() -> None:

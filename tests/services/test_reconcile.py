@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from mvm.cli import desired
 from mvm.domain.document import MAX_BYTES
 from mvm.domain.ids import JobId
+from mvm.domain.instance import Instance
 from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from tests.services.conftest import NODE, Node
@@ -31,6 +33,17 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "fleet.json"
     path.write_text(json.dumps(DOCUMENT))
     return path
+
+
+@pytest.fixture(autouse=True)
+def beat(monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
+    """While a command waits for a rollout's health checks, Beat asks for one."""
+
+    class Waiting:
+        def wait(self, _: float) -> None:
+            node.sweep(JobVerb.SWEEP_HEALTH)
+
+    monkeypatch.setattr(desired, "Event", Waiting)
 
 
 def write(file: Path, pool: dict[str, Any] | None = None, **changes: Any) -> None:
@@ -110,6 +123,37 @@ def test_counts_images_and_rules_change(mvm: CommandLine, node: Node, file: Path
     up = [i for i in node.services.store.instances() if i.status is Status.RUNNING]
     assert len(up) == 2
     assert all(before.get(instance.ref) != instance.revision for instance in up)
+
+
+def test_a_revision_whose_guests_fall_silent_stops_after_the_first(
+    mvm: CommandLine, node: Node, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They answer as they start, so only a check that comes later tells."""
+    words = ("agent", "reconcile", "--desired", str(file))
+    write(file, {"desired_counts": {"running": 4}})
+    mvm.ok(*words)
+    good = {i.revision for i in node.services.store.instances()}
+
+    def new() -> list[Instance]:
+        return [i for i in node.services.store.instances() if i.revision not in good]
+
+    write(file, {"desired_counts": {"running": 4}, "profile": "python"})
+    with monkeypatch.context() as patch:
+        patch.setattr(desired, "_HALTED_S", 0.0)
+        told = mvm.fails(1, "desired.rollout_halted", *words)
+    assert "3 keep another revision until" in told.stderr
+    assert len(new()) == 1
+    for _ in range(20):
+        for instance in new():
+            if instance.status is Status.RUNNING:
+                node.host.machines[instance.ref].hung = True
+        node.sweep(JobVerb.SWEEP_HEALTH)
+        node.sweep(JobVerb.SWEEP_RECONCILE)
+    assert len(new()) == 1, "it is started anew again and again, and the others stay as they are"
+    write(file, {"desired_counts": {"running": 4}})
+    mvm.ok(*words)
+    assert statuses(node) == {"running": 4}
+    assert not new(), "the document's way back is open"
 
 
 def test_what_is_not_listed_stays_until_it_is_pruned(mvm: CommandLine, node: Node, file: Path) -> None:
