@@ -85,6 +85,14 @@ def parse(value: Any) -> DesiredState:
     )  # fmt: skip
 
 
+def asks_for(document: Mapping[str, Any], pool: PoolRef) -> bool:
+    """Whether an accepted document lists `pool`."""
+    return any(
+        tenant["tenant_id"] == pool.tenant and any(each["pool_id"] == pool.pool for each in tenant.get("pools", ()))
+        for tenant in document["tenants"]
+    )
+
+
 def _items(read: Any, name: str) -> list[tuple[int, dict[str, Any]]]:
     """Those objects of an array that could be read, with their places."""
     found = read.get(name) if isinstance(read, dict) else None

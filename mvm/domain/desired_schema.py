@@ -69,7 +69,7 @@ POOL = Object({
     "snapshot_compression": Field(Choice(Compression), "how sleeping memory is packed", Compression.ZSTD),
     "metadata_enabled": Field(Boolean(), "whether guests may ask the metadata service", True),
     "pinned": Field(Boolean(), "its instances are never put to sleep, stopped or pruned", False),
-    "critical": Field(Boolean(), "its instances are never touched, once they are there", False),
+    "critical": Field(Boolean(), "its instances are started, and otherwise never touched", False),
     "sleep_policy": Field(Object({
         "warm_after_s": Field(Integer(0, MAX_POLICY_S), "idle seconds until warm; 0: never", _SLEEP.warm_after_s),
         "sleep_after_s": Field(Integer(0, MAX_POLICY_S), "idle seconds until asleep; 0: never", _SLEEP.sleep_after_s),

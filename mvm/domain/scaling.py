@@ -56,8 +56,8 @@ def scale(
 
     What exists is started before more is created, oldest first, and one that is being stopped is waited for. Of too
     many the coldest are stopped, newest first. A pinned pool's instances are never put away or stopped; those of a
-    critical one are not touched at all, only what it lacks is created. An instance that a person has changed is left
-    alone until its time is over; it takes one of the places that the counts give.
+    critical one are only started when they are down by nobody's wish, and created when they are missing. An instance
+    that a person has changed is left alone until its time is over; it takes one of the places that the counts give.
     """
     alive = sorted(
         (each for each in observed if each.lands_on is not Status.DESTROYED), key=lambda i: (i.created_at, i.ref)
@@ -81,11 +81,11 @@ def proving(revisions: Mapping[PoolRef, Revision | None], instances: Collection[
 
 
 def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: datetime) -> Scaled:
-    """Create what is missing, and start what has never run: its first start failed, or its job was lost."""
+    """Create what is missing, and start what is down by nobody's wish: it never ran, or its guest or host has ended."""
     up = sum(each.lands_on in _UP for each in alive)
-    new = [each for each in alive if each.status in (Status.READY, Status.CREATED) and each.last_started_at is None]
+    fallen = [each for each in alive if each.status in _STARTABLE and not _was_stopped(each)]
     free = [
-        each for each in new
+        each for each in fallen
         if not each.in_flight and not (each.manual_override_until and each.manual_override_until > now)
     ]  # fmt: skip
     wanted = free[: max(0, need.counts.total - up)]
@@ -95,10 +95,14 @@ def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: date
     actions: list[Action] = [Request(each.ref, Verb.START, each.status, Why.TOO_FEW) for each in starts]
     if count:
         actions.append(Create(need.ref, count))
-    down = sum(each.status is Status.STOPPED and each.in_flight is None for each in alive)
+    down = sum(_was_stopped(each) and each.in_flight is None for each in alive)
     stays = min(down, need.counts.total - up - len(starts) - missing)
     remarks = [f"{stays} are stopped, and stay: the pool is critical"] if stays > 0 else []
     return Scaled(tuple(actions), (*remarks, *_no_room(missing - count + len(wanted) - len(starts))))
+
+
+def _was_stopped(instance: Instance) -> bool:
+    return instance.status is Status.STOPPED and instance.last_error is None
 
 
 def _admitted(need: PoolNeed, wanted: int, room: Room) -> int:

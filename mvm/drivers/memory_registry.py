@@ -108,20 +108,22 @@ class MemoryRegistry:
         with self._changed:
             self._tenants[tenant.id] = tenant
 
-    def remove_tenant(self, tenant: TenantId) -> None:
+    def remove_tenant(self, tenant: TenantId, node: NodeId) -> None:
         """See ports/registry.py."""
         with self._changed:
-            self._tenants.pop(tenant, None)
+            if all(where == node for ref, where in self._pools.items() if ref.tenant == tenant):
+                self._tenants.pop(tenant, None)
 
     def place_pool(self, pool: PoolRef, node: NodeId) -> None:
         """See ports/registry.py."""
         with self._changed:
             self._pools[pool] = node
 
-    def unplace_pool(self, pool: PoolRef) -> None:
+    def unplace_pool(self, pool: PoolRef, node: NodeId) -> None:
         """See ports/registry.py."""
         with self._changed:
-            self._pools.pop(pool, None)
+            if self._pools.get(pool) == node:
+                del self._pools[pool]
 
     def pool_node(self, pool: PoolRef) -> NodeId | None:
         """See ports/registry.py."""

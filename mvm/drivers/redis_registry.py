@@ -16,7 +16,15 @@ from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.refusals import job_not_found, tenant_exists
 from mvm.domain.tenant import Quota, Tenant
 from mvm.drivers.redis_link import RedisLink
-from mvm.drivers.redis_scripts import CLAIM_SWEEP, NEXT_CHILDREN, RELEASE, RESERVE_TENANT, UPDATE_JOB
+from mvm.drivers.redis_scripts import (
+    CLAIM_SWEEP,
+    NEXT_CHILDREN,
+    RELEASE,
+    REMOVE_TENANT,
+    RESERVE_TENANT,
+    UNPLACE_POOL,
+    UPDATE_JOB,
+)
 from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.registry import NodeRecord
 
@@ -106,17 +114,17 @@ class RedisRegistry:
         """See ports/registry.py."""
         self._link.command("HSET", "mvm:tenants", tenant.id, json.dumps(tenant.to_dict()))
 
-    def remove_tenant(self, tenant: TenantId) -> None:
+    def remove_tenant(self, tenant: TenantId, node: NodeId) -> None:
         """See ports/registry.py."""
-        self._link.command("HDEL", "mvm:tenants", tenant)
+        self._link.command("EVAL", REMOVE_TENANT, 0, tenant, node)
 
     def place_pool(self, pool: PoolRef, node: NodeId) -> None:
         """See ports/registry.py."""
         self._link.command("HSET", "mvm:pools", str(pool), node)
 
-    def unplace_pool(self, pool: PoolRef) -> None:
+    def unplace_pool(self, pool: PoolRef, node: NodeId) -> None:
         """See ports/registry.py."""
-        self._link.command("HDEL", "mvm:pools", str(pool))
+        self._link.command("EVAL", UNPLACE_POOL, 0, str(pool), node)
 
     def pool_node(self, pool: PoolRef) -> NodeId | None:
         """See ports/registry.py."""

@@ -27,6 +27,21 @@ redis.call('HSET', 'mvm:tenants', ARGV[1], ARGV[2])
 return 'ok'
 """
 
+# ARGV: tenant id, node that has it no more
+REMOVE_TENANT = """
+local pools = redis.call('HGETALL', 'mvm:pools')
+for at = 1, #pools, 2 do
+  if string.sub(pools[at], 1, #ARGV[1] + 1) == ARGV[1] .. '/' and pools[at + 1] ~= ARGV[2] then return 0 end
+end
+return redis.call('HDEL', 'mvm:tenants', ARGV[1])
+"""
+
+# ARGV: pool ref, node that has it no more
+UNPLACE_POOL = """
+if redis.call('HGET', 'mvm:pools', ARGV[1]) ~= ARGV[2] then return 0 end
+return redis.call('HDEL', 'mvm:pools', ARGV[1])
+"""
+
 # ARGV: job id, record, state, "1" if final, node, parent or "", now (ISO), seconds to keep a final job, "1" if only a
 # job that is still queued ends so, and whoever takes it later finds that somebody asked it to
 # Returns the parent's record when this update ended it, "" when nothing else ended, false when dropped.

@@ -65,16 +65,16 @@ class Registry(Protocol):
         """Replace a tenant (its quota)."""
         ...
 
-    def remove_tenant(self, tenant: TenantId) -> None:
-        """Forget it; its net id stays given."""
+    def remove_tenant(self, tenant: TenantId, node: NodeId) -> None:
+        """Forget it, for `node`; its net id stays given. One that has pools on another node stays."""
         ...
 
     def place_pool(self, pool: PoolRef, node: NodeId) -> None:
         """The pool and its instances live on that node."""
         ...
 
-    def unplace_pool(self, pool: PoolRef) -> None:
-        """The pool is gone."""
+    def unplace_pool(self, pool: PoolRef, node: NodeId) -> None:
+        """The pool is gone from `node`; one that lives on another stays there."""
         ...
 
     def pool_node(self, pool: PoolRef) -> NodeId | None:

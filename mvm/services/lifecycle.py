@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from mvm.domain.addressing import TenantNetwork, free_offset
+from mvm.domain.desired import asks_for
 from mvm.domain.ids import InstanceId, InstanceRef, PoolRef
 from mvm.domain.instance import InFlight, Instance
 from mvm.domain.job import Job, JobVerb, Reason
@@ -296,7 +297,7 @@ class Lifecycle:
         with self._store.transaction(durable=not in_memory):
             instance = self._store.instance(ref)
             context.found(ref, instance)
-            self._check_word(context.job, instance)
+            self._check_current(context.job, instance, verb)
             mark = instance.in_flight
             left = self._store.job(mark.job_id) if mark else None
             if mark and verb not in (Verb.STOP, Verb.DESTROY) and self._given_up(instance, mark.verb, left):
@@ -325,13 +326,21 @@ class Lifecycle:
         drops = verb in (Verb.STOP, Verb.DESTROY) or bool(verb is Verb.START and job and job.params.get("force"))
         return drops and instance.status is Status.SLEEPING and not self._microvms.has_snapshot(instance)
 
-    def _check_word(self, job: Job, instance: Instance) -> None:
-        """Raises `Cancelled` when a person has changed `instance` since reconcile decided `job`: it stays so."""
-        until, mark = instance.manual_override_until, instance.in_flight
-        if job.reason is not Reason.RECONCILE or until is None or (mark and mark.job_id == job.job_id):
+    def _check_current(self, job: Job, instance: Instance, verb: Verb) -> None:
+        """Raises `Cancelled` when reconcile would not decide `job` any more, for what people have said since.
+
+        A pass's jobs are a group's; a person's `pool scale`, which may stop what is pinned, asks by itself.
+        """
+        mark = instance.in_flight
+        if job.reason is not Reason.RECONCILE or (mark and mark.job_id == job.job_id):
             return
-        if until > self._clock.now() and until - self._manual_hold > job.submitted_at:
+        pool, until = self._store.pool(instance.ref.pool_ref), instance.manual_override_until
+        if until and until > self._clock.now() and until - self._manual_hold > job.submitted_at:
             raise Cancelled("policy.outdated", f"a person has changed {instance.ref} since this was decided")
+        if job.parent and verb not in (Verb.START, Verb.WAKE) and (pool.pinned or pool.critical):
+            raise Cancelled("policy.outdated", f"{instance.ref} stays: its pool has become pinned or critical")
+        if job.parent and verb is Verb.DESTROY and (document := self._store.desired()) and asks_for(document, pool.ref):
+            raise Cancelled("policy.outdated", f"{instance.ref} stays: the desired state asks for its pool again")
 
     def _hold(self, job: Job) -> dict[str, Any]:
         """What a person does holds for a while: reconcile leaves the instance as it then is."""

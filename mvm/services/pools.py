@@ -169,13 +169,15 @@ class Pools:
             self._store.put_pool(pool)
         context.changed(str(before), str(wanted))
         submitted = self._reconcile.pool(pool, context.job, actor=context.job.actor)
+        if submitted.note:
+            context.remark(submitted.note)
         return {**pool_view(self._store, pool), **submitted.to_dict()}
 
     def destroy(self, context: JobContext) -> Mapping[str, Any]:
         """Remove a pool that has no instances, and its templates. Its image stays, others may use it."""
         ref = PoolRef.parse(context.job.subject)
         self._check_empty(ref)
-        self._registry.unplace_pool(ref)
+        self._registry.unplace_pool(ref, context.job.node_id)
         self._networks.redirect(self._store.pool(ref), None)
         self._storage.drop_templates(ref)
         with context.ending(ref=str(ref)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -172,8 +172,14 @@ class Reconcile:
                 ).job_id
                 for each in asked
             ]  # fmt: skip
-        note = "; ".join([*(text for _, text in notes), *scaled.remarks])
+        note = "; ".join([*(text for _, text in notes), *scaled.remarks, *self._overruled(pool)])
         return Submitted(tuple(jobs), note or None)
+
+    def _overruled(self, pool: WorkerPool) -> Iterator[str]:
+        """Where the document has other counts than a person has just given."""
+        for wanted in (each for tenant in self.desired().tenants for each in tenant.pools if each.ref == pool.ref):
+            if wanted.desired and wanted.desired != pool.desired:
+                yield f"the node's desired state asks for {wanted.desired}, and the next pass goes back to that"
 
     def _asked(self, actions: Iterable[Action], job: Job) -> tuple[list[Asked], list[tuple[str, str]]]:
         """The jobs that do `actions`. Instances to be created are written down by now, so that they are counted."""

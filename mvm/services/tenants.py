@@ -72,12 +72,12 @@ class Tenants:
                 raise
             # A heartbeat reminded the registry of it in the very moment it was destroyed.
             self._networks.close(ghost.network)
-            self._registry.remove_tenant(tenant_id)
+            self._registry.remove_tenant(tenant_id, context.job.node_id)
             return {"tenant_id": str(tenant_id)}
         self._check_empty(tenant)
         context.step("remove bridge", 0, 1)
         self._networks.close(tenant.network)
-        self._registry.remove_tenant(tenant.id)
+        self._registry.remove_tenant(tenant.id, context.job.node_id)
         with context.ending(tenant_id=str(tenant.id)):
             self._check_empty(tenant)
             self._secrets.forget(tenant.id)  # not before it is certain that the tenant goes

@@ -115,8 +115,8 @@ def test_an_own_subnet_that_is_taken_is_not_chosen(registry: Registry) -> None:
 
 def test_a_removed_tenant_leaves_its_subnet_but_never_its_net_id(registry: Registry) -> None:
     network = reserve(registry, "acme").network
-    registry.remove_tenant(ACME)
-    registry.remove_tenant(ACME)
+    registry.remove_tenant(ACME, NODE)
+    registry.remove_tenant(ACME, NODE)
     assert registry.tenant(ACME) is None
     again = reserve(registry, "acme", subnet=str(network.subnet))
     assert again.network.subnet == network.subnet
@@ -194,6 +194,17 @@ def test_nodes_restore_one_after_the_other(registry: Registry) -> None:
     assert {reserve(registry, f"t{n}").network.net_id for n in range(4)} == {0, 1, 4, 6}
 
 
+def test_a_tenant_that_has_pools_on_another_node_stays(registry: Registry) -> None:
+    tenant, other = reserve(registry, "acme"), reserve(registry, "acme-2")
+    registry.place_pool(WEB, N2)
+    registry.remove_tenant(ACME, NODE)
+    assert registry.tenant(ACME) == tenant
+    registry.remove_tenant(other.id, NODE)
+    assert registry.tenant(other.id) is None
+    registry.remove_tenant(ACME, N2)
+    assert registry.tenant(ACME) is None
+
+
 # --- placement
 
 
@@ -202,8 +213,10 @@ def test_a_pool_lives_on_one_node(registry: Registry) -> None:
     registry.place_pool(WEB, NODE)
     registry.place_pool(WEB, N2)
     assert registry.pool_node(WEB) == N2
-    registry.unplace_pool(WEB)
-    registry.unplace_pool(WEB)
+    registry.unplace_pool(WEB, NODE)
+    assert registry.pool_node(WEB) == N2, "what another node has stays there"
+    registry.unplace_pool(WEB, N2)
+    registry.unplace_pool(WEB, N2)
     assert registry.pool_node(WEB) is None
 
 

@@ -121,8 +121,8 @@ def test_what_is_protected_is_left_alone(world: World) -> None:
             rules = wanted.get(pool.ref, pool)
             assert instance.manual_override_until is None
             assert instance.in_flight is None
-            first = action.verb is V.START and action.status in (S.CREATED, S.READY)
-            assert not rules.critical or first
+            fallen = action.status in (S.CREATED, S.READY) or instance.last_error is not None
+            assert not rules.critical or (action.verb is V.START and fallen)
             assert not rules.pinned or action.verb in (V.START, V.WAKE)
         if isinstance(action, DestroyPool):
             assert not world.pools[action.pool].pinned

@@ -275,6 +275,13 @@ def test_a_critical_one_that_never_ran_is_started() -> None:
     assert decide(need(3, critical=True), [held, flying, running]) == ()
 
 
+def test_a_critical_one_that_fell_is_started_and_one_that_was_stopped_is_not() -> None:
+    fallen = replace(instance(1, S.STOPPED), last_error="VMM process 7 is gone [vmm.gone]")
+    stopped, running = instance(2, S.STOPPED), instance(3, S.RUNNING)
+    assert decide(need(3, critical=True), [fallen, stopped, running]) == (start(fallen),)
+    assert decide(need(1, critical=True), [fallen, running]) == ()
+
+
 def test_it_is_told_when_a_critical_one_is_stopped() -> None:
     stopped, running = instance(1, S.STOPPED), instance(2, S.RUNNING)
     room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [stopped, running])

@@ -13,8 +13,9 @@ from mvm.cli import desired
 from mvm.domain.document import MAX_BYTES
 from mvm.domain.ids import JobId
 from mvm.domain.instance import Instance
-from mvm.domain.job import JobState, JobVerb, Reason
+from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
+from mvm.services.jobs import Asked
 from tests.services.conftest import NODE, Node
 from tests.support.command_line import ADDRESS, DEAD, CommandLine
 
@@ -242,6 +243,60 @@ def test_what_was_decided_before_a_person_spoke_is_not_done(node: Node) -> None:
     assert (outdated.state, outdated.error and outdated.error["code"]) == (JobState.CANCELLED, "policy.outdated")
     assert done.state is JobState.SUCCEEDED, "of this one a person had spoken before"
     assert statuses(node) == {"running": 1, "stopped": 1}
+
+
+def decided(node: Node, verb: JobVerb, ref: str) -> Job:
+    """A job of a pass that waits behind others."""
+    group = node.services.jobs.submit_group([Asked(verb, ref)], NODE, reason=Reason.RECONCILE, actor="reconcile")
+    (job,) = node.services.jobs.children(group.job_id)
+    return job
+
+
+@pytest.mark.parametrize("way", ["pinned", "critical"])
+def test_what_was_decided_before_its_pool_was_protected_is_not_done(node: Node, way: str) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.ok(JobVerb.INSTANCE_START, ref)
+    node.clock.advance(3600)  # nothing holds it any more
+    stop = decided(node, JobVerb.INSTANCE_STOP, ref)
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", **{way: True})
+    node.drain()
+    after = node.services.jobs.job(stop.job_id)
+    assert (after.state, (after.error or {})["code"]) == (JobState.CANCELLED, "policy.outdated")
+    assert statuses(node) == {"running": 1}
+    node.ok(JobVerb.POOL_SCALE, "acme/web", running=0)
+    assert statuses(node) == {"stopped": 1}, "a person's word goes before"
+
+
+def test_what_was_to_be_pruned_stays_when_it_is_asked_for_again(mvm: CommandLine, node: Node, file: Path) -> None:
+    """The jobs of the pruning pass still wait for a worker, and data disks are not got back."""
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    refs = {i.ref for i in node.services.store.instances()}
+    write(file, {"pool_id": "api", "desired_counts": {"running": 0}})
+    _, job = node.services.view.desired_apply(file.read_bytes(), prune=True, expect=None, actor="another")
+    node.services.runner.run(job)
+    write(file)
+    node.services.view.desired_apply(file.read_bytes(), prune=False, expect=None, actor="another")
+    node.drain()
+    mvm.ok(*words)
+    assert {i.ref for i in node.services.store.instances()} == refs
+    assert statuses(node) == {"running": 2}
+
+
+def test_scaling_says_that_the_desired_state_has_other_counts(mvm: CommandLine, node: Node, file: Path) -> None:
+    mvm.ok("agent", "reconcile", "--desired", str(file))
+    told = mvm("pool", "scale", "acme/web", "--running", "3")
+    assert "the node's desired state asks for running=2, and the next pass goes back to that" in told.stderr
+    assert "desired state" not in mvm("pool", "scale", "acme/web", "--running", "2").stderr
+
+
+def test_a_plan_tells_what_a_new_image_will_do(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    write(file, {"profile": "python"})
+    told = mvm.ok(*words, "--plan")
+    assert "! acme/web: 2 restart with the new image, at most 1 down at once; what they have in memory is lost" in told
 
 
 def test_a_crash_ends_what_a_person_has_said(mvm: CommandLine, node: Node, file: Path) -> None:
