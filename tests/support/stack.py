@@ -211,7 +211,7 @@ def running_stack(driver: str = "qemu", *, builds: bool = False, **settings: str
         stack.mvm("up", "--detach")
         yield stack
         try:
-            stack.mvm("down", "--instances")
+            stack.mvm("down", "--instances", timeout_s=600)  # of the 1,000 jobs there are 400, beside other work
         except (AssertionError, subprocess.TimeoutExpired):
             print(stack.told())
             raise
