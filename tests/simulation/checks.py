@@ -230,3 +230,5 @@ def _plan(world: World) -> Iterator[str]:
     outcome = decide(reconcile.desired(), reconcile.observe())
     if outcome.actions:
         yield f"not converged: {'; '.join(map(str, outcome.actions[:3]))}"
+    if outcome.rolling:
+        yield f"not converged: {outcome.remarks}"

@@ -69,7 +69,7 @@ def settle(world: World) -> tuple[int, list[str]]:
     for number in range(1, ROUNDS + 1):
         world.pass_time(35.0)
         sweeps = [JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE]
-        if world.has_ill:
+        if world.has_ill or world.rolls():
             sweeps.insert(0, JobVerb.SWEEP_HEALTH)
         if world.was_low:
             sweeps.append(JobVerb.SWEEP_DISK)

@@ -13,6 +13,7 @@ from mvm.domain.ids import InstanceRef, JobId, NodeId, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status
+from mvm.domain.scaling import proving
 from mvm.domain.tenant import Quota
 from mvm.errors import Failed, MvmError, TimedOut
 from mvm.ports.guest import Worker
@@ -132,6 +133,7 @@ class World:
         actor.spare = [
             i for i in self.rows().values() if i.ref.pool_ref == pool.ref and i.status in _STARTABLE
             and i.in_flight is None and str(i.ref) not in taken and i.created_at < actor.began
+            and (i.stopped_at is None or i.stopped_at < actor.began)  # not only since it looked
             and (i.manual_override_until is None or i.manual_override_until <= now)
         ]  # fmt: skip
 
@@ -201,6 +203,10 @@ class World:
     def jobs(self) -> Jobs:
         """What a command has of the stack."""
         return Jobs(self.registry, self.queue, self.clock)
+
+    def rolls(self) -> bool:
+        """A rollout goes on by health checks."""
+        return bool(proving({ref: pool.revision for ref, pool in self.store._pools.items()}, self.rows().values()))
 
     def actors(self) -> list[Actor]:
         """All that is at work."""
