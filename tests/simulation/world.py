@@ -133,7 +133,7 @@ class World:
         actor.spare = [
             i for i in self.rows().values() if i.ref.pool_ref == pool.ref and i.status in _STARTABLE
             and i.in_flight is None and str(i.ref) not in taken and i.created_at < actor.began
-            and (i.stopped_at is None or i.stopped_at < actor.began)  # not only since it looked
+            and (i.last_stopped_at is None or i.last_stopped_at < actor.began)  # not only since it looked
             and (i.manual_override_until is None or i.manual_override_until <= now)
         ]  # fmt: skip
 
