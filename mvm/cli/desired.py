@@ -69,10 +69,11 @@ def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: boo
         rolling = result.get("rolling", 0)
         if 0 < rolling < fewest:
             fewest, since = rolling, time.monotonic()
+            click.echo(f"note: {_rollout(result)}", err=True)
         if not asked and not rolling:
             return _show(output, rounds, done, result)
         if not asked:
-            _await_health(result, since, end)
+            _await_health(_rollout(result), since, end)
         rounds += bool(asked)
         for bulk in asked:
             _ended(fleet, JobId(bulk), end, within=True)
@@ -92,8 +93,11 @@ def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: boo
     )
 
 
-def _await_health(result: Mapping[str, Any], since: float, end: float | None) -> None:
-    remark = next((remark for remark in result["remarks"] if "health check" in remark), "")
+def _rollout(result: Mapping[str, Any]) -> str:
+    return next((remark for remark in result["remarks"] if "health check" in remark), "")
+
+
+def _await_health(remark: str, since: float, end: float | None) -> None:
     now = time.monotonic()
     if now - since > _HALTED_S:
         raise Failed("desired.rollout_halted", f"the rollout has halted: {remark}",

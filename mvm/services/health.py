@@ -25,6 +25,7 @@ from mvm.services.runner import JobContext
 log = structlog.get_logger("mvm.health")
 
 _AT_ONCE = 8  # guests asked
+_YOUNG_S = 5.0  # so soon after its start, that a guest answers says no more than its start did
 
 
 class GuestHealth:
@@ -68,7 +69,8 @@ class GuestHealth:
                 reason = f"its network interface {network.tap(instance.offset)} is gone"
             if reason is None and instance.status is Status.WARM:
                 continue  # that it is well is not known
-            now = self._remember(instance, notes.get(ref), reason, proves=ref in waited)
+            proves = ref in waited and not self._is_young(instance)
+            now = self._remember(instance, notes.get(ref), reason, proves=proves)
             if now.misses:
                 why = now.why_ill(instance, self.limit)
                 failing.append(Ill(str(ref), now.misses, why is not None, reason or ""))
@@ -88,6 +90,10 @@ class GuestHealth:
         if now != before or (note is None and proves):
             self._store.put_note(instance.ref, Note.HEALTH, now.to_dict())
         return now
+
+    def _is_young(self, instance: Instance) -> bool:
+        started = instance.last_started_at
+        return started is not None and 0 <= (self._clock.now() - started).total_seconds() < _YOUNG_S
 
     def _why(self, instance: Instance) -> str | None:
         try:

@@ -42,6 +42,7 @@ def beat(monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
 
     class Waiting:
         def wait(self, _: float) -> None:
+            node.clock.advance(2)
             node.sweep(JobVerb.SWEEP_HEALTH)
 
     monkeypatch.setattr(desired, "Event", Waiting)
@@ -124,6 +125,24 @@ def test_counts_images_and_rules_change(mvm: CommandLine, node: Node, file: Path
     up = [i for i in node.services.store.instances() if i.status is Status.RUNNING]
     assert len(up) == 2
     assert all(before.get(instance.ref) != instance.revision for instance in up)
+
+
+def test_a_check_right_after_a_start_proves_nothing(mvm: CommandLine, node: Node, file: Path) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    before = {i.revision for i in node.services.store.instances()}
+    write(file, {"profile": "python"})
+    mvm.ok(*words, "--no-wait")
+
+    def sweep() -> int:
+        for _ in range(8):
+            node.sweep(JobVerb.SWEEP_RECONCILE)
+            node.sweep(JobVerb.SWEEP_HEALTH)
+        return sum(i.revision not in before for i in node.services.store.instances())
+
+    assert sweep() == 1
+    node.clock.advance(5)
+    assert sweep() == 2
 
 
 def test_a_revision_whose_guests_fall_silent_stops_after_the_first(
