@@ -67,10 +67,9 @@ class GuestHealth:
             reason = reasons.get(ref)
             if reason is None and network is not None and network.tap(instance.offset) not in taps:
                 reason = f"its network interface {network.tap(instance.offset)} is gone"
-            if reason is None and instance.status is Status.WARM:
+            if reason is None and (instance.status is Status.WARM or self._is_young(instance)):
                 continue  # that it is well is not known
-            proves = ref in waited and not self._is_young(instance)
-            now = self._remember(instance, notes.get(ref), reason, proves=proves)
+            now = self._remember(instance, notes.get(ref), reason, proves=ref in waited)
             if now.misses:
                 why = now.why_ill(instance, self.limit)
                 failing.append(Ill(str(ref), now.misses, why is not None, reason or ""))

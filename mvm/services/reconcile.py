@@ -144,8 +144,8 @@ class Reconcile:
         going = {
             action.ref.pool_ref for action in actions if isinstance(action, Request) and action.why is Why.UNLISTED
         }
-        with self._store.transaction():
-            for ref in going:
+        for ref in going:
+            with self._store.transaction():
                 self._store.put_pool(replace(self._store.pool(ref), desired=None))
 
     def pool(self, pool: WorkerPool, job: Job, *, actor: str) -> Submitted:
