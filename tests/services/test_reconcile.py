@@ -170,6 +170,7 @@ def test_a_revision_whose_guests_fall_silent_stops_after_the_first(
         node.sweep(JobVerb.SWEEP_HEALTH)
         node.sweep(JobVerb.SWEEP_RECONCILE)
         node.sweep(JobVerb.SWEEP_HEALTH)  # right after its start: it answers
+        node.sweep(JobVerb.SWEEP_RECONCILE)
     assert len(new()) == 1, "it is started anew again and again, and the others stay as they are"
     write(file, {"desired_counts": {"running": 4}})
     mvm.ok(*words)
