@@ -99,12 +99,12 @@ def _rollout(result: Mapping[str, Any]) -> str:
 
 def _await_health(remark: str, since: float, end: float | None) -> None:
     now = time.monotonic()
+    Event().wait(_LOOK_AGAIN_S if end is None else max(0.0, min(_LOOK_AGAIN_S, end - now)))
     if now - since > _HALTED_S:
         raise Failed("desired.rollout_halted", f"the rollout has halted: {remark}",
                      hint="sweeps go on with it once that is well; see: mvm instance list", remark=remark)  # fmt: skip
-    if end is not None and now > end:
+    if end is not None and time.monotonic() >= end:
         raise TimedOut("job.wait_timeout", f"the rollout is still under way: {remark}", hint="sweeps go on with it")
-    Event().wait(_LOOK_AGAIN_S)
 
 
 def _ended(fleet: Fleet, job_id: JobId, end: float | None, *, within: bool = False) -> Job:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from mvm.cli import desired
 from mvm.domain.document import MAX_BYTES
@@ -43,7 +44,8 @@ def beat(monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
     class Waiting:
         def wait(self, _: float) -> None:
             node.clock.advance(2)
-            node.sweep(JobVerb.SWEEP_HEALTH)
+            with capture_logs():  # they are no output of the command
+                node.sweep(JobVerb.SWEEP_HEALTH)
 
     monkeypatch.setattr(desired, "Event", Waiting)
 
