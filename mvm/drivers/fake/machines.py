@@ -22,7 +22,7 @@ from mvm.ports.vmm import BootSpec, Presence
 class FakeVmm(FakeSnapshots):
     """ports/vmm.py."""
 
-    @point("vmm.observe")
+    @point("vmm.observe", looks=True)
     def observe(self, ref: InstanceRef, process: ProcessIdentity | None) -> Presence:
         """See ports/vmm.py."""
         if ref in self._host.unseen:
@@ -56,12 +56,12 @@ class FakeVmm(FakeSnapshots):
         """See ports/vmm.py."""
         self._host.drop_group(ref)
 
-    @point("vmm.processes")
+    @point("vmm.processes", looks=True)
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
         """See ports/vmm.py."""
         return {ref: (machine.process,) for ref, machine in self._host.machines.items()}
 
-    @point("vmm.strangers")
+    @point("vmm.strangers", looks=True)
     def strangers(self) -> Mapping[str, str]:
         """See ports/vmm.py."""
         return dict(self._host.impostors)
@@ -71,17 +71,17 @@ class FakeVmm(FakeSnapshots):
         """See ports/vmm.py."""
         self._running(ref, process).disk = digests(secrets)
 
-    @point("vmm.console_tail")
+    @point("vmm.console_tail", looks=True)
     def console_tail(self, directory: Path, *, lines: int) -> str:
         """See ports/vmm.py."""
         kept = list(self._host.consoles.get(directory, ()))
         return "\n".join(kept[max(0, len(kept) - lines) :])
 
-    @point("vmm.trim_console")
+    @point("vmm.trim_console", looks=True)
     def trim_console(self, directory: Path, *, keep: int) -> None:
         """See the port; it keeps a number of lines anyway."""
 
-    @point("vmm.console")
+    @point("vmm.console", looks=True)
     def console(self, directory: Path, *, offset: int) -> tuple[str, int]:
         """See ports/vmm.py."""
         text = "".join(line + "\n" for line in self._host.consoles.get(directory, ()))[offset:]
@@ -119,7 +119,7 @@ class FakeGuest(Part):
         if identity.secrets:
             machine.mounted = machine.disk
 
-    @point("guest.ping")
+    @point("guest.ping", looks=True)
     def ping(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> float:
         """See ports/guest.py."""
         return self._uptime(self._machine(ref, deadline_s))

@@ -90,12 +90,12 @@ class FakeNetwork(Part):
         for name in names:
             self._host.taps.pop(name, None)
 
-    @point("network.taps")
+    @point("network.taps", looks=True)
     def taps(self) -> Mapping[str, str | None]:
         """See ports/network.py."""
         return dict(self._host.taps)
 
-    @point("network.states")
+    @point("network.states", looks=True)
     def states(self) -> Mapping[str, BridgeState]:
         """See ports/network.py. Addresses are those that were given when it was made."""
         return {
@@ -208,12 +208,12 @@ class FakeCgroups(Part):
         """See ports/cgroup.py."""
         self._host.drop_group(ref)
 
-    @point("cgroups.out_of_memory")
+    @point("cgroups.out_of_memory", looks=True)
     def out_of_memory(self, ref: InstanceRef) -> int:
         """See ports/cgroup.py."""
         return self._host.out_of_memory[ref]
 
-    @point("cgroups.groups")
+    @point("cgroups.groups", looks=True)
     def groups(self) -> frozenset[InstanceRef]:
         """See ports/cgroup.py."""
         return frozenset(self._host.groups)

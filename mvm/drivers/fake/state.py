@@ -140,8 +140,8 @@ class HostState:
         self.out_of_memory: Counter[InstanceRef] = Counter()
         self.last_pid = 999
 
-    def turn(self) -> AbstractContextManager[object]:
-        """Within it a part has the host to itself."""
+    def turn(self, *, looks: bool = False) -> AbstractContextManager[object]:
+        """Within it a part has the host to itself; one that only `looks` changes nothing."""
         return self.lock
 
     def meet(self, point: str) -> None:
@@ -200,14 +200,19 @@ class Part:
 S = TypeVar("S", bound=Part)
 
 
-def point(name: str) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
-    """The method fails here when told to (see `FakeHost.fail`), and has the host to itself while it runs."""
+def point(
+    name: str, *, looks: bool = False
+) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
+    """The method fails here when told to (see `FakeHost.fail`), and has the host to itself while it runs.
+
+    One that only `looks` changes nothing.
+    """
     POINTS.add(name)
 
     def decorate(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
         @wraps(method)
         def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            with self._host.turn():
+            with self._host.turn(looks=looks):
                 self._host.meet(name)
                 return method(self, *args, **kwargs)
 
