@@ -210,7 +210,7 @@ class SimHost(FakeHost):
         self.packets = SimPackets(self)
         self.trail_locks = _Trails(world.locks)  # type: ignore[assignment]
 
-    def turn(self) -> AbstractContextManager[object]:
+    def turn(self, *, looks: bool = False) -> AbstractContextManager[object]:
         """One actor runs at a time anyway."""
         return nullcontext()
 
