@@ -1,4 +1,4 @@
-"""Stopping all running instances, for ``mvm down --instances``."""
+"""Stopping all instances that have a VMM, for ``mvm down --instances``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb, Reason
+from mvm.domain.lifecycle import Status
 from mvm.drivers.stack import Stack
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut, Unreachable
 from mvm.settings import Settings
@@ -18,7 +19,9 @@ _PATIENCE_S = 20.0
 
 
 def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None]) -> None:
-    """Cancel what is queued or running, stop every running instance by one bulk job, and wait for it.
+    """Cancel what is queued or running, stop every instance that has a VMM by one bulk job, and wait for it.
+
+    Those that sleep sleep on. What somebody wakes meanwhile is stopped, too.
 
     Raises `Unreachable` (``stack.down``) when instances run on without a stack, and `Failed`
     (``instance.stop_failed``) when one could not be stopped: the stack then stays up.
@@ -36,11 +39,17 @@ def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None])
     node = NodeId(facts["node_id"])
     actor = os.environ.get("SUDO_USER") or getpass.getuser()
     _cancel_open_jobs(client, node, actor, say)
-    answer = client.agents.call(facts["agent_address"], "instance.list", {"status": "running"}, deadline_s=10)
-    refs = [str(row["ref"]) for row in answer["items"]]
-    if not refs:
-        return
-    say(f"stopping {len(refs)} instances")
+    while refs := _with_vmm(client, facts["agent_address"]):
+        say(f"stopping {len(refs)} instances")
+        _stop(client, node, actor, refs, say)
+
+
+def _with_vmm(client: Client, address: str) -> list[str]:
+    answer = client.agents.call(address, "instance.list", {}, deadline_s=10)
+    return [str(row["ref"]) for row in answer["items"] if Status(row["status"]).has_vmm]
+
+
+def _stop(client: Client, node: NodeId, actor: str, refs: Sequence[str], say: Callable[[str], None]) -> None:
     parent = client.jobs.submit_bulk(JobVerb.INSTANCE_STOP, refs, lambda _: node, actor=actor, reason=Reason.SHUTDOWN)
     [last] = [job for job in _finals(client, node, actor, [parent.job_id], say) if job.job_id == parent.job_id]
     if last.state is not JobState.SUCCEEDED:

@@ -10,12 +10,10 @@ from typing import Any
 
 from mvm.domain.ids import PoolRef, Revision, TenantId
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
 from mvm.errors import InvalidInput
 
 MAX_KEEP = 32
-_USING = (Status.RUNNING, Status.WARM, Status.SLEEPING)
 
 Template = tuple[PoolRef, Revision]
 
@@ -177,7 +175,7 @@ def _why(pool: WorkerPool, revision: Revision, keep: int) -> str:
 
 
 def _uses(instance: Instance) -> bool:
-    return instance.status in _USING or instance.in_flight is not None
+    return instance.status.is_up or instance.in_flight is not None
 
 
 def checked_keep(value: object) -> int:

@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Any
 
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import UP
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class Health:
 
     def why_ill(self, instance: Instance, limit: int) -> str | None:
         """Why `instance` counts as not well: it is up, and `limit` checks of this run have failed; or None."""
-        ill = instance.status in UP and self.run == instance.run and self.misses >= limit
+        ill = instance.has_vmm and self.run == instance.run and self.misses >= limit
         return f"{self.reason}, in {self.misses} checks in a row since {self.since}" if ill else None
 
     def proves(self, instance: Instance) -> bool:

@@ -63,6 +63,16 @@ class Instance:
         return TRANSITIONS.get((self.status, self.in_flight.verb), self.status)
 
     @property
+    def has_vmm(self) -> bool:
+        """Whether it rests with a VMM."""
+        return self.status.has_vmm
+
+    @property
+    def may_have_vmm(self) -> bool:
+        """Whether there may be a VMM, or something of one: it rests with one, or a job is at it."""
+        return self.has_vmm or self.in_flight is not None
+
+    @property
     def run(self) -> str:
         """Names the time since it was last started or woken."""
         return _iso(self.last_started_at) or ""

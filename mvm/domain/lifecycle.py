@@ -20,9 +20,15 @@ class Status(StrEnum):
     STOPPED = "stopped"
     DESTROYED = "destroyed"
 
+    @property
+    def has_vmm(self) -> bool:
+        """Whether there is a VMM, whether its vCPUs run or stand still."""
+        return self in (Status.RUNNING, Status.WARM)
 
-UP = (Status.RUNNING, Status.WARM)
-"""Those with a VMM."""
+    @property
+    def is_up(self) -> bool:
+        """Whether it counts as up: it goes on where it was, from memory or from what it sleeps in."""
+        return self.has_vmm or self is Status.SLEEPING
 
 
 class Verb(StrEnum):

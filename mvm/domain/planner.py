@@ -28,7 +28,7 @@ from mvm.domain.document import Problem
 from mvm.domain.ids import InstanceRef, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobVerb
-from mvm.domain.lifecycle import UP, Status, Verb
+from mvm.domain.lifecycle import Status, Verb
 from mvm.domain.pool import InstanceResources, WorkerPool
 from mvm.domain.room import Room
 from mvm.domain.scaling import PoolNeed, scale
@@ -183,7 +183,7 @@ class _Planning:
 
     def _announce(self, wanted: DesiredPool) -> None:
         """What a new image will do to what is up."""
-        up = sum(each.status in UP or each.status is Status.SLEEPING for each in self.instances.get(wanted.ref, ()))
+        up = sum(each.status.is_up for each in self.instances.get(wanted.ref, ()))
         if up and not (wanted.pinned or wanted.critical):
             told = f"{up} restart with the new image, at most {wanted.max_unavailable} down at once"
             self.remarks.append((str(wanted.ref), f"{told}; what they have in memory is lost"))

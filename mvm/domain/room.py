@@ -13,8 +13,6 @@ from mvm.domain.lifecycle import Status
 from mvm.domain.pool import InstanceResources
 from mvm.domain.tenant import Quota, Usage
 
-_HOLDS_MEMORY = (Status.RUNNING, Status.WARM)
-
 
 def usage_of(shapes: Mapping[PoolRef, InstanceResources], instances: Collection[Instance]) -> Usage:
     """What a tenant's `instances` hold in its pools of these shapes.
@@ -24,7 +22,7 @@ def usage_of(shapes: Mapping[PoolRef, InstanceResources], instances: Collection[
     vcpus = mem_mib = running = warm = disk_mib = 0
     for instance in instances:
         shape, places = shapes[instance.ref.pool_ref], (instance.status, instance.lands_on)
-        if places[0] in _HOLDS_MEMORY or places[1] in _HOLDS_MEMORY:
+        if any(place.has_vmm for place in places):
             vcpus += shape.vcpus
             mem_mib += shape.mem_mib
         running += Status.RUNNING in places

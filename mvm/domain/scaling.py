@@ -71,7 +71,7 @@ def proving(revisions: Mapping[PoolRef, Revision | None], instances: Collection[
     """Those that run with their pool's revision while others of the pool are still up with another: a check that they
     pass is what a rollout goes on by.
     """
-    rolling = {i.ref.pool_ref for i in instances if i.status in _UP and i.revision != revisions.get(i.ref.pool_ref)}
+    rolling = {i.ref.pool_ref for i in instances if i.status.is_up and i.revision != revisions.get(i.ref.pool_ref)}
     if not rolling:
         return ()
     return tuple(
@@ -82,7 +82,7 @@ def proving(revisions: Mapping[PoolRef, Revision | None], instances: Collection[
 
 def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: datetime) -> Scaled:
     """Create what is missing, and start what is down by nobody's wish: it never ran, or its guest or host has ended."""
-    up = sum(each.lands_on in _UP for each in alive)
+    up = sum(each.lands_on.is_up for each in alive)
     fallen = [each for each in alive if each.status in _STARTABLE and not _was_stopped(each)]
     free = [
         each for each in fallen
@@ -167,7 +167,7 @@ class _Scaling:
 
     def _count(self) -> None:
         held = [each for each in self.alive if each.manual_override_until and each.manual_override_until > self.now]
-        for each in sorted(held, key=lambda i: i.lands_on not in _UP):
+        for each in sorted(held, key=lambda i: not i.lands_on.is_up):
             self._give_place(each)
         self.held = {each.ref for each in held}
         sick: list[Instance] = []
@@ -182,7 +182,7 @@ class _Scaling:
                     continue
             elif lands in _STARTABLE:
                 self.returning += 1
-            if lands in _UP:
+            if lands.is_up:
                 self.have[self._place(lands)] += 1
                 self.settled += self._is_settled(each)
         for each in sick:
@@ -192,14 +192,14 @@ class _Scaling:
     def _give_place(self, held: Instance) -> None:
         """It takes a place where it is, or else another one."""
         lands = held.lands_on
-        places = ([self._place(lands)] if lands in _UP else []) + list(reversed(_UP))
+        places = ([self._place(lands)] if lands.is_up else []) + list(reversed(_UP))
         place = next((place for place in places if self.wanted[place] > 0), None)
         if place is not None:
             self.wanted[place] -= 1
-            self.settled += lands in _UP and self._is_settled(held)
+            self.settled += lands.is_up and self._is_settled(held)
 
     def _is_settled(self, instance: Instance) -> bool:
-        return instance.status in _UP and instance.ref not in self.unproven
+        return instance.status.is_up and instance.ref not in self.unproven
 
     def _rouse(self) -> None:
         """What sleeps or is warm beyond its count fills places that are hotter."""

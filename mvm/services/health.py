@@ -12,7 +12,7 @@ from mvm.domain.findings import HealthResult, Ill
 from mvm.domain.health import Health
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import UP, Status
+from mvm.domain.lifecycle import Status
 from mvm.domain.scaling import proving
 from mvm.errors import MvmError, Unreachable
 from mvm.ports.clock import Clock
@@ -51,7 +51,7 @@ class GuestHealth:
         """
         context.step("ask guests", 0, 1)
         instances = self._store.instances()
-        there = [i for i in instances if i.status in UP and i.in_flight is None]
+        there = [i for i in instances if i.has_vmm and i.in_flight is None]
         waited = {i.ref for i in self._proving(instances)}
         asked = [i for i in there if i.status is Status.RUNNING]
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="health") as threads:
@@ -123,7 +123,7 @@ class GuestHealth:
     def explain(self, instance: Instance) -> dict[str, Any] | None:
         """What is wrong with it, if the last check found something."""
         note = self._store.note(instance.ref, Note.HEALTH)
-        if note is None or not note["misses"] or note["run"] != instance.run or instance.status not in UP:
+        if note is None or not note["misses"] or note["run"] != instance.run or not instance.has_vmm:
             return None
         health = Health.from_dict(note)
         return {

@@ -13,7 +13,7 @@ from mvm.domain.idleness import Candidate, Choice, Decision, Sample, Watch, deci
 from mvm.domain.ids import InstanceRef, JobId, NodeId, PoolRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobState, JobVerb, Reason
-from mvm.domain.lifecycle import UP, Status
+from mvm.domain.lifecycle import Status
 from mvm.domain.pool import SleepPolicy, WorkerPool
 from mvm.errors import Failed, MvmError, Unreachable
 from mvm.ports.clock import Clock
@@ -63,7 +63,7 @@ class Idleness:
         context.step("ask guests", 0, 2)
         waiting = {job.subject: job.verb for job in self._registry.open_jobs(self._node_id)}
         pools = {pool.ref: pool for pool in self._store.pools()}
-        up = [i for i in self._store.instances() if i.status in UP]
+        up = [i for i in self._store.instances() if i.has_vmm]
         free = [i for i in up if i.in_flight is None and str(i.ref) not in waiting and _governed(pools[i.ref.pool_ref])]
         short = self._short_mib()
         if short:  # what falls asleep already is memory on its way

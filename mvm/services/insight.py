@@ -13,7 +13,7 @@ from mvm.domain.idleness import Candidate, Watch, outlook
 from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState
-from mvm.domain.lifecycle import UP, Status
+from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import Failed, NotFound, Unreachable
@@ -95,7 +95,7 @@ class Insight:
             return _nothing(f"its job {instance.in_flight.job_id} ({instance.in_flight.verb}) is at work")
         if instance.status is Status.SLEEPING:
             return _nothing(f"it sleeps until somebody asks: mvm instance wake {instance.ref}")
-        if instance.status not in UP:
+        if not instance.has_vmm:
             kept = f"; the pool is kept at {pool.desired.running} running" if pool.desired else ""
             return _nothing(f"it stays {instance.status} until it is started{kept}")
         ill = self._health.explain(instance)
@@ -179,7 +179,7 @@ class Insight:
         }
 
     def _use(self, instance: Instance) -> MemoryUse | None:
-        if instance.process is None or instance.status not in UP or not isinstance(self._vmm, Snapshotting):
+        if instance.process is None or not instance.has_vmm or not isinstance(self._vmm, Snapshotting):
             return None
         try:
             return self._vmm.memory(instance.process)

@@ -8,7 +8,7 @@ import structlog
 
 from mvm.domain.findings import Missing
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import UP, Status
+from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, NotFound
 from mvm.ports.network import HostNetwork
 from mvm.ports.storage import NodeStorage
@@ -36,7 +36,7 @@ class Ledger:
     def _reconnect(self) -> Iterator[str]:
         """Bridges are there, and the TAPs of guests that run are their ports."""
         bridges, taps = self._network.bridges(), self._network.taps()
-        up = [i for i in self._store.instances() if i.status in UP and i.in_flight is None]
+        up = [i for i in self._store.instances() if i.has_vmm and i.in_flight is None]
         for tenant in self._store.tenants():
             network = tenant.network
             if network.bridge not in bridges and not self._network.has(network.bridge):
@@ -59,7 +59,7 @@ class Ledger:
                 yield Missing("directory", f"directory of {ref}", ref, "its disks are lost; destroy it")
             elif instance.status is Status.SLEEPING:
                 yield from self._of_sleeping(instance)
-            elif instance.status in UP and networks[instance.ref.tenant].tap(instance.offset) not in taps:
+            elif instance.has_vmm and networks[instance.ref.tenant].tap(instance.offset) not in taps:
                 tap = networks[instance.ref.tenant].tap(instance.offset)
                 yield Missing("tap", f"tap {tap}", ref, "its guest is not well: it is replaced, or stop and start it")
         for pool in self._store.pools():

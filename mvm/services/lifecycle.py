@@ -226,8 +226,7 @@ class Lifecycle:
         with self._claimed(context, Verb.STOP) as instance:
             network = self._store.tenant(instance.ref.tenant).network
             context.step("shut down guest", 0, 2)
-            awake = instance.status is Status.RUNNING
-            clean = awake and not context.job.params.get("force") and self._microvms.shut_down(instance)
+            clean = not context.job.params.get("force") and self._microvms.shut_down(instance)
             self._microvms.take_down(instance, network)  # no step of its own: not cancelled half way
             stopped = instance.moved(Status.STOPPED, process=None, last_stopped_at=self._clock.now())
             with context.ending(clean=clean, **instance_view(network, stopped)):

@@ -9,7 +9,6 @@ from typing import Any
 from mvm.domain.addressing import METADATA
 from mvm.domain.ids import NodeId
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import UP
 from mvm.domain.tenant import Tenant
 from mvm.errors import Unreachable
 from mvm.ports.clock import Clock
@@ -111,7 +110,7 @@ class NetworkCheck:
         report = BridgeReport(str(tenant.id), network.bridge, str(network.subnet), str(network.gateway))
         find = report.findings.append
         own = [i for i in instances if i.ref.tenant == tenant.id]
-        running = {network.tap(i.offset) for i in own if i.status in UP and not i.in_flight}
+        running = {network.tap(i.offset) for i in own if i.has_vmm and not i.in_flight}
         try:
             known = self._registry.tenant(tenant.id)
         except Unreachable:
@@ -173,4 +172,4 @@ class NetworkCheck:
 
 
 def _may_be_up(instance: Instance) -> bool:
-    return instance.status in UP or instance.in_flight is not None
+    return instance.may_have_vmm

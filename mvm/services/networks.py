@@ -20,7 +20,6 @@ from mvm.domain.firewall import (
 )
 from mvm.domain.ids import PoolId
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import UP
 from mvm.domain.pool import WorkerPool
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.firewall import PacketFilter
@@ -108,7 +107,7 @@ class Networks:
         with self.locked():
             new = self._stored(pool) if after else new
             others = [(p.ref.pool, p.egress) for p in self._store.pools(pool.ref.tenant) if p.ref != pool.ref]
-            offsets = [i.offset for i in self._store.instances(pool=pool.ref) if i.status in UP or i.in_flight]
+            offsets = [i.offset for i in self._store.instances(pool=pool.ref) if i.may_have_vmm]
             former, later = (
                 self._part(network, [*others, (pool.ref.pool, egress)], offsets, pool.ref.pool, egress)
                 for egress in (old, new)
@@ -140,7 +139,7 @@ class Networks:
         guests = [
             GuestPort(networks[i.ref.tenant], i.offset, i.ref.pool, pools[i.ref.pool_ref].egress)
             for i in self._store.instances()
-            if i.ref.pool_ref in pools and (i.status in UP or i.in_flight)
+            if i.ref.pool_ref in pools and i.may_have_vmm
         ]
         return ruleset(
             self.plan,

@@ -19,7 +19,7 @@ from mvm.domain.findings import OrphanFound, OrphanResult
 from mvm.domain.ids import InstanceRef, NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
-from mvm.domain.lifecycle import UP, Status
+from mvm.domain.lifecycle import Status
 from mvm.errors import Failed, NotFound, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.clock import Clock
@@ -129,7 +129,7 @@ class Orphans:
         directories, leftovers = self._storage.instances(), self._storage.leftovers()
         instances = {i.ref: i for i in self._store.instances()}
         networks = {t.id: t.network for t in self._store.tenants()}
-        active = {ref: i for ref, i in instances.items() if i.status in UP or i.in_flight}
+        active = {ref: i for ref, i in instances.items() if i.may_have_vmm}
         used_taps = {networks[ref.tenant].tap(i.offset) for ref, i in active.items()}
         orphans = [
             Orphan("process", f"process {processes[ref][0].pid} of {ref}", partial(self._vmm.kill, ref, None), ref)

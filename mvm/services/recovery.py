@@ -7,7 +7,6 @@ import structlog
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
-from mvm.domain.lifecycle import UP
 from mvm.domain.recovery import Act, settled
 from mvm.errors import Failed, NotFound, TimedOut
 from mvm.ports.locks import Locks
@@ -90,6 +89,5 @@ class Recovery:
                 self._microvms.resume(instance)
             except (TimedOut, Failed) as error:  # it runs; that its guest is silent is another's business
                 log.warning("guest not told the time", instance=str(instance.ref), code=error.code)
-        up = status in UP
         why = f"{instance.in_flight.verb} was left in the middle [job.left]"
-        return instance.moved(status, process=instance.process if up else None, last_error=why)
+        return instance.moved(status, process=instance.process if status.has_vmm else None, last_error=why)

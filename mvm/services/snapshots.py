@@ -141,6 +141,19 @@ class Snapshots:
         self._driver().resume(instance.ref, _process(instance))
         self._tell_time(instance, secrets=False)  # those that it has it keeps
 
+    def let_run(self, instance: Instance, *, deadline_s: float) -> bool:
+        """A warm instance runs again, so that it can end; whether it does. Knowing the time is for its own good."""
+        try:
+            self._driver().resume(instance.ref, _process(instance))
+        except (TimedOut, Unreachable, Failed) as error:
+            log.warning("does not run again", instance=str(instance.ref), code=error.code, why=error.message)
+            return False
+        try:
+            self._tell_time(instance, secrets=False, deadline_s=deadline_s)
+        except (TimedOut, Unreachable, Failed) as error:
+            log.warning("guest not told the time", instance=str(instance.ref), code=error.code)
+        return True
+
     def held(self, instance: Instance) -> int:
         """Bytes of memory that its VMM has to itself; 0 when it has ended."""
         try:
@@ -261,10 +274,10 @@ class Snapshots:
     def _base(self, instance: Instance, pool: WorkerPool) -> Path | None:
         return self._storage.template(pool.ref, _revision(instance)) if instance.cloned else None
 
-    def _tell_time(self, instance: Instance, *, secrets: bool) -> None:
+    def _tell_time(self, instance: Instance, *, secrets: bool, deadline_s: float = _GUEST_S) -> None:
         self._guest.wake(
             instance.ref, self._storage.directory(instance.ref), now=self._clock.now(), entropy=self._clock.random(64),
-            secrets=secrets, deadline_s=_GUEST_S,
+            secrets=secrets, deadline_s=deadline_s,
         )  # fmt: skip
         log.debug("guest replied")
 

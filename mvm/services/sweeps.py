@@ -10,7 +10,6 @@ import structlog
 from mvm.domain.findings import StalePid, StalePidResult
 from mvm.domain.ids import NodeId
 from mvm.domain.instance import Instance
-from mvm.domain.lifecycle import UP
 from mvm.errors import TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.locks import Locks
@@ -68,7 +67,7 @@ class StalePids:
         context.step("compare processes", 0, 1)
         gone = []
         for instance in self._store.instances():
-            if instance.status not in UP or instance.in_flight:
+            if not instance.has_vmm or instance.in_flight:
                 continue
             if self._vmm.observe(instance.ref, instance.process) is not Presence.ABSENT:
                 self._vmm.trim_console(self._storage.directory(instance.ref), keep=_CONSOLE_BYTES)

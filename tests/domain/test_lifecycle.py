@@ -88,3 +88,8 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
+
+
+def test_who_has_a_vmm() -> None:
+    assert {status for status in Status if status.has_vmm} == {Status.RUNNING, Status.WARM}
+    assert {status for status in Status if status.is_up} == {Status.RUNNING, Status.WARM, Status.SLEEPING}

@@ -1,0 +1,70 @@
+"""Ending what has a VMM, whether it runs or stands still."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+
+from mvm.cli import stop_all
+from mvm.domain.ids import InstanceRef
+from mvm.domain.job import JobVerb
+from mvm.domain.lifecycle import Status
+from mvm.drivers.stack import Stack
+from mvm.errors import Failed
+from mvm.settings import Settings
+from tests.services.conftest import NODE, Node
+from tests.support.command_line import ADDRESS, CommandLine
+
+S, V = Status, JobVerb
+
+
+def running(node: Node, count: int = 1) -> list[str]:
+    node.pool()
+    refs = node.create(count)
+    for ref in refs:
+        node.ok(V.INSTANCE_START, ref)
+    return refs
+
+
+def test_a_warm_one_is_shut_down_cleanly(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    assert node.ok(V.INSTANCE_STOP, ref)["clean"] is True
+    assert node.instance(ref).status is Status.STOPPED
+
+
+def test_a_warm_one_is_ended_at_once_by_force(node: Node) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    assert node.ok(V.INSTANCE_STOP, ref, force=True)["clean"] is False
+    assert not node.host.vmm.processes()
+
+
+@pytest.mark.parametrize("trouble", ["does not resume", "is silent"])
+def test_a_warm_one_that_does_not_come_back_is_ended_all_the_same(node: Node, trouble: str) -> None:
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_WARM, ref)
+    if trouble == "is silent":
+        node.host.hang_guest(InstanceRef.parse(ref))
+    else:
+        node.host.fail("vmm.resume", Failed("vmm.failed", "no"))
+    assert node.ok(V.INSTANCE_STOP, ref)["clean"] is False
+    assert node.instance(ref).status is Status.STOPPED
+    assert not node.host.vmm.processes()
+
+
+def test_down_with_instances_stops_warm_ones_too(
+    node: Node, mvm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up, warm, asleep = running(node, 3)
+    node.ok(V.INSTANCE_WARM, warm)
+    node.ok(V.INSTANCE_SLEEP, asleep)
+    settings = Settings(state_dir=tmp_path / "state", node_id=str(NODE), driver="fake", netns="host")
+    settings.layout.run.mkdir(parents=True)
+    settings.layout.connection.write_text(json.dumps({"node_id": str(NODE), "agent_address": ADDRESS}))
+    monkeypatch.setattr(stop_all, "open_client", lambda *_: mvm.client)
+    stop_all.stop_instances(settings, create_autospec(Stack, instance=True), lambda _: None)
+    assert [node.instance(ref).status for ref in (up, warm, asleep)] == [S.STOPPED, S.STOPPED, S.SLEEPING]
