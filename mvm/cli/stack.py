@@ -49,8 +49,7 @@ def up(
     parse_filter(settings.log)  # every part would refuse it
     stack = _stack(settings)
     if prepare:
-        stack.prepare()
-        stack.publish()
+        stack.prepare_alone(_say)
         return
     with _interrupts_as_keyboard():
         stack.up(_say)

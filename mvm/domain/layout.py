@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""Of everything that is kept: the store, the registry, settings. See `mvm.domain.migration`."""
 DEFAULT_STATE_DIR = Path("/var/lib/mvm")
 
 

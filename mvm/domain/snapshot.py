@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any, NamedTuple, NewType
 
 from mvm.domain.ids import Revision
-from mvm.errors import InvalidInput
+from mvm.errors import Failed, InvalidInput
 
 FORMAT = 1
 
@@ -115,9 +115,13 @@ class SnapshotManifest:
 
     @classmethod
     def from_json(cls, raw: bytes) -> SnapshotManifest:
-        """Inverse of `to_json`. Raises `ValueError` for anything but a manifest in its one form."""
+        """Inverse of `to_json`. Raises `ValueError` for anything but a manifest in its one form.
+
+        One of a newer format is whole, and not for this mvm: `Failed` (``snapshot.other_format``).
+        """
         try:
             data: dict[str, Any] = json.loads(raw)
+            _refuse_newer(data["format"])
             found = cls(
                 kind=Kind(data["kind"]),
                 owner=data["owner"],
@@ -180,6 +184,14 @@ def other_version(manifest: SnapshotManifest, version: str) -> Refusal | None:
     if manifest.vmm_version == version:
         return None
     return Refusal("snapshot.other_vmm", f"the VMM's version was {manifest.vmm_version} and is {version}")
+
+
+def _refuse_newer(found: object) -> None:
+    if isinstance(found, int) and found > FORMAT:
+        raise Failed(
+            "snapshot.other_format", f"its format is {found}; this mvm knows formats up to {FORMAT}",
+            hint="a newer mvm has made it: use that one", found=found, expected=FORMAT,
+        )  # fmt: skip
 
 
 def _words(value: object) -> str:

@@ -42,6 +42,7 @@ class SecretFiles:
             document = json.loads(text)
             said, salt, nonce, sealed = document["said"], *(b64decode(document[n]) for n in ("salt", "nonce", "sealed"))
             values = json.loads(AESGCM(self._key(tenant, salt)).decrypt(nonce, sealed, _canonical(said)))
+            _refuse_newer(tenant, said["format"])  # sealed with the values: nobody has changed it
             if (said["format"], said["tenant"]) != (_FORMAT, tenant):
                 raise ValueError
             job = JobId(said["job"]) if said["job"] else None
@@ -92,6 +93,14 @@ class SecretFiles:
             raise Failed("secrets.no_key", f"{self._layout.secrets_key} is missing or damaged",
                          hint="put it back from a backup; without it the secrets have to be set again")  # fmt: skip
         return HKDF(SHA256(), 32, salt, f"mvm secrets of {tenant}".encode()).derive(key)
+
+
+def _refuse_newer(tenant: TenantId, found: object) -> None:
+    if isinstance(found, int) and found > _FORMAT:
+        raise Failed(
+            "secrets.other_format", f"the stored secrets of tenant {tenant} are of format {found}, not {_FORMAT}",
+            hint="a newer mvm has written them: use that one, or set them again", subject=str(tenant),
+        )  # fmt: skip
 
 
 def damaged(tenant: TenantId, what: str) -> Failed:

@@ -21,34 +21,15 @@ from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState
 from mvm.domain.layout import STATE_VERSION
+from mvm.domain.migration import refuse_newer
 from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import not_found
 from mvm.domain.tenant import Tenant
+from mvm.drivers import store_migrations
 from mvm.drivers.group_commit import GroupCommit
 from mvm.errors import Failed, Fenced, NotAllowed
 from mvm.ports.store import Note
 
-_SCHEMA = """
-CREATE TABLE tenants (id TEXT PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE net_ids (net_id INTEGER PRIMARY KEY);
-CREATE TABLE pools (ref TEXT PRIMARY KEY, tenant TEXT NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE instances (ref TEXT PRIMARY KEY, tenant TEXT NOT NULL, pool TEXT NOT NULL,
-    generation INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX instances_by_pool ON instances (pool);
-CREATE INDEX instances_by_tenant ON instances (tenant);
-CREATE TABLE jobs (id TEXT PRIMARY KEY, final INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX jobs_open ON jobs (id) WHERE final = 0;
-"""
-# Also made in stores that were written before there were notes, audit trails and desired states.
-_LATER = """
-CREATE TABLE IF NOT EXISTS notes (ref TEXT NOT NULL, kind TEXT NOT NULL, doc TEXT NOT NULL,
-    PRIMARY KEY (ref, kind)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS audit_heads (tenant TEXT PRIMARY KEY, seq INTEGER NOT NULL,
-    hash TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS audit_pending (tenant TEXT NOT NULL, seq INTEGER NOT NULL, line TEXT NOT NULL,
-    PRIMARY KEY (tenant, seq)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS desired (id INTEGER PRIMARY KEY CHECK (id = 1), doc TEXT NOT NULL)
-"""
 _PUT_JOB = """
 INSERT INTO jobs VALUES (?1, ?2, ?3) ON CONFLICT (id) DO UPDATE SET final = ?2, doc = ?3
 WHERE final = 0 AND coalesce(doc ->> 'attempt', 0) + coalesce(doc ->> 'deaths', 0) <= ?4
@@ -69,8 +50,8 @@ def _pool(doc: str) -> WorkerPool:
 class SqliteStore:
     """ports/store.py over one file. Creates it when it is not there.
 
-    Raises `NotAllowed` (``state.version``) for a file of another version and `Failed` (``store.failed``) when
-    SQLite cannot read or write it.
+    Raises `NotAllowed` (``state.version``) for a file of another version, of which ``mvm up`` migrates the older ones,
+    and `Failed` (``store.failed``) when SQLite cannot read or write it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,20 +63,8 @@ class SqliteStore:
         with self._translated():
             with self.transaction():
                 db = self._db()
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0:
-                    for statement in _SCHEMA.split(";"):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {STATE_VERSION}")
-                elif version != STATE_VERSION:
-                    raise NotAllowed(
-                        "state.version",
-                        f"{path} has version {version}, this mvm needs {STATE_VERSION}",
-                        hint="use the mvm that wrote it, or another state directory",
-                        version=version,
-                    )
-                for statement in _LATER.split(";"):
-                    db.execute(statement)
+                _refuse_older(path, db)
+                store_migrations.migrate(db)
 
     def _db(self) -> sqlite3.Connection:
         """The connection by which the calling thread reads: within its transaction, the one that writes."""
@@ -369,3 +338,14 @@ class SqliteStore:
         return self._write(
             "DELETE FROM jobs WHERE final = 1 AND id NOT IN (SELECT id FROM jobs ORDER BY id DESC LIMIT ?)", keep
         )
+
+
+def _refuse_older(path: Path, db: sqlite3.Connection) -> None:
+    """A part of the stack does not migrate: ``mvm up`` does, while nobody else has the store open."""
+    found = store_migrations.version(db)
+    refuse_newer(path, found)
+    if 0 < found < STATE_VERSION:
+        raise NotAllowed(
+            "state.version", f"{path} is of version {found}; this mvm needs version {STATE_VERSION}",
+            hint="mvm down, then mvm up: that brings it up to date", found=found, expected=STATE_VERSION,
+        )  # fmt: skip

@@ -15,12 +15,14 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from mvm.domain.layout import StateLayout
-from mvm.drivers import isolation, netns, state_dir, supervisor
+from mvm.domain.layout import STATE_VERSION, StateLayout
+from mvm.domain.migration import settings_of
+from mvm.drivers import isolation, netns, redis_files, state_dir, supervisor
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.probes import WORKERS, Probes, agent_address
 from mvm.drivers.qemu.argv import marker
 from mvm.drivers.supervisor import Program, Supervisor
+from mvm.drivers.upgrade import upgrade
 from mvm.errors import Failed, Forbidden, MvmError, NotAllowed, Unreachable
 from mvm.ports.queue import node_queue
 from mvm.ports.shell import Shell
@@ -64,11 +66,7 @@ def programs(settings: Settings) -> tuple[Program, ...]:
         return Program(name, argv, 20, patience, {"MVM_WORKER_ROLE": WORKERS[name]})
 
     beat = [python, "-m", "celery", "-A", "beat.app", "beat", "--pidfile=", "-l", "INFO"]
-    redis = [
-        "redis-server", "--unixsocket", str(layout.redis_socket), "--unixsocketperm", "700", "--port", "0",
-        "--dir", str(layout.redis), "--appendonly", "yes", "--appendfsync", "everysec",
-        "--maxmemory-policy", "noeviction", "--save", "", "--daemonize", "no",
-    ]  # fmt: skip
+    redis = redis_files.server(layout.redis, layout.redis_socket)
     queue = node_queue(node)
     metadata = Program("metadata", ["nice", "-n", "10", python, "-m", "mvm.metadata"], 20)
     return (
@@ -98,9 +96,14 @@ def connection(settings: Settings) -> dict[str, Any]:
 
 
 def running_settings(settings: Settings) -> Settings:
-    """The settings that the stack of this state directory was started with; `settings` when there are none."""
+    """The settings that the stack of this state directory was started with; `settings` when there are none.
+
+    Raises `NotAllowed` (``state.version``) when a newer mvm has started it.
+    """
+    found = state_dir.check_version(settings.layout)
     try:
-        return Settings(**json.loads(_saved(settings.layout).read_text()))
+        saved = json.loads(_saved(settings.layout).read_text())
+        return Settings(**settings_of(saved, found or STATE_VERSION, tuple(Settings.model_fields)))
     except FileNotFoundError:
         return settings
     except PermissionError:
@@ -126,8 +129,22 @@ class Stack:
         names = [p.name for p in self._programs]
         return (*self._external, *names, *(["metrics"] if "agent" in names else []))
 
+    def prepare_alone(self, report: Report) -> None:
+        """The state directory is ready for a stack that others start; one that runs already is left alone."""
+        self.prepare()
+        with state_dir.held(self._layout):
+            if self._probes.ask("redis", {}) is not None or self._external:
+                self._make_ready(report)
+        self.publish()
+
+    def _make_ready(self, report: Report) -> None:
+        """What is kept is of this version, and can be read. Nothing of the stack runs."""
+        if not self._settings.redis_url:
+            redis_files.mend(self._layout.redis, self._shell, report)
+        upgrade(self._settings, self._shell, report)
+
     def prepare(self) -> None:
-        """The state directory exists, with all keys and certificates; for stacks that others start, too."""
+        """The state directory exists, with all keys and certificates."""
         from mvm.drivers.quic import certs
 
         state_dir.prepare(self._layout)
@@ -159,6 +176,7 @@ class Stack:
             self._supervisor.stop()  # what is left of one that was killed
             self._check_ports()
             self._check_isolation(report)
+            self._make_ready(report)
             try:
                 self._start(report)
                 self._wait_ready(report)

@@ -10,17 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mvm.domain.layout import STATE_VERSION, StateLayout
+from mvm.domain.migration import refuse_newer
 from mvm.domain.secrets import NODE_KEY_BYTES
 from mvm.errors import Failed, Forbidden, NotAllowed
 
 _FOREIGN_OK = frozenset({"lost+found"})  # a file system of its own may be mounted there
 
 
-def check_version(layout: StateLayout) -> str | None:
-    """The directory's version, None when it is not there or empty.
+def check_version(layout: StateLayout) -> int | None:
+    """The directory's version, None when it is not there or empty. `upgrade` brings an older one up to date.
 
-    Raises `NotAllowed`: ``state.version`` when it is another program version's, ``state.foreign`` when it is
-    not a state directory; `Forbidden` (``permission.denied``) when it cannot be read.
+    Raises `NotAllowed`: ``state.version`` when it is a newer program's, ``state.foreign`` when it is not a state
+    directory; `Forbidden` (``permission.denied``) when it cannot be read.
     """
     try:
         if not layout.root.exists():
@@ -40,13 +41,9 @@ def check_version(layout: StateLayout) -> str | None:
         raise denied(layout.root) from None
     except NotADirectoryError:
         raise NotAllowed("state.foreign", f"{layout.root} is not a directory", state_dir=str(layout.root)) from None
-    if found != str(STATE_VERSION):
-        raise NotAllowed(
-            "state.version", f"{layout.root} is of version {found[:20]!r}; this mvm knows version {STATE_VERSION}",
-            hint="use the mvm that made it, or another MVM_STATE_DIR",
-            found=found[:20], expected=STATE_VERSION,
-        )  # fmt: skip
-    return found
+    version = int(found) if found.isascii() and found.isdecimal() else found[:20]
+    refuse_newer(layout.root, version)
+    return int(version)
 
 
 def prepare(layout: StateLayout) -> None:

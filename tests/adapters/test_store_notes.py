@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
+from mvm.drivers import store_migrations
 from mvm.drivers.sqlite_store import SqliteStore
+from mvm.drivers.store_migrations import STORE
 from mvm.errors import Failed
 from mvm.ports.store import Note
 from tests.support import make
@@ -60,15 +63,15 @@ def test_what_could_not_be_committed_is_undone_and_the_next_write_goes_on(store:
     assert store.desired() == {"generation": 2}
 
 
-def test_a_store_from_before_there_were_notes_gets_them(store: SqliteStore, tmp_path: Path) -> None:
-    store.close()
-    older = sqlite3.connect(tmp_path / "node.db")
-    older.execute("DROP TABLE notes")
-    older.close()
-    again = SqliteStore(tmp_path / "node.db")
-    again.put_note(make.instance_ref(), Note.WOKE, {"seconds": 1})
-    assert again.note(make.instance_ref(), Note.WOKE) == {"seconds": 1}
-    again.close()
+def test_a_store_from_before_there_were_notes_gets_them(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "node.db", isolation_level=None)) as older:
+        STORE[0].apply(older)
+        older.execute("PRAGMA user_version = 1")
+        store_migrations.migrate(older)
+    with closing(SqliteStore(tmp_path / "node.db")) as store:
+        store.insert_instance(Instance(make.instance_ref(), make.NODE, 3, Status.RUNNING, make.START))
+        store.put_note(make.instance_ref(), Note.WOKE, {"seconds": 1})
+        assert store.note(make.instance_ref(), Note.WOKE) == {"seconds": 1}
 
 
 def test_the_last_job_of_an_instance_is_its_newest(store: SqliteStore) -> None:

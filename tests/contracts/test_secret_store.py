@@ -124,3 +124,12 @@ def test_anothers_secrets_and_anothers_key_are_refused(layout: StateLayout) -> N
     for attempt in (lambda: files.load(ACME), lambda: files.save(ACME, ONE)):
         with pytest.raises(Failed, match=r"secrets\.no_key"):
             attempt()
+
+
+def test_a_newer_format_is_told_from_damage(layout: StateLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as newer:
+        newer.setattr("mvm.drivers.secret_files._FORMAT", 2)
+        SecretFiles(layout).save(ACME, ONE)
+    with pytest.raises(Failed) as caught:
+        SecretFiles(layout).load(ACME)
+    assert caught.value.code == "secrets.other_format"

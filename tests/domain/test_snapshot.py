@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mvm.domain.ids import Revision
 from mvm.domain.snapshot import (
+    FORMAT,
     Compression,
     DiskState,
     FileDigest,
@@ -22,6 +23,7 @@ from mvm.domain.snapshot import (
     other_version,
     refusal,
 )
+from mvm.errors import Failed
 
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 SIZES = st.integers(0, 2**62)
@@ -128,3 +130,12 @@ def test_another_format_or_version_is_refused() -> None:
     version = other_version(DELTA, "8.0.0")
     assert version is not None
     assert (version.code, version.reason) == ("snapshot.other_vmm", "the VMM's version was 7.2.22 and is 8.0.0")
+
+
+def test_a_newer_format_is_told_from_damage() -> None:
+    """It may have any fields, and is whole."""
+    newer = json.loads(DELTA.to_json()) | {"format": FORMAT + 1, "something": "new"}
+    with pytest.raises(Failed) as caught:
+        SnapshotManifest.from_json(json.dumps(newer).encode())
+    assert caught.value.code == "snapshot.other_format"
+    assert "newer" in caught.value.hint

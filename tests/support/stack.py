@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import xmlrpc.client
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -183,10 +183,13 @@ def _end_abandoned() -> None:
 
 
 @contextlib.contextmanager
-def running_stack(driver: str = "qemu", *, builds: bool = False, **settings: str) -> Iterator[Stack]:
+def running_stack(
+    driver: str = "qemu", *, builds: bool = False, before: Callable[[Stack], None] | None = None, **settings: str
+) -> Iterator[Stack]:
     """A stack of its own state directory, namespace and ports; nothing of it is left at the end.
 
-    It has the minimal image already, unless it `builds`. What a test run left that was killed goes first.
+    It has the minimal image already, unless it `builds`; what `before` does comes before it is up. What a test run left
+    that was killed goes first.
     """
     _end_abandoned()
     root = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -208,6 +211,8 @@ def running_stack(driver: str = "qemu", *, builds: bool = False, **settings: str
     }  # fmt: skip
     stack = Stack(layout, env)
     try:
+        if before:
+            before(stack)
         stack.mvm("up", "--detach")
         yield stack
         try:

@@ -1,0 +1,31 @@
+"""A state directory that mvm 6e69ba5 wrote: a stack on the fake host, with instances in every status that lasts.
+
+It was made by that commit's own code: ``up --driver fake``, tenants `acme` and (destroyed) `gone`, a pool of five
+instances, one of them warm, one asleep, one stopped, a secret, and ``down``. Certificates and logs are left out.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+ARCHIVE = Path(__file__).parents[1] / "fixtures" / "state-6e69ba5.tar.xz"
+VERSION = 1
+PROCESSES = {
+    "acme/web/i-06fa3d94": ("running", 1001),
+    "acme/web/i-2509a5bc": ("warm", 1002),
+    "acme/web/i-c8ef2380": ("sleeping", None),
+    "acme/web/i-f22be7a2": ("stopped", None),
+    "acme/web/i-ffdbba80": ("ready", None),
+}
+"""Each instance with its status and the pid of its VMM."""
+
+
+def unpack(root: Path) -> None:
+    """The state directory is at `root`."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # type: ignore[assignment]
+        for member in archive:
+            member.name = str(Path(*Path(member.name).parts[1:]))
+            archive.extract(member, root)
+    root.chmod(0o700)
