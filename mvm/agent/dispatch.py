@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import queue
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import closing
@@ -13,16 +11,16 @@ from typing import Any, Protocol
 
 import structlog
 
+from mvm.agent import rooms
 from mvm.agent.methods import Call, Method, accept
+from mvm.agent.rooms import Threads
 from mvm.drivers.quic.frames import encode
 from mvm.drivers.quic.identity import Peer
-from mvm.errors import Failed, InvalidInput, MvmError, QuotaExceeded, Unreachable
+from mvm.errors import Failed, InvalidInput, MvmError, Unreachable
 from mvm.telemetry import metrics
 
 log = structlog.get_logger(__name__)
 
-SHORT_THREADS, LONG_THREADS = 8, 32
-BACKLOG = 128  # of short requests waiting for a thread; long ones do not wait
 UNSENT = 256 * 1024  # bytes that one answer may have waiting for the network
 
 
@@ -49,6 +47,12 @@ class Reply:
         self._begun = False
         self._stopping = False
         self._room: Future[bool] | None = None
+        self.ends_with_client = False  # whether what is at work for it must end as soon as its client has gone
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody listens any more. From any thread."""
+        return self._gone
 
     def send(self, frame: bytes) -> bool:
         """One part, from the request's thread; waits for room and is False when nobody listens any more."""
@@ -100,12 +104,11 @@ class Reply:
 
 
 class Dispatcher:
-    """Accepts requests by the method table and runs them, a bounded number at once."""
+    """Accepts requests by the method table and runs them, each in its room."""
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
         self._methods = methods
-        self._short = _Threads("short", SHORT_THREADS, BACKLOG)
-        self._long = _Threads("long", LONG_THREADS, 0)
+        self._rooms = {room: Threads(room) for room in rooms.ROOMS}
         self.stopping = False
 
     def begin(self, peer: Peer, message: Mapping[str, Any], reply: Reply) -> None:
@@ -114,8 +117,8 @@ class Dispatcher:
             if self.stopping:
                 raise _stopping()
             call = accept(self._methods, peer, message)
-            threads = self._long if call.method.long else self._short
-            threads.submit(lambda: _run(peer, call, reply))
+            reply.ends_with_client = call.method.room is rooms.COMMANDS
+            self._rooms[call.method.room].submit(call.tenant, lambda: _run(peer, call, reply))
         except MvmError as error:
             log.info("agent.request_refused", peer=str(peer), code=error.code)
             metrics.AGENT_REQUESTS.labels("-", "refused").inc()
@@ -123,8 +126,8 @@ class Dispatcher:
 
     def close(self) -> None:
         """Let the threads end; those at work are not waited for."""
-        self._short.close()
-        self._long.close()
+        for threads in self._rooms.values():
+            threads.close()
 
 
 def error_frame(error: MvmError) -> bytes:
@@ -145,12 +148,13 @@ def _run(peer: Peer, call: Call, reply: Reply) -> None:
     try:
         with closing(call.run()) as parts:
             for part in parts:
-                frame = _part_frame(part)
-                if call.method.long:
-                    heard = reply.send(frame)
+                if part is None:
+                    heard = not reply.gone
+                elif call.method.prompt:
+                    heard = reply.send(_part_frame(part))
                 else:
                     heard = not held or reply.send(held)
-                    held = frame
+                    held = _part_frame(part)
                 if not heard:
                     log.debug("agent.request_abandoned", peer=str(peer), method=call.name, request=call.id)
                     outcome = "abandoned"
@@ -173,44 +177,3 @@ def _part_frame(part: Mapping[str, Any]) -> bytes:
         return encode({"ok": dict(part)})
     except InvalidInput as error:
         raise Failed("agent.answer_too_large", f"the answer has {error.message}") from None
-
-
-class _Threads:
-    """Daemon threads, at most `count`; `backlog` more pieces of work may wait for one.
-
-    There are only as many as were ever busy at once: a thread's first request also opens its way to the store.
-    """
-
-    def __init__(self, name: str, count: int, backlog: int) -> None:
-        self._name = name
-        self._count = count
-        self._started = 0
-        self._limit = count + backlog
-        self._taken = 0
-        self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Raises `QuotaExceeded` (``agent.busy``)."""
-        with self._lock:
-            if self._taken >= self._limit:
-                raise QuotaExceeded(
-                    "agent.busy", f"this agent is answering {self._taken} such requests", hint="try again in a moment"
-                )
-            self._taken += 1
-            if self._started < min(self._taken, self._count):
-                threading.Thread(target=self._serve, name=f"agent-{self._name}-{self._started}", daemon=True).start()
-                self._started += 1
-        self._queue.put(work)
-
-    def close(self) -> None:
-        for _ in range(self._started):
-            self._queue.put(None)
-
-    def _serve(self) -> None:
-        while (work := self._queue.get()) is not None:
-            try:
-                work()
-            finally:
-                with self._lock:
-                    self._taken -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -15,6 +16,7 @@ from aioquic.quic.connection import NetworkAddress, QuicConnection
 from cryptography.x509.verification import Store
 
 from mvm.agent.dispatch import Dispatcher, Reply, error_frame
+from mvm.agent.refusals import Refusals
 from mvm.drivers.quic.frames import FrameReader
 from mvm.drivers.quic.identity import Credentials, Peer
 from mvm.drivers.quic.tls import ServerQuic, server_configuration
@@ -23,6 +25,8 @@ from mvm.errors import InvalidInput
 log = structlog.get_logger(__name__)
 
 HANDSHAKE_S = 5.0
+WATCH_S = 0.3  # how often a client is asked for a sign that has something at work which must end with it
+DOUBT_S = 0.25  # how long one has for that whose host says that nobody listens there
 MAX_CONNECTIONS = 256
 MAX_UNVERIFIED = 64  # of them in the middle of a handshake
 MAX_HELD = 4 << 20  # bytes of unfinished requests on one connection
@@ -41,12 +45,32 @@ class _Peering(QuicConnectionProtocol):
         self._replies: dict[int, Reply] = {}
         self._deaf: set[int] = set()  # answered before the request had ended; the rest is not read
         self._limit = self._loop.call_later(HANDSHAKE_S, partial(self._expire, "no handshake in time"))
+        self._heard = self._loop.time()
+        self._watching = False
         self.peer: Peer | None = None
 
     @property
     def closing(self) -> bool:
         """Ended by either side; it only lingers to answer stray packets."""
         return self._quic._close_event is not None
+
+    @property
+    def address(self) -> NetworkAddress | None:
+        """Where the other side is."""
+        paths = self._quic._network_paths
+        return paths[0].addr if paths else None
+
+    def datagram_received(self, data: bytes | str, addr: NetworkAddress) -> None:
+        self._heard = self._loop.time()
+        super().datagram_received(data, addr)
+        if self.closing:  # aioquic tells it only after a while
+            self._hang_up()
+
+    def doubt(self) -> None:
+        """Its host says that nobody listens there. Anybody may have said so; whoever lives gives a sign."""
+        if not self.closing:
+            self._ask()
+            self._loop.call_later(DOUBT_S, self._judge, self._loop.time())
 
     def quic_event_received(self, event: events.QuicEvent) -> None:
         match event:
@@ -107,6 +131,28 @@ class _Peering(QuicConnectionProtocol):
             self._begin(stream).finish(error_frame(error))
         else:
             self._endpoint.dispatcher.begin(peer, incoming.messages[0], self._begin(stream))
+            if not self._watching:
+                self._watch()
+
+    def _watch(self) -> None:
+        """Talk to a client whose work must end with it: of one that says nothing nobody hears that it has gone."""
+        self._watching = not self.closing and any(reply.ends_with_client for reply in self._replies.values())
+        if self._watching:
+            if self._loop.time() > self._heard + WATCH_S / 2:
+                self._ask()
+            self._loop.call_later(WATCH_S, self._watch)
+
+    def _ask(self) -> None:
+        self._quic.send_ping(id(self))
+        self.transmit()
+
+    def _judge(self, asked: float) -> None:
+        if self._heard < asked:
+            self._expire("nobody listens there any more")
+
+    def _hang_up(self) -> None:
+        for reply in self._replies.values():
+            reply.cancel()
 
     def _begin(self, stream: int) -> Reply:
         self._requests.pop(stream, None)
@@ -125,6 +171,7 @@ class _Peering(QuicConnectionProtocol):
         if not self.closing:
             log.info("agent.connection_closed", peer=str(self.peer), why=why)
         self.close(reason_phrase=why)
+        self._hang_up()
 
     def _ended(self, event: events.ConnectionTerminated) -> None:
         self._limit.cancel()
@@ -132,8 +179,7 @@ class _Peering(QuicConnectionProtocol):
         if self.peer is None:
             log.info("agent.peer_refused", code=hex(event.error_code), why=event.reason_phrase)
         self._requests.clear()
-        for reply in self._replies.values():
-            reply.cancel()
+        self._hang_up()
 
 
 class _Incoming:
@@ -168,8 +214,9 @@ class _Outlet:
 class Endpoint(QuicServer):
     """All connections of one UDP socket, a bounded number, each address proven (retry) before it costs memory."""
 
-    def __init__(self, credentials: Credentials, dispatcher: Dispatcher) -> None:
+    def __init__(self, credentials: Credentials, dispatcher: Dispatcher, sock: socket.socket) -> None:
         super().__init__(configuration=server_configuration(credentials), create_protocol=self._connect, retry=True)
+        self._refusals = Refusals(sock)
         self.store: Store = credentials.store
         self.dispatcher = dispatcher
         self.connections: set[_Peering] = set()
@@ -182,6 +229,13 @@ class Endpoint(QuicServer):
         if self._opens(data) and self._full():
             return
         super().datagram_received(data, addr)
+
+    def error_received(self, exc: Exception) -> None:
+        """The network has told of an error. It may do so while a connection sends, so what follows comes later."""
+        refused = self._refusals.take()
+        for connection in self.connections:
+            if connection.address in refused:
+                self._loop.call_soon(connection.doubt)
 
     async def drain(self, *, grace_s: float) -> None:
         """Take no new requests, end the streams, give the others `grace_s` to finish, and close."""

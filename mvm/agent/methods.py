@@ -10,21 +10,24 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mvm.agent import rooms
+from mvm.domain.commands import ExecEnd, ExecPart
 from mvm.domain.ids import InstanceRef, PoolRef, TenantId
 from mvm.domain.job import Job
 from mvm.domain.lifecycle import Status
 from mvm.domain.plans import Plan
 from mvm.domain.secrets import MAX_BYTES
+from mvm.domain.shares import Room
 from mvm.drivers.packed import unpacked
 from mvm.drivers.quic.frames import CHUNK
 from mvm.drivers.quic.identity import Peer, Role
 from mvm.errors import Forbidden, InvalidInput
-from mvm.ports.guest import ExecResult
 
 _ITEMS = 50  # of a list in one part of its answer: 20 KiB each fit into a frame
 _CHARACTERS = 1 << 16  # of a text in one part; JSON needs up to 12 bytes for one
-_BYTES = CHUNK // 4 * 3  # whole groups of base64, so that the parts can be joined as text
-Parts = Generator[Mapping[str, Any], None, None]  # of one answer; most have one
+_BYTES = CHUNK // 4 * 3  # of a command's output in one part
+_COMMAND_CHARACTERS = 256 * 1024
+Parts = Generator[Mapping[str, Any] | None, None, None]  # of one answer; most have one. None: it goes on
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
@@ -82,14 +85,14 @@ class NodeApi(Protocol):
         """Wake an instance now; what the job that did it says."""
         ...
 
-    def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
-        """Run a command in the guest."""
+    def run(self, ref: InstanceRef, command: bytes, *, deadline_s: float) -> Generator[ExecPart, None, None]:
+        """Run a command in the guest: its output as it comes, then its end; see `GuestChannel.run`."""
         ...
 
     def logs(self, ref: InstanceRef, *, follow: bool) -> Generator[str, None, None]:
         """The console's text so far and, with `follow`, what comes.
 
-        While nothing comes it yields an empty text at least once a second: that is when a caller who has gone is
+        While nothing comes it yields an empty text several times a second: that is when a caller who has gone is
         noticed. Closing the generator ends it.
         """
         ...
@@ -152,7 +155,7 @@ class _Secrets(_Params):
 
 
 class _Exec(_Instance):
-    command: Annotated[str, Field(min_length=1, max_length=128 * 1024)]
+    command_b64: Annotated[str, Field(min_length=1, max_length=_COMMAND_CHARACTERS)]
     deadline_s: Annotated[float, Field(gt=0, le=86400)]
 
 
@@ -187,15 +190,20 @@ class _Request(_Params):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row: who may call it, its parameters, and the function that yields its answer in parts.
+    """One row: who may call it, its parameters, the function that yields its answer in parts, and in which room.
 
-    `long` ones may wait (for a guest, for more text) and have threads of their own.
+    The parts of one that is `prompt` leave as they come; those of others may wait for the next.
     """
 
     roles: frozenset[Role]
     params: type[BaseModel]
     handler: Callable[[Any], Parts]
-    long: bool = False
+    room: Room = rooms.READS
+
+    @property
+    def prompt(self) -> bool:
+        """Whether somebody waits for each part."""
+        return self.room in (rooms.COMMANDS, rooms.STREAMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +218,12 @@ class Call:
     def run(self) -> Parts:
         """The answer's parts."""
         return self.method.handler(self.params)
+
+    @property
+    def tenant(self) -> str:
+        """Whose share it takes; "" when it is about no tenant alone."""
+        about = getattr(self.params, "ref", None) or getattr(self.params, "tenant", None) or ""
+        return str(about).partition("/")[0]
 
 
 def accept(methods: Mapping[str, Method], peer: Peer, message: Mapping[str, Any]) -> Call:
@@ -244,14 +258,16 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         return parts
 
     return {
-        "node.ping": Method(coordinator, _Nothing, one(lambda _: {})),
-        "node.info": Method(frozenset(Role), _Nothing, one(lambda _: api.node_info())),
-        "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats())),
-        "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), long=True),
-        "disk.report": Method(coordinator, _Nothing, lambda _: _disk(api), long=True),
+        "node.ping": Method(coordinator, _Nothing, one(lambda _: {}), rooms.NODE),
+        "node.info": Method(frozenset(Role), _Nothing, one(lambda _: api.node_info()), rooms.NODE),
+        "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats()), rooms.NODE),
+        "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), rooms.REPORTS),
+        "disk.report": Method(coordinator, _Nothing, lambda _: _disk(api), rooms.REPORTS),
         "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
         "tenant.set_secrets": Method(
-            coordinator, _Secrets, one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content), p.actor))
+            coordinator,
+            _Secrets,
+            one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content, "content"), p.actor)),
         ),
         "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
         "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),
@@ -259,14 +275,14 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "instance.explain": Method(coordinator, _Instance, one(lambda p: api.explain(InstanceRef.parse(p.ref)))),
         "instance.stats": Method(coordinator, _Instance, one(lambda p: api.stats(InstanceRef.parse(p.ref)))),
         "instance.wake": Method(
-            coordinator, _Wake, one(lambda p: api.wake(InstanceRef.parse(p.ref), p.actor)), long=True
+            coordinator, _Wake, one(lambda p: api.wake(InstanceRef.parse(p.ref), p.actor)), rooms.WAKES
         ),
-        "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), long=True),
-        "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), long=True),
-        "audit.tail": Method(coordinator, _Tail, lambda p: _tail(api, p), long=True),
-        "desired.plan": Method(coordinator, _Desired, lambda p: _plan(api, p), long=True),
-        "desired.apply": Method(coordinator, _Apply, lambda p: _apply(api, p), long=True),
-        "audit.verify": Method(coordinator, _Tenant, lambda p: _verify(api, p), long=True),
+        "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), rooms.COMMANDS),
+        "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), rooms.STREAMS),
+        "audit.tail": Method(coordinator, _Tail, lambda p: _tail(api, p), rooms.STREAMS),
+        "desired.plan": Method(coordinator, _Desired, lambda p: _plan(api, p), rooms.REPORTS),
+        "desired.apply": Method(coordinator, _Apply, lambda p: _apply(api, p), rooms.REPORTS),
+        "audit.verify": Method(coordinator, _Tenant, lambda p: _verify(api, p), rooms.REPORTS),
     }
 
 
@@ -297,37 +313,49 @@ def _disk(api: NodeApi) -> Parts:
     yield from _items(items)
 
 
-def _decoded(text: str) -> bytes:
+def _decoded(text: str, field: str) -> bytes:
     try:
-        return b64decode(text)
+        return b64decode(text, validate=True)
     except ValueError:
-        raise InvalidInput("agent.invalid_params", "content is no base64", field="content") from None
+        raise InvalidInput("agent.invalid_params", f"{field} is no base64", field=field) from None
 
 
-def _items(items: Sequence[Mapping[str, Any]]) -> Parts:
+def _items(items: Sequence[Mapping[str, Any]]) -> Generator[Mapping[str, Any], None, None]:
     for start in range(0, max(len(items), 1), _ITEMS):
         yield {"items": list(items[start : start + _ITEMS])}
 
 
 def _execute(api: NodeApi, params: _Exec) -> Parts:
-    result = api.execute(InstanceRef.parse(params.ref), params.command, deadline_s=params.deadline_s)
-    for name, data in (("stdout_b64", result.stdout), ("stderr_b64", result.stderr)):
-        for start in range(0, max(len(data), 1), _BYTES):
+    command = _decoded(params.command_b64, "command_b64")
+    with closing(api.run(InstanceRef.parse(params.ref), command, deadline_s=params.deadline_s)) as parts:
+        for part in parts:
+            yield from _command_parts(part)
+
+
+def _command_parts(part: ExecPart) -> Parts:
+    if isinstance(part, ExecEnd):
+        yield {"exit_code": part.exit_code, "truncated": part.truncated, "timed_out": part.timed_out}
+        return
+    if not part.stdout and not part.stderr:
+        yield None
+    for name, data in (("stdout_b64", part.stdout), ("stderr_b64", part.stderr)):
+        for start in range(0, len(data), _BYTES):
             yield {name: b64encode(data[start : start + _BYTES]).decode()}
-    yield {"exit_code": result.exit_code, "truncated": result.truncated}
 
 
 def _logs(api: NodeApi, params: _Logs) -> Parts:
     with closing(api.logs(InstanceRef.parse(params.ref), follow=params.follow)) as texts:
         for text in texts:
-            for start in range(0, max(len(text), 1), _CHARACTERS):
+            if not text:
+                yield None
+            for start in range(0, len(text), _CHARACTERS):
                 yield {"text": text[start : start + _CHARACTERS]}
 
 
 def _tail(api: NodeApi, params: _Tail) -> Parts:
     with closing(api.audit_tail(TenantId(params.tenant), params.count, follow=params.follow)) as lists:
         for entries in lists:
-            yield from _items(entries)
+            yield from _items(entries) if entries else (None,)
 
 
 def _verify(api: NodeApi, params: _Tenant) -> Parts:

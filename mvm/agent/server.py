@@ -54,7 +54,7 @@ async def serve(sock: socket.socket, certs_dir: Path, methods: Mapping[str, Meth
         node = _own_name(credentials)
         dispatcher = Dispatcher(methods)
         transport, endpoint = await asyncio.get_running_loop().create_datagram_endpoint(
-            lambda: Endpoint(credentials, dispatcher), sock=sock
+            lambda: Endpoint(credentials, dispatcher, sock), sock=sock
         )
         host, port = sock.getsockname()
         try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from base64 import b64decode
-from collections.abc import Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -15,13 +15,18 @@ from typing import Any
 import click
 
 from mvm.cli.base import Command
+from mvm.cli.errors import show_error
 from mvm.cli.fleet import READ_S, Fleet
 from mvm.cli.params import INSTANCE, SECONDS, pass_fleet
 from mvm.cli.render import clean, emit
+from mvm.cli.words import WordsCommand, unread_input
+from mvm.domain.commands import ExecEnd, ExecOutput, ExecPart, ExecResult, as_line, collected
 from mvm.domain.ids import InstanceRef
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, MvmError, NotAllowed, NotFound
+from mvm.errors import Failed, InvalidInput, MvmError, NotAllowed, NotFound, TimedOut
 
+_JSON_LIMIT = 8 << 20  # bytes of each stream in one object
+_INCOMPLETE = 125  # exit code of a command that succeeded and was not told in full
 _words = click.argument("command", metavar="-- CMD...", nargs=-1, type=click.UNPROCESSED)
 
 
@@ -60,7 +65,7 @@ def logs(fleet: Fleet, output: str, ref: InstanceRef, follow: bool) -> None:
             emit({"ref": str(ref), "text": "".join(texts)}, output)
 
 
-@click.command(cls=Command)
+@click.command(cls=WordsCommand)
 @click.argument("ref", type=INSTANCE)
 @_words
 @pass_fleet
@@ -112,25 +117,89 @@ def ssh_argv(fleet: Fleet, ref: InstanceRef, ip: str, command: Sequence[str]) ->
     return [*enter, "ssh", "-i", str(fleet.layout.ssh_key), *flags, f"root@{ip}", *remote]
 
 
-@click.command(cls=Command, name="exec")
+@click.command(cls=WordsCommand, name="exec")
 @click.argument("ref", type=INSTANCE)
 @_words
 @click.option("--timeout", type=SECONDS, default="60", metavar="SECONDS", help="Then the guest ends it; default: 60.")
 @pass_fleet
 def exec_(fleet: Fleet, output: str, ref: InstanceRef, command: Sequence[str], timeout: float) -> None:
-    """Run CMD as root in instance REF; exits with its exit code."""
+    """Run CMD as root in instance REF; exits with its exit code.
+
+    Ctrl-C ends CMD in the guest. It reads nothing from standard input. 124: CMD was ended at its --timeout. 125: CMD
+    succeeded, but not all of its output is here.
+    """
     if not command:
         raise click.UsageError("Missing argument '-- CMD...'.")
+    if unread_input():
+        raise _input_refused()
     address, _ = find(fleet, ref)
-    params = {"ref": str(ref), "command": shlex.join(command), "deadline_s": timeout}
-    result = fleet.agents.call(address, "instance.exec", params, deadline_s=timeout + READ_S)
-    streams = {name: b64decode(result[f"{name}_b64"]) for name in ("stdout", "stderr")}
-    if output != "table":
-        texts = {name: data.decode(errors="replace") for name, data in streams.items()}
-        emit({"exit_code": result["exit_code"], **texts, "truncated": result["truncated"]}, output)
-    else:
-        click.echo(streams["stdout"], nl=False)
-        click.echo(streams["stderr"], nl=False, err=True)
-        if result["truncated"]:
-            click.echo("note: the guest cut the output", err=True)
-    raise click.exceptions.Exit(result["exit_code"])
+    line = as_line([os.fsencode(word) for word in command])
+    params = {"ref": str(ref), "command_b64": b64encode(line).decode(), "deadline_s": timeout}
+    stream = fleet.agents.stream(address, "instance.exec", params, deadline_s=timeout + READ_S)
+    with closing(_parts(stream)) as parts:
+        if output == "table":
+            ended = _pass_on(parts)
+        else:
+            result = collected(parts, limit=_JSON_LIMIT)
+            ended = ExecEnd(result.exit_code, result.truncated, result.timed_out)
+            emit(_as_object(result), output)
+    raise click.exceptions.Exit(_exit_code(ended, timeout))
+
+
+def _parts(stream: Iterator[dict[str, Any]]) -> Generator[ExecPart, None, None]:
+    """What the agent tells of a command."""
+    with closing(stream):  # type: ignore[type-var]
+        for part in stream:
+            if "exit_code" in part:
+                yield ExecEnd(part["exit_code"], part["truncated"], part["timed_out"])
+                return
+            yield ExecOutput(b64decode(part.get("stdout_b64", "")), b64decode(part.get("stderr_b64", "")))
+    raise Failed("agent.protocol", "the agent did not tell how the command ended")
+
+
+def _pass_on(parts: Iterator[ExecPart]) -> ExecEnd:
+    for part in parts:
+        if isinstance(part, ExecEnd):
+            return part
+        click.echo(part.stdout, nl=False)
+        click.echo(part.stderr, nl=False, err=True)
+    raise AssertionError("a command's parts have an end")
+
+
+def _as_object(result: ExecResult) -> dict[str, Any]:
+    """As JSON has it; what is no UTF-8 is there in base64 too."""
+    streams = {"stdout": result.stdout, "stderr": result.stderr}
+    texts = {name: data.decode(errors="replace") for name, data in streams.items()}
+    encoded = {
+        f"{name}_b64": b64encode(data).decode() for name, data in streams.items() if texts[name].encode() != data
+    }
+    return {
+        "exit_code": result.exit_code,
+        **texts,
+        **encoded,
+        "truncated": result.truncated,
+        "timed_out": result.timed_out,
+    }
+
+
+def _exit_code(ended: ExecEnd, timeout: float) -> int:
+    """What to exit with after saying, if so, why it is not the command's own."""
+    errors: list[MvmError] = []
+    if ended.timed_out:
+        errors.append(TimedOut("guest.timed_out", f"the command was ended after {timeout:g} s",
+                               hint="--timeout SECONDS gives it longer", timeout_s=timeout))  # fmt: skip
+    if ended.truncated:
+        errors.append(Failed("guest.output_cut", "the output is not complete: only its beginning was kept",
+                             hint="let the command write to a file and fetch that, or print less"))  # fmt: skip
+    if unread_input():
+        errors.append(_input_refused())
+    for error in errors:
+        show_error(error)
+    return ended.exit_code or (_INCOMPLETE if errors else 0)
+
+
+def _input_refused() -> InvalidInput:
+    return InvalidInput(
+        "exec.input", "standard input has data, and commands in guests read nothing from it",
+        hint="give it in CMD's words; if it is not meant for CMD: </dev/null",
+    )  # fmt: skip

@@ -8,24 +8,23 @@ from __future__ import annotations
 import secrets
 import string
 import time
-from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from datetime import datetime
 from ipaddress import IPv4Address
 from pathlib import Path
 
 from mvm import guest
+from mvm.domain.commands import ExecPart, ExecResult, collected
 from mvm.domain.ids import InstanceRef
+from mvm.drivers import guest_commands
 from mvm.drivers.instance_sockets import Connection, remaining
 from mvm.errors import Failed, InvalidInput, TimedOut, Unreachable
-from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus, Worker
+from mvm.ports.guest import GuestHello, GuestIdentity, GuestStatus, Worker
 
-_REPLY_GRACE_S = 5.0  # for a guest to end a late command and to send what it wrote
 _PLAIN = (string.ascii_letters + "+-./:;=@^_,~").encode()  # they mean themselves, also after an octal
 _CLOCK_S, _CLOCK_TRIES = 0.01, 4
 _HUGE = 1e18
-_LONGEST_REPLY = 4 << 20  # bytes; a command's two streams are cut at 1 MiB each
-_LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
+_LONGEST_REPLY = 4 << 20  # bytes
 
 
 class UnixGuestChannel:
@@ -106,18 +105,14 @@ class UnixGuestChannel:
             return _number(call.ask("ping", words=1)[0])
 
     def execute(self, ref: InstanceRef, directory: Path, command: str, *, deadline_s: float) -> ExecResult:
+        """See the port."""
+        return collected(self.run(ref, directory, command.encode(), deadline_s=deadline_s))
+
+    def run(
+        self, ref: InstanceRef, directory: Path, command: bytes, *, deadline_s: float
+    ) -> Generator[ExecPart, None, None]:
         """See the port. Raises `InvalidInput` for a command that no shell can be given."""
-        encoded = command.encode()
-        if not encoded or b"\0" in encoded or len(encoded) > _LONGEST_COMMAND:
-            raise InvalidInput(
-                "guest.invalid_command", "the command is empty, too long, or holds a zero byte",
-                hint=f"allowed: 1 to {_LONGEST_COMMAND} bytes", field="command",
-            )  # fmt: skip
-        with _Call(ref, directory, deadline_s, guest.EXEC) as call:
-            seconds = max(call.left(), 0.1)
-            call.extend(_REPLY_GRACE_S)
-            code, truncated, out, err = call.send("exec", f"{seconds:.3f}", _encode(encoded), words=4)
-            return ExecResult(int(code), _decode(out), _decode(err), truncated == "1")
+        return guest_commands.run(ref, directory, command, deadline_s=deadline_s)
 
     def shutdown(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
         """See the port."""
@@ -154,10 +149,6 @@ class _Call:
             return remaining(self._end)
         except TimeoutError:
             raise self._silent() from None
-
-    def extend(self, seconds: float) -> None:
-        """Move the deadline."""
-        self._end += seconds
 
     def ask(self, *request: str, words: int = 0) -> Sequence[str]:
         """Send a request whose reply begins with 0; returns the words after it, of which there must be `words`."""
@@ -279,11 +270,3 @@ def _number(word: str) -> float:
 
 def _count(word: str) -> int:
     return int(_number(word))
-
-
-def _encode(data: bytes) -> str:
-    return b64encode(data).decode() or "-"
-
-
-def _decode(word: str) -> bytes:
-    return b"" if word == "-" else b64decode(word)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from mvm.errors import Failed
 
-_TURN_S = 0.01  # how often a taken socket is tried again; the kernel tells nobody when a lock ends
+_TURN_S = 0.01  # when a taken socket is tried again, at first; the kernel tells nobody when a lock ends
+_LONGEST_TURN_S = 0.08
 _BACKLOG = 16
 
 
@@ -37,10 +38,14 @@ def listen(directory: Path, name: str) -> socket.socket:
         return listener
 
 
+class NoTurn(TimeoutError):
+    """All of the sockets were in use for as long as was waited."""
+
+
 class Connection:
     """The first of the sockets `names` that is free, for as long as it is open; `end` is a monotonic time.
 
-    Raises `TimeoutError` past `end` and `ConnectionError` when nobody listens there.
+    Raises `TimeoutError` past `end`, `NoTurn` of it while others use them, and `ConnectionError` when nobody listens.
     """
 
     def __init__(self, directory: Path, names: Sequence[str], end: float) -> None:
@@ -76,6 +81,7 @@ class Connection:
 
     def _take_turn(self, directory: int, names: Sequence[str], end: float) -> str:
         """Lock the first that is free; the lock ends with us, however we end."""
+        pause = _TURN_S
         while True:
             for name in names:
                 self._lock = os.open(f"{name}.lock", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
@@ -85,7 +91,11 @@ class Connection:
                 except BlockingIOError:
                     os.close(self._lock)
                     self._lock = -1
-            threading.Event().wait(min(_TURN_S, remaining(end)))
+            left = end - time.monotonic()
+            if left <= 0:
+                raise NoTurn
+            threading.Event().wait(min(pause, left))
+            pause = min(pause * 2, _LONGEST_TURN_S)
 
 
 def remaining(end: float) -> float:

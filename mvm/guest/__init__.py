@@ -33,7 +33,7 @@ request                             reply
 ``ID secrets 1``                    ``ID 0`` or ``ID 1 error text``: it has mounted it
 ``ID sleep``                        ``ID 0`` or ``ID 1 error text``: it may be saved now
 ``ID shutdown``                     ``ID 0``, then the guest ends its processes and powers off
-``ID exec SECONDS BASE64``          ``ID EXIT_CODE TRUNCATED STDOUT STDERR``: 0 or 1, BASE64, BASE64
+``ID run LETTERS``                  frames, see below; only on the ports `EXEC`, which know no other request
 anything else                       ``ID 127 unknown request``
 ==================================  ==========================================================================
 
@@ -44,9 +44,18 @@ that fails ends it. Keys are ESCAPED for the shell's ``printf``: what is not a l
 ``status``: WORKER is which of ``/run/mvm/worker-idle``, ``-ready`` and ``-busy`` is the newest (of the same second, the
 last of these), or ``unknown``; CPU is in hundredths of a second, RECEIVED and SENT in bytes of the card.
 
-``exec`` runs the command with ``sh -c`` in a session of its own, its stdin ``/dev/null``. Of each stream the first
-`STREAM_LIMIT` bytes are kept. It replies once both streams are closed; after SECONDS the command's process group is
-killed and the exit code is `DEADLINE_EXIT`. A client that goes away takes its command with it.
+``run`` is served by the program ``runner``: LETTERS are the command's bytes, two letters for each, of which ``a`` is 0
+and ``p`` is 15. ID has `TOKEN_BYTES` bytes. It runs the command with ``sh -c`` in a session of its own, its stdin
+``/dev/null``, and replies in binary: a `FRAME`, which has the request's id, a kind and the size of what follows.
+`BEGUN` comes first and is empty; `STDOUT` and `STDERR` are what the command wrote, as it writes it; `ENDED` has its
+`STATUS` as ``wait`` tells it, once its first process has ended and all was sent that was written until then. `FAILED`
+comes instead of all of them, with the number of the error. A client that goes away, or asks for something else, takes
+its command and all that this began with it: that is how a command is ended, and there is no other deadline.
+
+**Older guests.** A guest of protocol 4, from an image or a snapshot made before, answers ``run`` with ``127`` and knows
+``ID exec SECONDS BASE64 .`` instead, to which it replies ``ID EXIT_CODE TRUNCATED STDOUT STDERR``: 0 or 1, BASE64,
+BASE64. It keeps the first 1 MiB of each stream, waits until both are closed, and after SECONDS kills the command's
+process group and tells `DEADLINE_EXIT`.
 """
 
 from __future__ import annotations
@@ -54,7 +63,7 @@ from __future__ import annotations
 import struct
 from importlib import resources
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 CONTROL = "mvm.agent.0"
 CLOCK = "mvm.moment.0"
 EXEC = ("mvm.exec.0", "mvm.exec.1", "mvm.exec.2")
@@ -64,7 +73,11 @@ ENTROPY_BYTES, ENTROPY_BITS = 32, 256
 MOMENT_ID_BYTES = 8
 MOMENT = struct.Struct(f"<{ENTROPY_BYTES}sqq{MOMENT_ID_BYTES}s")
 DISK_NAME_BYTES = 16  # as `mounter` reads it
-STREAM_LIMIT = 1 << 20
+TOKEN_BYTES = 8  # of the id of a ``run``
+FRAME = struct.Struct(f"<{TOKEN_BYTES}scI")
+FRAME_LIMIT = 32 * 1024  # bytes of one with its payload: the most that the guest's kernel takes in one write
+BEGUN, STDOUT, STDERR, ENDED, FAILED = b"b", b"o", b"e", b"x", b"f"
+STATUS = struct.Struct("<i")
 DEADLINE_EXIT = 124
 SCRIPTS = ("init", "inittab", "rc", "agent", "halt", "ssh")
 

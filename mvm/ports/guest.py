@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from mvm.domain.commands import ExecPart, ExecResult
 from mvm.domain.ids import InstanceRef
 
 
@@ -40,16 +42,6 @@ class GuestIdentity:
     entropy: bytes
     data_disk: bool = False
     secrets: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ExecResult:
-    """A command that ran in a guest; `truncated` when a stream was longer than the guest keeps (1 MiB)."""
-
-    exit_code: int
-    stdout: bytes
-    stderr: bytes
-    truncated: bool = False
 
 
 class Worker(StrEnum):
@@ -138,7 +130,18 @@ class GuestChannel(Protocol):
         ...
 
     def execute(self, ref: InstanceRef, directory: Path, command: str, *, deadline_s: float) -> ExecResult:
-        """Run `command` with the guest's ``sh -c`` as root; past the deadline the guest ends it."""
+        """`run` it, and wait for all of it; of each stream the first MiB is kept."""
+        ...
+
+    def run(
+        self, ref: InstanceRef, directory: Path, command: bytes, *, deadline_s: float
+    ) -> Generator[ExecPart, None, None]:
+        """Run `command` with the guest's ``sh -c`` as root: its output as it comes, and at last how it ended.
+
+        While nothing comes it yields an empty part several times a second: that is when a caller who has gone is
+        noticed. Closing the generator ends the command in the guest, and so does the deadline, which `ExecEnd` tells.
+        Raises `TimedOut` (``guest.busy``) when until then others ran as many as the guest takes at once.
+        """
         ...
 
     def shutdown(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mvm.domain.addressing import TenantNetwork
+from mvm.domain.commands import ExecPart
 from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
@@ -19,7 +20,7 @@ from mvm.domain.pool import DesiredCounts, WorkerPool
 from mvm.domain.tenant import Tenant
 from mvm.errors import NotAllowed
 from mvm.ports.clock import Clock
-from mvm.ports.guest import ExecResult, GuestChannel
+from mvm.ports.guest import GuestChannel
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import VmmDriver
@@ -222,13 +223,13 @@ class NodeView:
         """Accept a desired-state document and begin with it."""
         return self._desired.apply(content, prune=prune, expect=expect, actor=actor)
 
-    def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
-        """Run a command in a running guest."""
+    def run(self, ref: InstanceRef, command: bytes, *, deadline_s: float) -> Generator[ExecPart, None, None]:
+        """Run a command in a running guest; see `GuestChannel.run`."""
         instance = self._store.instance(ref)
         if instance.status is not Status.RUNNING:
             raise NotAllowed("instance.not_running", f"{ref} is {instance.status}", hint=f"mvm instance start {ref}",
                              subject=str(ref), status=instance.status.value)  # fmt: skip
-        return self._guest.execute(ref, self._storage.directory(ref), command, deadline_s=deadline_s)
+        return self._guest.run(ref, self._storage.directory(ref), command, deadline_s=deadline_s)
 
     def logs(self, ref: InstanceRef, *, follow: bool) -> Generator[str, None, None]:
         """The guest's console; with `follow` also what comes, and an empty text when for a while nothing does."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mvm import guest
+from mvm.domain.commands import ExecResult
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.instance_sockets import listen
@@ -102,11 +103,57 @@ def test_an_answer_without_end_is_not_kept(tmp_path: Path) -> None:
     assert caught.value.code == "guest.refused"
 
 
-@pytest.mark.parametrize("words", ["x 0 - -", "0 0 aaaaa -"])
-def test_a_commands_end_that_is_none(tmp_path: Path, words: str) -> None:
-    with answering(tmp_path, guest.EXEC[0], f"\nID {words}\n"), pytest.raises(Failed) as caught:
+FRAMES = {
+    "no kind": guest.FRAME.pack(b"IDIDIDID", b"?", 0),
+    "without end": guest.FRAME.pack(b"IDIDIDID", guest.STDOUT, guest.FRAME_LIMIT),
+    "nothing, again and again": guest.FRAME.pack(b"IDIDIDID", guest.STDOUT, 0),
+    "half a status": guest.FRAME.pack(b"IDIDIDID", guest.ENDED, 2) + b"12",
+    "another's frame in between": guest.FRAME.pack(b"IDIDIDID", guest.BEGUN, 0) + guest.FRAME.pack(b"x" * 8, b"o", 0),
+    "no process": guest.FRAME.pack(b"IDIDIDID", guest.FAILED, 4) + guest.STATUS.pack(12),
+    "noise": b"x" * (6 << 20),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_command_that_goes_as_none_can(tmp_path: Path, name: str) -> None:
+    with saying(tmp_path, guest.EXEC[0], FRAMES[name]), pytest.raises(Failed) as caught:
+        UnixGuestChannel().execute(REF, tmp_path, "true", deadline_s=20)
+    assert caught.value.code == "guest.refused"
+
+
+def test_what_another_command_left_is_not_this_ones(tmp_path: Path) -> None:
+    own = guest.FRAME.pack(b"IDIDIDID", guest.BEGUN, 0) + guest.FRAME.pack(b"IDIDIDID", guest.STDOUT, 2) + b"hi"
+    end = guest.FRAME.pack(b"IDIDIDID", guest.ENDED, 4) + guest.STATUS.pack(7 << 8)
+    with saying(tmp_path, guest.EXEC[0], b"\n" + guest.FRAME.pack(b"another1", guest.STDERR, 99) + b"e" + own + end):
+        assert UnixGuestChannel().execute(REF, tmp_path, "true", deadline_s=20) == ExecResult(7, b"hi", b"")
+
+
+@pytest.mark.parametrize("words", ["x 0 - -", "0 0 aaaaa -", "0 0 -"])
+def test_an_older_guests_end_that_is_none(tmp_path: Path, words: str) -> None:
+    with (
+        saying(tmp_path, guest.EXEC[0], b"\nIDIDIDID 127 unknown request\n", f"\nIDIDIDID {words}\n".encode()),
+        pytest.raises(Failed) as caught,
+    ):
         UnixGuestChannel().execute(REF, tmp_path, "true", deadline_s=5)
     assert caught.value.code == "guest.refused"
+
+
+@contextmanager
+def saying(directory: Path, port: str, *answers: bytes) -> Iterator[None]:
+    """A guest that gives these answers, one a request; ``IDIDIDID`` stands for the request's id."""
+    with listen(directory, port) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as client:
+                for answer in answers:
+                    token = client.recv(65536).split()[0]
+                    with suppress(BrokenPipeError, ConnectionResetError):  # it had heard enough
+                        client.sendall(answer.replace(b"IDIDIDID", token))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()
 
 
 def test_a_reply_without_end_is_not_kept(tmp_path: Path) -> None:

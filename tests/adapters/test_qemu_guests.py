@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from mvm import guest
+from mvm.domain.commands import ExecEnd
 from mvm.drivers.builtin import cpio
 from mvm.drivers.builtin.tree import Tree
 from mvm.errors import Failed, InvalidInput, MvmError, TimedOut, Unreachable
@@ -76,17 +79,79 @@ def test_a_mebibyte_of_each_stream_is_kept(host: QemuHost, shared: BootSpec) -> 
     assert (len(whole.stdout), whole.truncated) == (MIB, False)
 
 
-@pytest.mark.parametrize(
-    "command", ["echo before; sleep 600", "echo before; sleep 600 & wait", "echo before; sleep 600 &"]
-)
+@pytest.mark.parametrize("command", ["echo before; sleep 600", "echo before; sleep 600 & wait"])
 def test_past_its_deadline_a_command_is_ended(host: QemuHost, shared: BootSpec, command: str) -> None:
-    assert execute(host, shared, command, 2) == ExecResult(guest.DEADLINE_EXIT, b"before\n", b"")
-    assert execute(host, shared, "ps | grep -c '[s]leep 600'").stdout == b"0\n"
+    expected = ExecResult(guest.DEADLINE_EXIT, b"before\n", b"", timed_out=True)
+    assert execute(host, shared, command, 2) == expected
+    until(lambda: running(host, shared, "sleep 600") == 0, ANSWER_S, "it has ended")
 
 
-def test_a_command_may_leave_a_process_behind_that_holds_no_stream(host: QemuHost, shared: BootSpec) -> None:
-    assert execute(host, shared, "sleep 601 >/dev/null 2>&1 & echo started").stdout == b"started\n"
-    assert execute(host, shared, "ps | grep -c '[s]leep 601'; killall sleep").stdout == b"1\n"
+def test_a_command_has_ended_when_its_first_process_has(host: QemuHost, shared: BootSpec) -> None:
+    began = time.monotonic()
+    assert execute(host, shared, "echo out; sleep 601 & exit 7", 600) == ExecResult(7, b"out\n", b"")
+    assert execute(host, shared, "sleep 601 >/dev/null 2>&1 & echo started", 600).stdout == b"started\n"
+    assert time.monotonic() - began < 300
+    assert running(host, shared, "sleep 601") == 2, "what it leaves behind is let be"
+    execute(host, shared, "killall sleep")
+    until(lambda: execute(host, shared, "true") and groups(host, shared) == 1, ANSWER_S, "their groups have gone")
+
+
+def test_all_that_was_written_before_the_end_arrives(host: QemuHost, shared: BootSpec) -> None:
+    for _ in range(20):
+        result = execute(host, shared, "sleep 603 & head -c 60000 /dev/zero; head -c 60000 /dev/zero >&2; kill $!")
+        assert (len(result.stdout), len(result.stderr), result.exit_code) == (60_000, 60_000, 0)
+
+
+def test_output_has_no_limit_and_waits_for_its_reader(host: QemuHost, shared: BootSpec) -> None:
+    size = 5 * MIB + 1
+    with closing(host.guest.run(shared.ref, shared.directory, b"head -c %d /dev/zero" % size, deadline_s=600)) as parts:
+        taken = 0
+        for part in parts:
+            if isinstance(part, ExecEnd):
+                assert part == ExecEnd(0)
+                break
+            taken += len(part.stdout)
+    assert taken == size
+
+
+def test_a_full_file_system_keeps_no_command_from_running(host: QemuHost, shared: BootSpec) -> None:
+    full = "dd if=/dev/zero of=/run/fill bs=64k 2>/dev/null; echo full"
+    assert execute(host, shared, full, BOOT_S).stdout == b"full\n"
+    try:
+        assert execute(host, shared, "echo x >/run/more; echo well; exit 3").stdout == b"well\n"
+        assert host.guest.ping(shared.ref, shared.directory, deadline_s=ANSWER_S) > 0
+        host.guest.configure(shared.ref, shared.directory, identity("i-0000f111"), deadline_s=BOOT_S)
+    finally:
+        execute(host, shared, "rm -f /run/fill /run/more")
+    assert execute(host, shared, "hostname").stdout == b"i-0000f111\n"
+
+
+HIDING = {
+    "a child": b"sleep 604 & wait",
+    "a session of its own": b"setsid sleep 604 & wait",
+    "a daemon": b"(setsid sh -c 'sleep 604 & wait' >/dev/null 2>&1 </dev/null &) ; sleep 100",
+    "one that ignores signals": b"trap '' HUP INT TERM; sleep 604 & wait; true",
+    "one that writes": b"sleep 604 & yes",
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_a_command_ends_with_whoever_asked_for_it(host: QemuHost, shared: BootSpec, name: str) -> None:
+    before = groups(host, shared)
+    with closing(host.guest.run(shared.ref, shared.directory, HIDING[name], deadline_s=600)) as parts:
+        until(lambda: next(parts) and running(host, shared, "sleep 604") == 1, BOOT_S, "it runs")
+    until(lambda: running(host, shared, "sleep 604") == 0, ANSWER_S, "it has ended")
+    assert groups(host, shared) == before
+
+
+def groups(host: QemuHost, spec: BootSpec) -> int:
+    """How many control groups of commands there are; one is that of this command."""
+    return int(execute(host, spec, "ls -d /sys/fs/cgroup/mvm-* | wc -l").stdout)
+
+
+def running(host: QemuHost, spec: BootSpec, words: str) -> int:
+    """How many processes in the guest have these words."""
+    return int(execute(host, spec, f"ps | grep -c '[{words[0]}]{words[1:]}$'").stdout)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +200,7 @@ def test_whoever_waits_too_long_for_a_turn_is_told(host: QemuHost, shared: BootS
         until(lambda: all(_is_locked(lock) for lock in locks), BOOT_S, "all ports taken")
         with pytest.raises(TimedOut) as caught:
             execute(host, shared, "true", 0.1)
-        assert caught.value.code == "guest.silent"
+        assert caught.value.code == "guest.busy"
         with _client(shared, guest.CONTROL) as control:  # the control port knows no exec
             control.sendall(b"\nx exec 1 eA== .\n")
             with control.makefile("rb") as replies:
@@ -148,12 +213,18 @@ def test_whoever_waits_too_long_for_a_turn_is_told(host: QemuHost, shared: BootS
 def test_a_client_that_goes_away_takes_its_command_along_and_frees_the_port(host: QemuHost, shared: BootSpec) -> None:
     for port in guest.EXEC:
         with _client(shared, port) as client:
-            client.sendall(b"\nold exec 600 " + b"c2xlZXAgNjAy .\n")  # sleep 602
+            client.sendall(b"\nanother1 run " + letters(b"sleep 602") + b" .\n")
         with _client(shared, port) as client:
-            client.sendall(b"\nhalf exec 600 c2x")
+            client.sendall(b"\nanother2 run " + letters(b"sleep")[:-1])
+        with _client(shared, port) as client:
+            client.sendall(b"\nanother3 walk abab .\n\n .\n" + b"x" * 300_000)
     for _ in range(2 * len(guest.EXEC)):
         assert execute(host, shared, "echo free").stdout == b"free\n"
     until(lambda: execute(host, shared, "ps | grep -c '[s]leep 602'").stdout == b"0\n", ANSWER_S, "the commands ended")
+
+
+def letters(command: bytes) -> bytes:
+    return b"".join(bytes((97 + (byte >> 4), 97 + (byte & 15))) for byte in command)
 
 
 # --- identity

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,16 @@ from hypothesis import strategies as st
 
 from mvm.agent.dispatch import UNSENT, Reply
 from mvm.agent.endpoint import Endpoint
+from mvm.agent.rooms import STREAMS
 from mvm.drivers.quic import client, frames
 from mvm.drivers.quic.client import QuicAgents
 from mvm.drivers.quic.frames import MAX_FRAME, FrameReader, encode
-from mvm.errors import Failed, Forbidden, InvalidInput, MvmError, TimedOut, Unreachable
+from mvm.errors import Failed, Forbidden, InvalidInput, MvmError, QuotaExceeded, TimedOut, Unreachable
 from tests.support.quic_agent import REF, Agent, coordinator, free_udp_port, make_certs, running_agent
 from tests.support.waiting import until
+
+EXEC = {"ref": REF, "command_b64": b64encode(b"echo \xff").decode(), "deadline_s": 30.0}
+LASTING = {"ref": REF, "command_b64": b64encode(b"sleep").decode(), "deadline_s": 100.0}
 
 
 @pytest.fixture
@@ -56,10 +62,13 @@ def test_a_long_answer_comes_in_parts_and_is_joined(agent: Agent) -> None:
     agent.node.many = 0
     assert call(agent, "instance.list") == {"items": []}
 
-    result = call(agent, "instance.exec", ref=REF, command="echo", deadline_s=30.0)
-    assert (result["exit_code"], result["truncated"]) == (3, True)
-    assert b64decode(result["stdout_b64"], validate=True) == b"echo" * 7
-    assert b64decode(result["stderr_b64"], validate=True) == b"e" * (1 << 20)
+
+def test_a_commands_output_comes_as_it_is_written(agent: Agent) -> None:
+    parts = list(agent.agents.stream(agent.address, "instance.exec", EXEC, deadline_s=30))
+    told = {"exit_code": 3, "truncated": True, "timed_out": False}
+    assert parts[-1] == told
+    for name, expected in (("stdout_b64", b"echo \xff" * 7), ("stderr_b64", b"e" * (1 << 20))):
+        assert b"".join(b64decode(part[name], validate=True) for part in parts if name in part) == expected
 
 
 @pytest.mark.parametrize(
@@ -72,8 +81,9 @@ def test_a_long_answer_comes_in_parts_and_is_joined(agent: Agent) -> None:
         ("instance.info", {"ref": "acme/web"}, "instance.invalid_ref", "instance"),
         ("instance.list", {"status": "asleep"}, "instance.invalid_status", "status"),
         ("instance.list", {"tenant": "No"}, "tenant.invalid_id", "tenant"),
-        ("instance.exec", {"ref": REF, "command": "true", "deadline_s": -1}, "agent.invalid_params", "deadline_s"),
-        ("instance.exec", {"ref": REF, "command": "", "deadline_s": 1}, "agent.invalid_params", "command"),
+        ("instance.exec", EXEC | {"deadline_s": -1}, "agent.invalid_params", "deadline_s"),
+        ("instance.exec", EXEC | {"command_b64": ""}, "agent.invalid_params", "command_b64"),
+        ("instance.exec", EXEC | {"command_b64": "ä"}, "agent.invalid_params", "command_b64"),
     ],
 )
 def test_bad_input_names_its_field(agent: Agent, method: str, params: dict[str, Any], code: str, field: str) -> None:
@@ -198,7 +208,6 @@ def test_an_address_is_host_and_port(agent: Agent, address: str) -> None:
 def test_closing_a_stream_ends_its_generator(agent: Agent) -> None:
     stream = agent.agents.stream(agent.address, "instance.logs", {"ref": REF, "follow": True}, deadline_s=None)
     assert next(stream) == {"text": "line\n"}
-    assert next(stream)["text"] == ""  # the node is alive and has nothing to say
     assert not agent.node.log_closed.is_set()
     stream.close()
     assert agent.node.log_closed.wait(60)
@@ -277,19 +286,65 @@ def test_twenty_clients_at_once(agent: Agent) -> None:
     assert all(len(answer["items"]) == 500 for answer in answers)
 
 
-def test_waiting_requests_do_not_keep_others_out(agent: Agent) -> None:
-    streams = [
-        agent.agents.stream(agent.address, "instance.logs", {"ref": REF, "follow": True}, deadline_s=60)
-        for _ in range(32)
-    ]
-    for stream in streams:
-        next(stream)
+def follow(agent: Agent, ref: str) -> Iterator[dict[str, Any]]:
+    stream = agent.agents.stream(agent.address, "instance.logs", {"ref": ref, "follow": True}, deadline_s=120)
+    assert next(stream) == {"text": "line\n"}
+    return stream
+
+
+def test_who_follows_too_much_is_told_and_nobody_else_is_affected(agent: Agent) -> None:
+    streams = [follow(agent, REF) for _ in range(STREAMS.share)]
+    with pytest.raises(QuotaExceeded) as caught:
+        follow(agent, REF)
+    assert caught.value.code == "agent.share_used"
+    assert caught.value.fields["tenant"] == "acme"
+    streams.append(follow(agent, "other/web/i-00000001"))
     assert call(agent, "node.info") == {"node_id": "node-a"}
-    with pytest.raises(MvmError) as caught:
-        call(agent, "instance.exec", ref=REF, command="true", deadline_s=1.0)
-    assert caught.value.code == "agent.busy"
+    assert call(agent, "instance.wake", ref=REF, actor="test") == {"ref": REF}
+    assert list(agent.agents.stream(agent.address, "instance.exec", EXEC, deadline_s=30))[-1]["exit_code"] == 3
     for stream in streams:
-        stream.close()
+        stream.close()  # type: ignore[attr-defined]
+    until(lambda: _follows(agent), 60, "there is room again")
+
+
+def _follows(agent: Agent) -> bool:
+    try:
+        follow(agent, REF).close()  # type: ignore[attr-defined]
+    except QuotaExceeded:
+        return False
+    return True
+
+
+def test_a_command_ends_with_its_client_however_that_goes(agent: Agent) -> None:
+    agent.node.gate.clear()
+    for leave in (leave_politely, leave_killed):
+        agent.node.command_begun.clear()
+        agent.node.command_ended.clear()
+        with leave(agent):
+            assert agent.node.command_begun.wait(60)
+            assert not agent.node.command_ended.wait(1), "it runs while its client lives"
+        assert agent.node.command_ended.wait(10), leave.__name__
+
+
+@contextmanager
+def leave_politely(agent: Agent) -> Iterator[None]:
+    stream = agent.agents.stream(agent.address, "instance.exec", LASTING, deadline_s=120)
+    next(stream)
+    yield
+    stream.close()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def leave_killed(agent: Agent) -> Iterator[None]:
+    """By a process that says nothing when it ends."""
+    script = (
+        "import sys; from pathlib import Path; from mvm.drivers.quic.client import QuicAgents\n"
+        f"stream = QuicAgents(Path({str(agent.certs_dir)!r})).stream({agent.address!r}, 'instance.exec', {LASTING!r},"
+        " deadline_s=120)\nlist(stream)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as client:
+        yield
+        client.kill()
 
 
 @given(st.lists(st.dictionaries(st.text(), st.integers() | st.text() | st.booleans()), max_size=4), st.data())

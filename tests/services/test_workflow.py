@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mvm.domain.commands import collected
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
@@ -37,7 +38,7 @@ def test_an_instance_from_creation_to_destruction(node: Node) -> None:
     assert started["tap"] == "tn0i3"
     assert started["pid"]
     assert (
-        node.services.view.execute(InstanceRef.parse(ref), "hostname", deadline_s=5).stdout.decode().strip()
+        collected(node.services.view.run(InstanceRef.parse(ref), b"hostname", deadline_s=5)).stdout.decode().strip()
         == ref.split("/")[2]
     )
     stopped = node.ok(JobVerb.INSTANCE_STOP, ref)

@@ -63,7 +63,8 @@ class LocalAgents:
             raise Unreachable("agent.unreachable", f"no agent answers at {address}", hint="is its stack up?")
         message = json.loads(json.dumps({"id": "1", "method": method, "params": dict(params)}))
         for part in accept(method_table(self.nodes[address]), _COORDINATOR, message).run():
-            yield json.loads(json.dumps(part))
+            if part is not None:
+                yield json.loads(json.dumps(part))
 
 
 class WorkedJobs(Jobs):

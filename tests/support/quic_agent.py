@@ -17,6 +17,7 @@ from cryptography import x509
 
 from mvm.agent.methods import method_table
 from mvm.agent.server import listen, serve
+from mvm.domain.commands import ExecEnd, ExecOutput, ExecPart
 from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
 from mvm.domain.layout import StateLayout
 from mvm.domain.lifecycle import Status
@@ -24,7 +25,6 @@ from mvm.drivers.quic import certs
 from mvm.drivers.quic.certs import CLIENT, SERVER, Issued, issue
 from mvm.drivers.quic.client import Connection, QuicAgents, open_connection
 from mvm.drivers.quic.identity import COORDINATOR_URI, Credentials, load_certificates, load_key, node_dns, node_uri
-from mvm.ports.guest import ExecResult
 
 NODE = NodeId("node-a")
 REF = "acme/web/i-7f2c91ab"
@@ -40,6 +40,8 @@ class StubNode:
         self.log_begun = threading.Event()
         self.log_closed = threading.Event()
         self.log_text = "line\n"
+        self.command_begun = threading.Event()
+        self.command_ended = threading.Event()
 
     def node_info(self) -> Mapping[str, Any]:
         self.calls.append("node_info")
@@ -68,9 +70,23 @@ class StubNode:
         self.calls.append("instance")
         return {"ref": str(ref)}
 
-    def execute(self, ref: InstanceRef, command: str, *, deadline_s: float) -> ExecResult:
-        self.calls.append("execute")
-        return ExecResult(3, command.encode() * 7, b"e" * (1 << 20), truncated=True)
+    def run(self, ref: InstanceRef, command: bytes, *, deadline_s: float) -> Generator[ExecPart, None, None]:
+        self.calls.append("run")
+        if command == b"sleep":
+            try:
+                yield ExecOutput(b"here")
+                self.command_begun.set()
+                while True:
+                    self.gate.wait(0.05)
+                    yield ExecOutput()
+            finally:
+                self.command_ended.set()
+        yield ExecOutput(command * 7, b"e" * (1 << 20))
+        yield ExecEnd(3, truncated=True)
+
+    def wake(self, ref: InstanceRef, actor: str) -> Mapping[str, Any]:
+        self.calls.append("wake")
+        return {"ref": str(ref)}
 
     def logs(self, ref: InstanceRef, *, follow: bool) -> Generator[str, None, None]:
         self.calls.append("logs")

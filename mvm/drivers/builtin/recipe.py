@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mvm import guest
 from mvm.domain.pool import Profile
-from mvm.drivers.builtin import moment, mounter
+from mvm.drivers.builtin import moment, mounter, runner
 from mvm.drivers.builtin.tree import Tree
 
 KERNEL = "linux-image-cloud-amd64"
@@ -81,6 +81,7 @@ def rootfs(packages: Mapping[str, Tree], busybox: bytes, applets: Iterable[str])
         tree.file(f"usr/lib/mvm/{name}", guest.script(name), 0o755)
     tree.file("usr/lib/mvm/moment", moment.program(), 0o755)
     tree.file("usr/lib/mvm/mounter", mounter.program(), 0o755)
+    tree.file("usr/lib/mvm/runner", runner.program(), 0o755)
     tree.file("etc/inittab", guest.script("inittab"))
     tree.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     tree.file("etc/shadow", b"root:*:19000::::::\n", 0o600)

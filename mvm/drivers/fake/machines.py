@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from datetime import datetime
 from pathlib import Path
 
+from mvm.domain.commands import ExecEnd, ExecOutput, ExecPart, ExecResult
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.secrets import Secrets
@@ -15,7 +16,7 @@ from mvm.drivers.fake.snapshots import FakeSnapshots
 from mvm.drivers.fake.state import Machine, Part, digests, point
 from mvm.errors import TimedOut, Unreachable
 from mvm.guest import PROTOCOL_VERSION
-from mvm.ports.guest import ExecResult, GuestHello, GuestIdentity, GuestStatus
+from mvm.ports.guest import GuestHello, GuestIdentity, GuestStatus
 from mvm.ports.vmm import BootSpec, Presence
 
 
@@ -166,6 +167,13 @@ class FakeGuest(Part):
         machine = self._machine(ref, deadline_s)
         hostname = machine.identity.hostname if machine.identity else "localhost"
         return run_command(command, hostname, machine.mounted)
+
+    def run(
+        self, ref: InstanceRef, directory: Path, command: bytes, *, deadline_s: float
+    ) -> Generator[ExecPart, None, None]:
+        """See ports/guest.py."""
+        result = self.execute(ref, directory, command.decode("utf-8", "surrogateescape"), deadline_s=deadline_s)
+        return (part for part in (ExecOutput(result.stdout, result.stderr), ExecEnd(result.exit_code)))
 
     @point("guest.shutdown")
     def shutdown(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:

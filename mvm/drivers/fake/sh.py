@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from mvm.ports.guest import ExecResult
+from mvm.domain.commands import ExecResult
 
 
 def run_command(command: str, hostname: str, secrets: Mapping[str, str]) -> ExecResult:
@@ -41,7 +41,11 @@ def run_command(command: str, hostname: str, secrets: Mapping[str, str]) -> Exec
 
 
 def _result(code: int, streams: dict[int, str]) -> ExecResult:
-    return ExecResult(code, streams[1].encode(), streams[2].encode())
+    return ExecResult(code, _bytes(streams[1]), _bytes(streams[2]))
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _split(words: list[str]) -> list[list[str]]:

@@ -1,0 +1,248 @@
+"""Commands in a guest, over one of its exec ports. The protocol is described in `mvm.guest`.
+
+Whoever takes the parts of a command may stop doing so at any time: closing the generator hangs up, and a guest whose
+host has hung up ends the command. Nothing here blocks for longer than `_IDLE_S` without giving a part.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from mvm import guest
+from mvm.domain.commands import ExecEnd, ExecOutput, ExecPart
+from mvm.domain.ids import InstanceRef
+from mvm.drivers.instance_sockets import Connection, NoTurn
+from mvm.errors import Failed, InvalidInput, MvmError, TimedOut, Unreachable
+
+_IDLE_S = 0.2  # so long a part may take; how soon somebody who has gone is noticed
+_OLD_GRACE_S = 5.0  # for an older guest to end a late command and to send what it wrote
+_LONGEST_COMMAND = 96 * 1024  # bytes; the guest's kernel takes 128 KiB as one argument
+_LONGEST_REPLY = 4 << 20  # bytes of an older guest's reply, and of what may come before a reply
+_ASKED_ELSE = b" "  # what follows the request's id in a reply of words
+_LETTERS = [chr(97 + (byte >> 4)) + chr(97 + (byte & 15)) for byte in range(256)]
+
+
+def run(ref: InstanceRef, directory: Path, command: bytes, *, deadline_s: float) -> Generator[ExecPart, None, None]:
+    """`command` by the guest's shell, as `mvm.ports.guest.GuestChannel.run` promises."""
+    if not command or b"\0" in command or len(command) > _LONGEST_COMMAND:
+        raise InvalidInput(
+            "guest.invalid_command", "the command is empty, too long, or holds a zero byte",
+            hint=f"allowed: 1 to {_LONGEST_COMMAND} bytes", field="command",
+        )  # fmt: skip
+    return _Run(ref, directory, command, time.monotonic() + deadline_s).parts()
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    kind: bytes
+    payload: bytes
+
+
+class _Run:
+    """One command, until the monotonic time `end`."""
+
+    def __init__(self, ref: InstanceRef, directory: Path, command: bytes, end: float) -> None:
+        self._ref = ref
+        self._directory = directory
+        self._command = command
+        self._end = end
+        self._begun = False
+
+    def parts(self) -> Generator[ExecPart, None, None]:
+        connection = yield from self._connected()
+        with closing(connection):
+            try:
+                token = secrets.token_hex(guest.TOKEN_BYTES // 2).encode()
+                letters = "".join(_LETTERS[byte] for byte in self._command).encode()
+                self._send(connection, b"\n" + token + b" run " + letters + b" .\n")
+                yield from self._follow(connection, token)
+            except ConnectionError:
+                raise self._gone() from None
+
+    def _connected(self) -> Generator[ExecPart, None, Connection]:
+        while True:
+            try:
+                return Connection(self._directory, guest.EXEC, min(time.monotonic() + _IDLE_S, self._end))
+            except NoTurn:
+                if time.monotonic() >= self._end:
+                    raise self._busy() from None
+            except TimeoutError:
+                if time.monotonic() >= self._end:
+                    raise self._silent() from None
+            except ConnectionError:
+                raise self._gone() from None
+            yield ExecOutput()
+
+    def _send(self, connection: Connection, request: bytes) -> None:
+        connection.socket.settimeout(max(self._end - time.monotonic(), 0.001))
+        try:
+            connection.socket.sendall(request)
+        except TimeoutError:
+            raise self._silent() from None
+
+    def _follow(self, connection: Connection, token: bytes) -> Generator[ExecPart, None, None]:
+        reader = _Frames(token)
+        while time.monotonic() < self._end:
+            data = self._receive(connection, self._end)
+            if data is None:
+                yield ExecOutput()
+                continue
+            try:
+                frames = reader.feed(data)
+            except ValueError as error:
+                raise self._refused(str(error)) from None
+            for frame in frames:
+                if frame.kind == _ASKED_ELSE:
+                    yield from self._ask_older(connection)
+                    return
+                part = self._part(frame)
+                if part is not None:
+                    yield part
+                if isinstance(part, ExecEnd):
+                    return
+        if not self._begun:
+            raise self._silent()
+        yield ExecEnd(guest.DEADLINE_EXIT, timed_out=True)
+
+    def _receive(self, connection: Connection, end: float) -> bytes | None:
+        """What came; None when for a while nothing did."""
+        connection.socket.settimeout(max(min(_IDLE_S, end - time.monotonic()), 0.001))
+        try:
+            data = connection.socket.recv(1 << 16)
+        except TimeoutError:
+            return None
+        if not data:
+            raise ConnectionError
+        return data
+
+    def _part(self, frame: _Frame) -> ExecPart | None:
+        match frame.kind:
+            case guest.BEGUN:
+                self._begun = True
+                return None
+            case guest.STDOUT:
+                return ExecOutput(stdout=frame.payload)
+            case guest.STDERR:
+                return ExecOutput(stderr=frame.payload)
+            case guest.ENDED if len(frame.payload) == guest.STATUS.size:
+                return ExecEnd(_exit_code(*guest.STATUS.unpack(frame.payload)))
+            case guest.FAILED if len(frame.payload) == guest.STATUS.size:
+                raise self._refused(f"no process for a command, error {guest.STATUS.unpack(frame.payload)[0]}")
+        raise self._refused("a reply of no known kind")
+
+    def _ask_older(self, connection: Connection) -> Generator[ExecPart, None, None]:
+        token = secrets.token_hex(4).encode()
+        seconds = max(self._end - time.monotonic(), 0.1)
+        encoded = b64encode(self._command)
+        self._send(connection, b"\n" + token + f" exec {seconds:.3f} ".encode() + encoded + b" .\n")
+        late = self._end + _OLD_GRACE_S
+        said = bytearray()
+        while time.monotonic() < late:
+            data = self._receive(connection, late)
+            if data is None:
+                yield ExecOutput()
+                continue
+            said += data
+            if len(said) > _LONGEST_REPLY:
+                raise self._refused("a reply without end")
+            if b"\n" not in data:
+                continue
+            for line in bytes(said).split(b"\n")[:-1]:
+                first, *words = line.split(b" ")
+                if first == token:
+                    yield from self._older_parts(words)
+                    return
+        raise self._silent()
+
+    def _older_parts(self, words: list[bytes]) -> Generator[ExecPart, None, None]:
+        try:
+            code, truncated, out, err = words
+            exit_code = int(code)
+            output = ExecOutput(_decoded(out), _decoded(err))
+        except ValueError:
+            raise self._refused("unreadable reply to exec") from None
+        yield output
+        timed_out = exit_code == guest.DEADLINE_EXIT and time.monotonic() >= self._end
+        yield ExecEnd(exit_code, truncated == b"1", timed_out)
+
+    def _refused(self, words: str) -> Failed:
+        return Failed(
+            "guest.refused", f"the guest of {self._ref} refused: {words[:500]}",
+            hint="its console may tell more: mvm instance logs", subject=str(self._ref),
+        )  # fmt: skip
+
+    def _busy(self) -> MvmError:
+        return TimedOut(
+            "guest.busy", f"{len(guest.EXEC)} commands run in {self._ref}, which is all it takes at once",
+            hint="wait for one of them to end, or end one: Ctrl-C", subject=str(self._ref),
+        )  # fmt: skip
+
+    def _gone(self) -> Unreachable:
+        return Unreachable(
+            "guest.gone", f"the VMM of {self._ref} does not run", hint="mvm instance info tells its status",
+            subject=str(self._ref),
+        )  # fmt: skip
+
+    def _silent(self) -> TimedOut:
+        return TimedOut(
+            "guest.silent", f"the guest of {self._ref} did not answer in time",
+            hint="its console may tell why: mvm instance logs", subject=str(self._ref),
+        )  # fmt: skip
+
+
+class _Frames:
+    """Cuts what comes after the request's id first appears; what comes before is another request's."""
+
+    def __init__(self, token: bytes) -> None:
+        self._token = token
+        self._buffer = bytearray()
+        self._before = 0
+        self._found = False
+
+    def feed(self, data: bytes) -> list[_Frame]:
+        """The frames that `data` completes, or one of `_ASKED_ELSE`. Raises `ValueError` for what cannot be one."""
+        self._buffer += data
+        if not self._found and not self._find():
+            return []
+        frames: list[_Frame] = []
+        while len(self._buffer) > guest.TOKEN_BYTES:
+            kind = bytes(self._buffer[guest.TOKEN_BYTES : guest.TOKEN_BYTES + 1])
+            if kind == _ASKED_ELSE:
+                return [*frames, _Frame(kind, b"")]
+            if len(self._buffer) < guest.FRAME.size:
+                break
+            token, kind, size = guest.FRAME.unpack_from(self._buffer)
+            end = guest.FRAME.size + size
+            if token != self._token or end > guest.FRAME_LIMIT or (not size and kind in (guest.STDOUT, guest.STDERR)):
+                raise ValueError("an unreadable reply to run")
+            if len(self._buffer) < end:
+                break
+            frames.append(_Frame(kind, bytes(self._buffer[guest.FRAME.size : end])))
+            del self._buffer[:end]
+        return frames
+
+    def _find(self) -> bool:
+        at = self._buffer.find(self._token)
+        self._found = at >= 0
+        skipped = at if self._found else max(len(self._buffer) - guest.TOKEN_BYTES + 1, 0)
+        del self._buffer[:skipped]
+        self._before += skipped
+        if self._before > _LONGEST_REPLY:
+            raise ValueError("a reply without end")
+        return self._found
+
+
+def _exit_code(status: int) -> int:
+    """As a shell tells it: 128 and the signal's number for what a signal ended."""
+    signal = status & 0x7F
+    return 128 + signal if signal else status >> 8 & 0xFF
+
+
+def _decoded(word: bytes) -> bytes:
+    return b"" if word == b"-" else b64decode(word)
