@@ -70,7 +70,7 @@ def _report(error: Exception, output: str, debug: bool) -> int:
     "--state-dir", envvar="MVM_STATE_DIR", type=click.Path(file_okay=False, readable=False), metavar="DIR",
     help="Where the node's state is (MVM_STATE_DIR; default: /var/lib/mvm).",
 )  # fmt: skip
-@click.version_option(package_name="mvm", message="%(version)s")
+@click.version_option(package_name="mvm-fleet", message="%(version)s")
 @click.pass_context
 def cli(ctx: click.Context, state_dir: str | None) -> None:
     """Run fleets of microVMs for many tenants. Every change to an instance is a job."""

@@ -36,7 +36,7 @@ BENCHMARKS: Mapping[str, Callable[[Bench], Result]] = {
     "cli.list": commands.cli_list,
     "reconcile.noop_1k": converge.noop_1k,
     "reconcile.noop_10k": converge.noop_10k,
-    "plan_10k": converge.plan_10k,
+    "reconcile.plan_10k": converge.plan_10k,
     "enqueue.single": delivery.enqueue_single,
     "enqueue.bulk": delivery.enqueue_bulk,
     "execute.noop": delivery.execute_noop,

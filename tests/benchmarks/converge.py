@@ -1,4 +1,4 @@
-"""``reconcile.*`` and ``plan_10k``: what it costs a node to keep to its desired state.
+"""``reconcile.*``: what it costs a node to keep to its desired state.
 
 A node in memory over a real store (SQLite) and a real registry (Redis): tenants of 5 pools with 100 instances each,
 where 60 run, 20 are warm and 20 sleep.
@@ -8,8 +8,8 @@ document and all records, asks the registry for open jobs, and plans. Bars 0.3 s
 reading the same rows out of SQLite and decoding their JSON; that of the second is ten passes over 1,000 instances, so
 that its ratio is 1 when the cost grows linearly.
 
-``plan_10k``: ``mvm agent reconcile --plan`` on the node's side: a document for 10,000 instances, all of which are
-stopped, from its bytes to the plan of 10,000 actions and its diff. Bar 5 s; against a pass with nothing to do.
+``reconcile.plan_10k``: ``mvm agent reconcile --plan`` on the node's side: a document for 10,000 instances, all of which
+are stopped, from its bytes to the plan of 10,000 actions and its diff. Bar 5 s; against a pass with nothing to do.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def noop_10k(bench: Bench) -> Result:
 def plan_10k(bench: Bench) -> Result:
     with fleet(10_000, _STOPPED) as stopped:
         ours = [stopped.plan(10_000) for _ in range(_RUNS + 1)][1:]
-    return at_most("plan_10k", "s", "nothing to do", _of_both(bench)[1], ours, 5)
+    return at_most("reconcile.plan_10k", "s", "nothing to do", _of_both(bench)[1], ours, 5)
 
 
 @cache
