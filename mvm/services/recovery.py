@@ -87,7 +87,7 @@ class Recovery:
         elif act is Act.RESUME:
             try:
                 self._microvms.resume(instance)
-            except (Failed, TimedOut, Unreachable) as error:  # that its guest, or its VMM, is silent is another's business
+            except (Failed, TimedOut, Unreachable) as error:  # that guest or VMM is silent is another's business
                 log.warning("guest not told the time", instance=str(instance.ref), code=error.code)
         why = f"{instance.in_flight.verb} was left in the middle [job.left]"
         return instance.moved(status, process=instance.process if status.has_vmm else None, last_error=why)

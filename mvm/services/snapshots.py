@@ -255,11 +255,10 @@ class Snapshots:
         context.step("tell the time", 2, 3)
         try:
             self._tell_time(replace(instance, process=process), secrets=spec.secrets is not None)
-        except GuestGone:
+        except GuestFault:
             if self._vmm.observe(instance.ref, process) is Presence.ABSENT:
                 self.forget(instance.ref)
-            raise
-        except GuestFault:
+                raise
             if spec.secrets is not None:
                 self._take_secrets_back(instance, process)
             self._save(instance, process, pool, spec)
@@ -272,7 +271,7 @@ class Snapshots:
         try:
             self._vmm.put_secrets(ref, process, None)
             self._guest.drop_secrets(ref, self._storage.directory(ref), deadline_s=_GUEST_S)
-        except (TimedOut, Failed) as error:
+        except (GuestFault, TimedOut, Failed) as error:
             log.warning("asleep, perhaps with secrets in its memory", instance=str(ref), why=error.message)
 
     def kept(self, ref: InstanceRef) -> bool:
