@@ -25,9 +25,9 @@ from mvm.domain.migration import refuse_newer
 from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import not_found
 from mvm.domain.tenant import Tenant
-from mvm.drivers import store_migrations
+from mvm.drivers import sqlite_errors, store_migrations
 from mvm.drivers.group_commit import GroupCommit
-from mvm.errors import Failed, Fenced, NotAllowed
+from mvm.errors import Fenced, NotAllowed
 from mvm.ports.store import Note
 
 _PUT_JOB = """
@@ -51,7 +51,7 @@ class SqliteStore:
     """ports/store.py over one file. Creates it when it is not there.
 
     Raises `NotAllowed` (``state.version``) for a file of another version, of which ``mvm up`` migrates the older ones,
-    and `Failed` (``store.failed``) when SQLite cannot read or write it.
+    and what `sqlite_errors.translated` tells when SQLite cannot read or write it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,11 +104,7 @@ class SqliteStore:
         try:
             yield
         except sqlite3.Error as error:
-            full = "full" in str(error)
-            raise Failed(
-                "disk.full" if full else "store.failed", f"the node's store {self._path}: {error}",
-                hint="free some space" if full else "look at the file's permissions and the disk",
-            ) from error  # fmt: skip
+            raise sqlite_errors.translated(self._path, error) from error
 
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[None]:
@@ -147,7 +143,7 @@ class SqliteStore:
         try:
             self._commit.reached()
         except OSError as error:
-            raise sqlite3.OperationalError(f"{error.strerror}: the disk may be full") from error
+            raise sqlite_errors.of_disk(self._path, error) from error
 
     # --- tenants
     def tenants(self) -> Sequence[Tenant]:
@@ -296,7 +292,7 @@ class SqliteStore:
         """See ports/store.py."""
         rows = self._rows(
             "SELECT doc FROM jobs WHERE doc ->> 'subject' = ? AND doc ->> 'state' = coalesce(?, doc ->> 'state') "
-            "ORDER BY doc ->> 'submitted_at' DESC, id DESC LIMIT 1", subject, state,
+            "ORDER BY id DESC LIMIT 1", subject, state,
         )  # fmt: skip
         return Job.from_dict(json.loads(rows[0][0])) if rows else None
 
@@ -336,9 +332,7 @@ class SqliteStore:
     def forget_jobs(self, *, keep: int) -> int:
         """See ports/store.py."""
         return self._write(
-            "DELETE FROM jobs WHERE final = 1 AND id NOT IN "
-            "(SELECT id FROM jobs ORDER BY doc ->> 'submitted_at' DESC, id DESC LIMIT ?)",
-            keep,
+            "DELETE FROM jobs WHERE final = 1 AND id NOT IN (SELECT id FROM jobs ORDER BY id DESC LIMIT ?)", keep
         )
 
 

@@ -107,7 +107,7 @@ def render_conf(
             "stopasgroup=false",
             "killasgroup=true",
             "redirect_stderr=true",
-            f"stdout_logfile={_value(str(log_of(layout, program.name)))}",
+            f"stdout_logfile={_value(_value(str(log_of(layout, program.name))))}",  # it is expanded twice
             "stdout_logfile_maxbytes=10MB",
             "stdout_logfile_backups=3",
         ]
@@ -289,9 +289,12 @@ def _pidfile(layout: StateLayout) -> Path:
 
 def _value(text: str) -> str:
     """`text` in supervisord's syntax, where % expands and a semicolon or hash after a space begins a comment."""
-    if any(ord(c) < 32 for c in text) or " ;" in text or " #" in text:
-        raise InvalidInput("settings.unsupported_value", f"{text!r} has characters that supervisord cannot carry",
-                           hint="choose a path or value without control characters, ' ;' and ' #'")  # fmt: skip
+    if any(ord(c) < 32 for c in text) or " ;" in text or " #" in text or "%(here)s" in text:
+        raise InvalidInput(
+            "settings.unsupported_value",
+            f"{text!r} has characters that supervisord cannot carry",
+            hint="choose a path or value without control characters, ' ;', ' #' and '%(here)s'",
+        )
     return text.replace("%", "%%")
 
 

@@ -73,6 +73,16 @@ def test_up_status_down_and_again(stack: Stack, settings: Settings) -> None:
         stack.down(quiet)
 
 
+@pytest.mark.parametrize("name", ["a%b", "a%(x)s", "100%%", "a b", "a'b", 'a"b', "a\\b", "%s"])
+def test_a_state_directory_may_be_called_anything(root: Path, settings: Settings, name: str) -> None:
+    stack = redis_only(settings.model_copy(update={"state_dir": root / name}))
+    try:
+        stack.up(quiet)
+        assert (root / name / "logs" / "redis.log").exists()
+    finally:
+        stack.down(quiet)
+
+
 def test_everything_is_private(stack: Stack, settings: Settings) -> None:
     stack.prepare()
     for path in (settings.layout.ssh_key, settings.layout.flower_password, settings.layout.certs / "node.key"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sqlite3
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mvm.domain.ids import InstanceRef, NodeId
-from mvm.domain.instance import InFlight
+from mvm.domain.instance import InFlight, Instance
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status, Verb
+from mvm.drivers import sqlite_store
 from mvm.errors import Fenced, NotAllowed, TimedOut, Unreachable
 from tests.services.conftest import NODE, Node
 from tests.support.command_line import CommandLine
@@ -61,6 +64,35 @@ def test_a_transient_failure_is_undone_and_tried_again_later(node: Node) -> None
     done = node.services.jobs.job(job.job_id)
     assert (done.state, done.attempt, done.error, done.retry_at) == (JobState.SUCCEEDED, 2, None, None)
     assert node.instance(ref).status is Status.RUNNING
+
+
+def test_a_store_that_another_program_has_locked_fails_no_job(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is locked for longer than a write waits, in the middle of a job."""
+    monkeypatch.setattr(sqlite_store, "_BUSY_MS", 50)
+    node.pool()
+    (ref,) = node.create()
+    node.services.store.close()  # type: ignore[attr-defined]
+    other = sqlite3.connect(tmp_path / "node.db", isolation_level=None)
+    real, times = node.services.store.save_instance, [1]
+
+    def lock(instance: Instance) -> Instance:
+        if not times:
+            return real(instance)
+        times.clear()
+        other.execute("BEGIN IMMEDIATE")
+        try:
+            return real(instance)
+        finally:
+            other.execute("ROLLBACK")
+
+    monkeypatch.setattr(node.services.store, "save_instance", lock)
+    job = node.submit(V.INSTANCE_START, ref)
+    node.drain()
+    done = node.services.jobs.job(job.job_id)
+    assert (done.state, [s["code"] for s in done.setbacks]) == (JobState.SUCCEEDED, ["store.busy"])
+    other.close()
 
 
 def test_a_clock_set_back_while_a_next_try_waits_does_not_strand_it(node: Node) -> None:
