@@ -15,6 +15,7 @@ from mvm.domain.layout import StateLayout
 from mvm.errors import NotFound
 
 if TYPE_CHECKING:
+    from mvm.drivers.backup.taking import Taking
     from mvm.ports.agents import NodeAgents
     from mvm.ports.audit import AuditLog
     from mvm.ports.cgroup import Cgroups
@@ -217,6 +218,14 @@ def open_ports(settings: Settings) -> NodePorts:
     )
 
 
+def open_backup(settings: Settings) -> Taking:
+    """Taking backups of this node, beside its stack or without."""
+    from mvm.drivers.backup.taking import Taking
+
+    ports = open_ports(settings)
+    return Taking(settings.layout, settings.node, ports.store, ports.locks, ports.vmm, ports.clock)
+
+
 def _uid_of(store: NodeStore) -> Callable[[InstanceRef], int | None]:
     """Whose user the VMM of an instance runs as; that never changes, so who was found is not looked up again."""
     known: dict[InstanceRef, int] = {}
@@ -273,7 +282,7 @@ def build_node(
     marks = Watermarks(low=settings.disk_low_mib << 20, reserve=settings.disk_reserve_mib << 20)
     room = DiskRoom(p.store, p.storage, p.vmm, marks)
     health = GuestHealth(
-        store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
+        store=p.store, clock=p.clock, guest=p.guest, network=p.network, storage=p.storage,
         limit=settings.health_checks, answer_s=settings.health_answer_s,
     )  # fmt: skip
     snapshots = Snapshots(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -15,6 +14,7 @@ _COMMANDS = {
     "down": ("mvm.cli.stack:down", "Stop the stack; instances go on."),
     "status": ("mvm.cli.stack:status", "Whether each part of the stack answers."),
     "doctor": ("mvm.cli.stack:doctor", "Whether this machine has what mvm needs."),
+    "backup": ("mvm.cli.backup:backup", "Backups of this machine's node."),
     "tenant": ("mvm.cli.tenant:tenant", "Tenants: security, quota and network."),
     "pool": ("mvm.cli.pool:pool", "Pools of a tenant: one image, one shape."),
     "instance": ("mvm.cli.instance:instance", "Instances of a pool: one microVM each."),
@@ -81,17 +81,4 @@ def cli(ctx: click.Context, state_dir: str | None) -> None:
 
 def main() -> None:
     """The entry point."""
-    _prepare_streams()
-    try:
-        cli(prog_name="mvm")
-    except OSError as error:  # before there is a subcommand: a help text that cannot be written
-        words = sys.argv[1:]
-        sys.exit(_report(error, output_in(words), "--debug" in words))
-
-
-def _prepare_streams() -> None:
-    """Whatever stdout is, closed or of a poor character set: results are written to it as well as can be."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        setattr(sys, name, stream)
-        stream.reconfigure(errors="backslashreplace")
+    cli(prog_name="mvm")

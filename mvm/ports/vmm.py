@@ -235,3 +235,16 @@ class Snapshotting(Protocol):
     def memory(self, process: ProcessIdentity) -> MemoryUse:
         """What `process` uses now."""
         ...
+
+
+@runtime_checkable
+class DiskCopying(Protocol):
+    """An optional ability: copying the disk of a guest that goes on."""
+
+    def copy_data_disk(self, ref: InstanceRef, process: ProcessIdentity, disk: Path, into: Path) -> None:
+        """The new file `into` is the data disk `disk` of a running or paused guest as it is at one instant.
+
+        It is as after a power cut: what the guest had not yet brought to the disk is not in it. Raises `Unreachable`
+        (``vmm.gone``), `TimedOut` (``vmm.silent``) and `Failed` (``vmm.failed``); `into` may be there then.
+        """
+        ...

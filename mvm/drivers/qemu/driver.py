@@ -35,7 +35,7 @@ from mvm.domain.snapshot import (
 from mvm.drivers import snapshot_files as files
 from mvm.drivers import tap
 from mvm.drivers.files import closing_fd
-from mvm.drivers.qemu import argv, memory
+from mvm.drivers.qemu import argv, disk_copy, memory
 from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker, ahead
 from mvm.drivers.qemu.qmp import CommandFailed, Qmp
 from mvm.drivers.qemu.tsc import host_tsc_khz
@@ -48,6 +48,7 @@ from mvm.ports.vmm import BootSpec, MemoryUse, TemplateSpec
 DEVICES, INDEX, MEMORY, DISK = "devices", "index", "memory", "disk.qcow2"
 _ANSWER_S = 15.0
 _SAVE_S = 60.0
+_COPY_S = 3600.0  # of a disk, however large; the guest does not wait for it
 _DEVICES_BYTES = 16 << 20  # some 100 KiB is usual
 
 
@@ -152,6 +153,10 @@ class QemuDriver(QemuVmms):
                 raise
         self._end(spec.ref, process)
         return made
+
+    def copy_data_disk(self, ref: InstanceRef, process: ProcessIdentity, disk: Path, into: Path) -> None:
+        """See the port."""
+        disk_copy.copy(lambda: self._monitor(ref, process), disk, into, deadline_s=_COPY_S)
 
     def manifest(self, snapshot: Path) -> SnapshotManifest:
         """See the port."""

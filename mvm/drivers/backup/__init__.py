@@ -1,0 +1,1 @@
+"""Backups of a node: the file, taking one, restoring one."""
