@@ -80,12 +80,14 @@ class Client:
         """The nodes' agents, reached from inside the stack's network namespace."""
         from mvm.drivers.netns import path_of, socket_in
         from mvm.drivers.quic.client import QuicAgents
+        from mvm.drivers.quic.known_nodes import KnownNodes
 
         netns = self.connection.get("netns")
         make: Callable[[], socket.socket] = lambda: socket_in(  # noqa: E731
             path_of(netns) if netns else None, socket.AF_INET, socket.SOCK_DGRAM
         )
-        return QuicAgents(self.layout.certs, make)
+        own = {self.connection["agent_address"]: self.node_id} if "agent_address" in self.connection else {}
+        return QuicAgents(self.layout.certs, make, known=KnownNodes(self.layout.known_nodes, own))
 
 
 def open_client(connection: Mapping[str, str], layout: StateLayout) -> Client:

@@ -70,7 +70,7 @@ def certs() -> None:
 @certs.command()
 @click.option(
     "--ca", metavar="F", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="PEM file with the CA's certificate and key; default: a CA of our own.",
+    help="PEM file or pipe with the CA's certificate and key, and those above it; default: a CA of our own.",
 )  # fmt: skip
 @pass_fleet
 def init(fleet: Fleet, output: str, ca: Path | None) -> None:
@@ -78,7 +78,8 @@ def init(fleet: Fleet, output: str, ca: Path | None) -> None:
     from mvm.drivers.quic.certs import init as make
     from mvm.settings import load_settings
 
-    make(fleet.layout, load_settings(state_dir=fleet.layout.root).node, ca=ca)
+    for note in make(fleet.layout, load_settings(state_dir=fleet.layout.root).node, ca=ca):
+        click.echo(f"note: {note}", err=True)
     _show(fleet, output)
 
 

@@ -18,6 +18,9 @@ from mvm.cli.render import show_list
 from mvm.domain.ids import InstanceId, InstanceRef, PoolId, TenantId
 from mvm.errors import MvmError
 
+_NODES = "HOST:PORT of agents; NODE@HOST:PORT to say which node must answer there."
+_NODE = "HOST:PORT of the agent; NODE@HOST:PORT to say which node must answer there."
+
 
 @click.group(cls=Group)
 def coordinator() -> None:
@@ -27,7 +30,7 @@ def coordinator() -> None:
 @coordinator.command()
 @click.option("--desired", "path", metavar="F", required=True, type=click.Path(path_type=Path),
               help="The desired state: a JSON file, or YAML by its ending.")  # fmt: skip
-@click.option("--node", "nodes", metavar="ADDR...", multiple=True, required=True, help="HOST:PORT of agents.")
+@click.option("--node", "nodes", metavar="ADDR...", multiple=True, required=True, help=_NODES)
 @click.argument("more", metavar="", nargs=-1)
 @pass_fleet
 def push(fleet: Fleet, output: str, path: Path, nodes: Sequence[str], more: Sequence[str]) -> None:
@@ -37,7 +40,7 @@ def push(fleet: Fleet, output: str, path: Path, nodes: Sequence[str], more: Sequ
     rows, errors = [], []
     for address in dict.fromkeys([*nodes, *more]):
         try:
-            answer = give(fleet.distant_agents, address, path, prune=False, expect=None, plan=False)
+            answer = give(fleet.distant_agents, address, path, prune=False, expect=None, plan=False, to_its_node=True)
         except MvmError as error:
             errors.append(named(error, address))
         else:
@@ -52,7 +55,7 @@ def push(fleet: Fleet, output: str, path: Path, nodes: Sequence[str], more: Sequ
 
 
 @coordinator.command()
-@click.option("--node", "nodes", metavar="ADDR...", multiple=True, required=True, help="HOST:PORT of agents.")
+@click.option("--node", "nodes", metavar="ADDR...", multiple=True, required=True, help=_NODES)
 @click.argument("more", metavar="", nargs=-1)
 @pass_fleet
 def status(fleet: Fleet, output: str, nodes: Sequence[str], more: Sequence[str]) -> None:
@@ -64,7 +67,7 @@ def status(fleet: Fleet, output: str, nodes: Sequence[str], more: Sequence[str])
 
 
 @coordinator.command(name="list-instances")
-@click.option("--node", metavar="ADDR", required=True, help="HOST:PORT of the agent.")
+@click.option("--node", metavar="ADDR", required=True, help=_NODE)
 @click.option("--tenant", type=TENANT, required=True, metavar="T", help="Whose instances.")
 @pass_fleet
 def list_instances(fleet: Fleet, output: str, node: str, tenant: TenantId) -> None:
@@ -74,7 +77,7 @@ def list_instances(fleet: Fleet, output: str, node: str, tenant: TenantId) -> No
 
 
 @coordinator.command()
-@click.option("--node", metavar="ADDR", required=True, help="HOST:PORT of the agent.")
+@click.option("--node", metavar="ADDR", required=True, help=_NODE)
 @click.option("--tenant", type=TENANT, required=True, metavar="T")
 @click.option("--pool", required=True, metavar="P", help="The pool's id.")
 @click.option("--instance", required=True, metavar="I", help="The instance's id.")

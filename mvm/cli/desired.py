@@ -29,15 +29,27 @@ _HALTED_S = 180.0  # a rollout that has not gone on for so long does not go on
 
 
 def give(
-    agents: NodeAgents, address: str, path: Path, *, prune: bool, expect: str | None, plan: bool
+    agents: NodeAgents,
+    address: str,
+    path: Path,
+    *,
+    prune: bool,
+    expect: str | None,
+    plan: bool,
+    to_its_node: bool = False,
 ) -> dict[str, Any]:
-    """The agent's answer to the document in a file, which is checked here first: a plan, and unless `plan` a job."""
+    """The agent's answer to the document in a file, which is checked here first: a plan, and unless `plan` a job.
+
+    With `to_its_node` no other node than the document's own is shown it, unless `address` names one.
+    """
     from mvm.domain.desired import parse
     from mvm.drivers.document_files import read_document
     from mvm.drivers.packed import packed
 
     value = read_document(path)
-    parse(value)
+    state = parse(value)
+    if to_its_node and "@" not in address:
+        address = f"{state.node_id}@{address}"
     params: dict[str, Any] = {"document": packed(json.dumps(value).encode()), "prune": prune}
     if not plan:
         params |= {"actor": actor(), **({} if expect is None else {"expect": expect})}

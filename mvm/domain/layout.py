@@ -70,6 +70,11 @@ class StateLayout:
         return self.root / "certs"
 
     @property
+    def known_nodes(self) -> Path:
+        """Which node has answered at which address, a file for each."""
+        return self.root / "known-nodes"
+
+    @property
     def ssh_key(self) -> Path:
         """The operator's ssh key; ``.pub`` beside it."""
         return self.root / "keys" / "ssh_ed25519"

@@ -116,7 +116,7 @@ class Probes:
             self._settings.layout.certs,
             lambda: netns.socket_in(self._namespace, socket.AF_INET, socket.SOCK_DGRAM),
         )
-        agents.call(agent_address(self._settings), "node.ping", {}, deadline_s=_ANSWER_S)
+        agents.call(f"{self._settings.node}@{agent_address(self._settings)}", "node.ping", {}, deadline_s=_ANSWER_S)
         return None
 
     def _metadata(self) -> str | None:

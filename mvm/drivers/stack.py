@@ -131,7 +131,7 @@ class Stack:
 
     def prepare_alone(self, report: Report) -> None:
         """The state directory is ready for a stack that others start; one that runs already is left alone."""
-        self.prepare()
+        self.prepare(report)
         with state_dir.held(self._layout):
             if self._probes.ask("redis", {}) is not None or self._external:
                 self._make_ready(report)
@@ -143,12 +143,13 @@ class Stack:
             redis_files.mend(self._layout.redis, self._shell, report)
         upgrade(self._settings, self._shell, report)
 
-    def prepare(self) -> None:
+    def prepare(self, report: Report = lambda _: None) -> None:
         """The state directory exists, with all keys and certificates."""
         from mvm.drivers.quic import certs
 
         state_dir.prepare(self._layout)
-        certs.init(self._layout, self._settings.node)
+        for note in certs.init(self._layout, self._settings.node):
+            report(f"WARNING: {note}")
         self._layout.metrics.mkdir(mode=0o700, exist_ok=True)
 
     def publish(self) -> None:
@@ -169,7 +170,7 @@ class Stack:
         if os.geteuid() != 0 and (self._settings.driver != "fake" or self._settings.namespace):
             raise Forbidden("permission.root", "network namespaces, bridges and microVMs need root",
                             hint="run it as root, or without guests: --driver fake --netns host")  # fmt: skip
-        self.prepare()
+        self.prepare(report)
         with state_dir.held(self._layout):
             if self._supervisor.running():
                 raise supervisor.already_up(self._layout)

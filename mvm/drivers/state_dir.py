@@ -29,7 +29,8 @@ def check_version(layout: StateLayout) -> int | None:
         if layout.version.exists():
             found = layout.version.read_text().strip()
         else:
-            names = {p.name for p in layout.root.iterdir() if not p.name.startswith(f".{layout.version.name}.")}
+            drafts = (f".{layout.version.name}.", f".{layout.certs.name}.")
+            names = {p.name for p in layout.root.iterdir() if not p.name.startswith(drafts)}
             strangers = names - _FOREIGN_OK - _own_names(layout)
             if strangers:
                 raise NotAllowed(
@@ -98,7 +99,7 @@ def denied(path: Path) -> Forbidden:
 
 def _own_names(layout: StateLayout) -> frozenset[str]:
     paths = (layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key, layout.images,
-             layout.package_cache, layout.instances, layout.locks, layout.secrets)  # fmt: skip
+             layout.package_cache, layout.instances, layout.locks, layout.secrets, layout.known_nodes)  # fmt: skip
     return frozenset(path.relative_to(layout.root).parts[0] for path in paths)
 
 

@@ -19,8 +19,9 @@ class NodeAgents(Protocol):
     """Requests over QUIC with mutual TLS.
 
     Raises the agent's own `MvmError` when it refuses, `Unreachable` (``agent.unreachable``) when nobody answers
-    at `address` (``HOST:PORT``), `Forbidden` (``agent.refused``) when either side rejects the other's certificate,
-    and `TimedOut` (``agent.timeout``) past the deadline, in seconds.
+    at `address` (``[NODE@]HOST:PORT``), `Forbidden` (``agent.refused``) when either side rejects the other's
+    certificate or (``agent.other_node``) another node answers than was meant, which then learns nothing, and
+    `TimedOut` (``agent.timeout``) past the deadline, in seconds.
     """
 
     def call(self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def test_a_given_ca_issues_and_what_was_issued_before_goes(tmp_path: Path) -> No
     given = bundle(tmp_path / "ca-bundle.pem", own)
     certs.init(StateLayout(tmp_path), NODE, given)
     assert problems(tmp_path) == {"ca": "", "node": "", "coordinator": ""}
-    assert ca_of(directory).certificate == own.certificate
+    assert certs.load_certificates(directory / "ca.pem") == (own.certificate,)
+    assert not (directory / "ca.key").exists(), "a CA's key is not kept on a node that was given it"
     first = contents(directory)
     certs.init(StateLayout(tmp_path), NODE, given)
     assert contents(directory) == first

@@ -140,7 +140,7 @@ def test_a_bad_request_is_answered_with_its_error(agent: Agent, name: str) -> No
 def test_one_connection_serves_request_after_request(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     connect = client.open_connection
-    monkeypatch.setattr(client, "open_connection", lambda *args: (opened.append(args[0]), connect(*args))[1])
+    monkeypatch.setattr(client, "open_connection", lambda *a, **k: (opened.append(a[0]), connect(*a, **k))[1])
     with agent.agents.connected(agent.address) as asked:
         for _ in range(20):
             assert asked.call("node.ping", {}, deadline_s=30) == {}

@@ -20,7 +20,7 @@ from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job
 from mvm.drivers.quic.frames import join
 from mvm.drivers.quic.identity import Peer, Role
-from mvm.errors import Unreachable
+from mvm.errors import Forbidden, Unreachable
 from mvm.ports.agents import NodeAgents
 from mvm.ports.clock import Clock
 from mvm.ports.queue import JobQueue
@@ -59,8 +59,12 @@ class LocalAgents:
     def stream(
         self, address: str, method: str, params: Mapping[str, Any], *, deadline_s: float | None
     ) -> Iterator[dict[str, Any]]:
+        meant, _, address = address.rpartition("@")
         if address not in self.nodes:
             raise Unreachable("agent.unreachable", f"no agent answers at {address}", hint="is its stack up?")
+        node = str(self.nodes[address].node_info()["node_id"])
+        if meant not in ("", node):
+            raise Forbidden("agent.other_node", f"node {node} answers at {address}, and node {meant} was meant")
         message = json.loads(json.dumps({"id": "1", "method": method, "params": dict(params)}))
         for part in accept(method_table(self.nodes[address]), _COORDINATOR, message).run():
             if part is not None:

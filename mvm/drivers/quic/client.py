@@ -12,10 +12,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mvm.domain.ids import NodeId
 from mvm.drivers.quic.frames import FrameReader, encode, join
+from mvm.drivers.quic.known_nodes import KnownNodes
 from mvm.errors import Failed, Forbidden, InvalidInput, MvmError, TimedOut, Unreachable, error_from_dict
 
 if TYPE_CHECKING:
@@ -38,7 +41,8 @@ class QuicAgents:
     """`mvm.ports.agents.NodeAgents`, one connection per request.
 
     `certs_dir` holds ``ca.pem`` and the certificate and key named `identity`; they are read at the first request.
-    `make_socket` makes the UDP socket, in another network namespace if need be. Threads may share an object.
+    `make_socket` makes the UDP socket, in another network namespace if need be. `known` says which node is meant by
+    an address that does not say so itself. Threads may share an object.
     """
 
     def __init__(
@@ -47,7 +51,9 @@ class QuicAgents:
         make_socket: Callable[[], socket.socket] = udp_socket,
         *,
         identity: str = "coordinator",
+        known: KnownNodes | None = None,
     ) -> None:
+        self._known = known or KnownNodes()
         self._certs_dir = certs_dir
         self._make_socket = make_socket
         self._identity = identity
@@ -61,7 +67,7 @@ class QuicAgents:
     @contextmanager
     def connected(self, address: str) -> Iterator[KeptConnection]:
         """See the port."""
-        agent = KeptConnection(address, lambda: open_connection(address, self._load(), self._make_socket))
+        agent = KeptConnection(address, lambda: self._open(address))
         try:
             yield agent
         finally:
@@ -72,11 +78,17 @@ class QuicAgents:
     ) -> Iterator[dict[str, Any]]:
         """One request, sent with the first `next`; answers as they come. Closing the iterator cancels it."""
         frame, deadline = _request(method, params), None if deadline_s is None else time.monotonic() + deadline_s
-        connection = open_connection(address, self._load(), self._make_socket)
+        connection = self._open(address)
         try:
             yield from connection.request(frame, deadline)
         finally:
             connection.close()
+
+    def _open(self, address: str) -> Connection:
+        declared, where = parse_address(address)
+        meant = declared or self._known.meant(where)
+        learn = partial(self._known.learn, where, declared=declared is not None)
+        return open_connection(where, self._load(), self._make_socket, meant=meant, learn=learn)
 
     def _load(self) -> Credentials:
         if self._credentials is None:
@@ -129,39 +141,64 @@ def _request(method: str, params: Mapping[str, Any]) -> bytes:
     return encode({"id": os.urandom(8).hex(), "method": method, "params": dict(params)})
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """``HOST:PORT``. Raises `InvalidInput` (``agent.invalid_address``)."""
-    host, _, port = address.rpartition(":")
+def parse_address(address: str) -> tuple[NodeId | None, str]:
+    """``[NODE@]HOST:PORT``: the node that must answer there, if it is said, and where.
+
+    Raises `InvalidInput` (``agent.invalid_address``, and that of a node's id).
+    """
+    name, at, where = address.rpartition("@")
+    _host_and_port(where)
+    return (NodeId(name) if at else None), where
+
+
+def _host_and_port(where: str) -> tuple[str, int]:
+    host, _, port = where.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InvalidInput(
-            "agent.invalid_address", f"{address!r} is not an agent's address", hint="write HOST:PORT",
-            field="node", value=address[:80],
-        )  # fmt: skip
+            "agent.invalid_address",
+            f"{where!r} is not an agent's address",
+            hint="write HOST:PORT, or NODE@HOST:PORT",
+            field="node",
+            value=where[:80],
+        )
     return host, int(port)
 
 
 def open_connection(
-    address: str, credentials: Credentials, make_socket: Callable[[], socket.socket] = udp_socket
+    where: str,
+    credentials: Credentials,
+    make_socket: Callable[[], socket.socket] = udp_socket,
+    *,
+    meant: NodeId | None = None,
+    learn: Callable[[NodeId], None] | None = None,
 ) -> Connection:
-    """A connection that has not spoken yet.
+    """A connection to ``HOST:PORT`` that has not spoken yet, to the node `meant` or to any.
 
-    Raises `InvalidInput` for the address and `Unreachable` when there is no way to it.
+    `learn` is told which node has answered. Raises `InvalidInput` for the address and `Unreachable` when there is
+    no way to it.
     """
-    host, port = parse_address(address)
+    host, port = _host_and_port(where)
     sock = make_socket()
     try:
         sock.setblocking(False)
         sock.connect((host, port))
     except OSError as error:
         sock.close()
-        raise _unreachable(address, error.strerror or str(error)) from None
-    return Connection(address, sock, credentials)
+        raise _unreachable(where, error.strerror or str(error)) from None
+    return Connection(where, sock, credentials, meant, learn)
 
 
 class Connection:
     """One QUIC connection, for one request after another. Errors are those of the port."""
 
-    def __init__(self, address: str, sock: socket.socket, credentials: Credentials) -> None:
+    def __init__(
+        self,
+        address: str,
+        sock: socket.socket,
+        credentials: Credentials,
+        meant: NodeId | None = None,
+        learn: Callable[[NodeId], None] | None = None,
+    ) -> None:
         from mvm.drivers.quic.tls import ClientQuic
 
         self._address = address
@@ -174,7 +211,9 @@ class Connection:
         self._heard: float | None = None  # when the last datagram came
         self._asked = self._begun
         self._pings = 0
-        self._quic = ClientQuic(credentials)
+        self._meant = meant
+        self._learn = learn
+        self._quic = ClientQuic(credentials, meant)
         self._quic.connect(self._peer_address, now=self._begun)
 
     def proven(self) -> bool:
@@ -211,6 +250,7 @@ class Connection:
                     raise Failed("agent.protocol", f"the agent at {self._address} broke its answer off")
                 if not isinstance(event, StreamDataReceived) or event.stream_id != stream:
                     continue
+                self._learn_who()
                 for message in self._feed(reader, event.data):
                     yield _answer(message)
                 if event.end_stream:
@@ -229,6 +269,13 @@ class Connection:
             pass  # it is gone already
         finally:
             self._socket.close()
+
+    def _learn_who(self) -> None:
+        """Tell, once, which node answers: it has a certificate for that, and has taken ours."""
+        peer = self._quic.peer
+        if self._learn is not None and peer is not None:
+            self._learn(NodeId(peer.name))
+            self._learn = None
 
     def _feed(self, reader: FrameReader, data: bytes) -> list[dict[str, Any]]:
         try:
@@ -286,6 +333,8 @@ class Connection:
         from mvm.drivers.quic.tls import CRYPTO_ERROR
 
         alert = ended.error_code - CRYPTO_ERROR
+        if self._quic.other is not None:
+            raise _other_node(self._address, self._quic.other.name, self._meant)
         if alert in _REFUSALS:
             ours = self._quic._state.name != "DRAINING"
             raise Forbidden(
@@ -312,6 +361,17 @@ def _answer(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(ok, dict):
         raise Failed("agent.protocol", "the agent's answer has neither result nor error")
     return ok
+
+
+def _other_node(address: str, found: str, meant: NodeId | None) -> Forbidden:
+    return Forbidden(
+        "agent.other_node",
+        f"node {found} answers at {address}, and node {meant} was meant; it was told nothing",
+        hint=f"if the address is now that node's: {found}@{address}",
+        address=address,
+        node=found,
+        meant=meant,
+    )
 
 
 def _unreachable(address: str, why: str) -> Unreachable:

@@ -7,17 +7,19 @@ consent), and exactly one name under ``spiffe://mvm/``.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, ObjectIdentifier
-from cryptography.x509.verification import PolicyBuilder, Store
+from cryptography.x509.verification import Criticality, ExtensionPolicy, Policy, PolicyBuilder, Store
 
 from mvm.domain.ids import NodeId
 from mvm.errors import Forbidden, InvalidInput, NotFound
@@ -61,7 +63,7 @@ class Credentials:
     @property
     def store(self) -> Store:
         """The trusted CA certificates, as the verifier wants them."""
-        return Store(list(self.authorities))
+        return store_of(self.authorities)
 
 
 def node_uri(node_id: NodeId) -> str:
@@ -74,10 +76,15 @@ def node_dns(node_id: NodeId) -> str:
     return f"{node_id}.node.mvm"
 
 
+def store_of(authorities: Sequence[x509.Certificate]) -> Store:
+    """Trusted CA certificates, as the verifier wants them."""
+    return Store(list(authorities))
+
+
 def verify_client(store: Store, leaf: x509.Certificate, chain: Sequence[x509.Certificate]) -> Peer:
     """Who calls. Raises `Refused`."""
     try:
-        PolicyBuilder().store(store).build_client_verifier().verify(leaf, list(chain))
+        _policy(store).build_client_verifier().verify(leaf, list(chain))
         return _peer(leaf, ExtendedKeyUsageOID.CLIENT_AUTH)
     except Refused:
         raise
@@ -92,7 +99,7 @@ def verify_server(store: Store, leaf: x509.Certificate, chain: Sequence[x509.Cer
         if peer.role is not Role.NODE:
             raise Refused("the certificate is not a node's")
         name = x509.DNSName(node_dns(NodeId(peer.name)))
-        PolicyBuilder().store(store).build_server_verifier(name).verify(leaf, list(chain))
+        _policy(store).build_server_verifier(name).verify(leaf, list(chain))
         return peer
     except Refused:
         raise
@@ -100,47 +107,100 @@ def verify_server(store: Store, leaf: x509.Certificate, chain: Sequence[x509.Cer
         raise Refused(_why(error)) from error
 
 
+def _policy(store: Store) -> PolicyBuilder:
+    """What RFC 5280 asks of CAs, not what browsers ask of them: no key usage is as good as one for signing.
+
+    The verifier itself still wants keys and signatures that it knows, and in a CA's extended key usage, if there
+    is one, the use in question.
+    """
+    authorities = (
+        ExtensionPolicy.webpki_defaults_ca()
+        .may_be_present(x509.KeyUsage, Criticality.AGNOSTIC, _check_usage)
+        .require_present(x509.BasicConstraints, Criticality.AGNOSTIC, _check_ca)
+    )
+    return PolicyBuilder().store(store).extension_policies(
+        ca_policy=authorities, ee_policy=ExtensionPolicy.webpki_defaults_ee()
+    )  # fmt: skip
+
+
+def _check_usage(_policy: Policy, _certificate: x509.Certificate, usage: x509.KeyUsage | None) -> None:
+    if usage is not None and not usage.key_cert_sign:
+        raise ValueError("a CA's certificate is not for signing certificates")
+
+
+def _check_ca(_policy: Policy, _certificate: x509.Certificate, constraints: x509.BasicConstraints) -> None:
+    if not constraints.ca:
+        raise ValueError("the certificate of an issuer is no CA's")
+
+
 def load_credentials(directory: Path, name: str) -> Credentials:
     """``ca.pem``, ``NAME.pem`` and ``NAME.key``.
 
     Raises `NotFound` (``certs.missing``), `Forbidden` (``certs.unreadable``) and `InvalidInput` (``certs.damaged``).
     """
-    authorities = load_certificates(directory / "ca.pem")
-    certificate, *chain = load_certificates(directory / f"{name}.pem")
-    return Credentials(authorities, certificate, tuple(chain), load_key(directory / f"{name}.key"))
+    with _opened(directory) as fd:  # one set, even if another takes its place meanwhile
+        authorities = _certificates(directory / "ca.pem", fd)
+        certificate, *chain = _certificates(directory / f"{name}.pem", fd)
+        key = _key(directory / f"{name}.key", fd)
+    return Credentials(authorities, certificate, tuple(chain), key)
 
 
 def load_certificates(path: Path) -> tuple[x509.Certificate, ...]:
     """At least one certificate; errors as `load_credentials`."""
-    data = read(path)
+    return _certificates(path)
+
+
+def load_key(path: Path) -> Any:
+    """An unencrypted private key; errors as `load_credentials`."""
+    return _key(path)
+
+
+def read(path: Path, directory: int | None = None) -> bytes:
+    """The file's bytes, by its name in an open `directory` if there is one; errors as `load_credentials`."""
+    try:
+        with open(path if directory is None else path.name, "rb", opener=partial(os.open, dir_fd=directory)) as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unreadable(directory, error) from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _certificates(path: Path, directory: int | None = None) -> tuple[x509.Certificate, ...]:
+    data = read(path, directory)
     try:
         return tuple(x509.load_pem_x509_certificates(data))
     except ValueError:
         raise damaged(path, "holds no certificate") from None
 
 
-def load_key(path: Path) -> Any:
-    """An unencrypted private key; errors as `load_credentials`."""
-    data = read(path)
+def _key(path: Path, directory: int | None = None) -> Any:
+    data = read(path, directory)
     try:
         return load_pem_private_key(data, password=None)
     except (ValueError, TypeError):
         raise damaged(path, "holds no unencrypted private key") from None
 
 
-def read(path: Path) -> bytes:
-    """The file's bytes; errors as `load_credentials`."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise NotFound(
-            "certs.missing", f"{path} does not exist", hint="run: mvm agent certs init", path=str(path)
-        ) from None
-    except OSError as error:
-        raise Forbidden(
-            "certs.unreadable", f"{path}: {os.strerror(error.errno or 0)}",
-            hint="run as the user that owns the state directory", path=str(path),
-        ) from None  # fmt: skip
+def _unreadable(path: Path, error: OSError) -> NotFound | Forbidden:
+    if isinstance(error, FileNotFoundError):
+        return NotFound("certs.missing", f"{path} does not exist", hint="run: mvm agent certs init", path=str(path))
+    return Forbidden(
+        "certs.unreadable",
+        f"{path}: {os.strerror(error.errno or 0)}",
+        hint="run as the user that owns the state directory",
+        path=str(path),
+    )
 
 
 def damaged(path: Path, why: str) -> InvalidInput:

@@ -16,6 +16,7 @@ from aioquic._buffer import Buffer
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection
 
+from mvm.domain.ids import NodeId
 from mvm.drivers.quic.frames import ALPN
 from mvm.drivers.quic.identity import Credentials, Peer, Refused, verify_client, verify_server
 
@@ -63,14 +64,20 @@ class _ServerTls(tls.Context):
 class _ClientTls(tls.Context):
     store: Store
     peer: Peer | None = None
+    meant: NodeId | None = None
+    other: Peer | None = None  # a node of ours that answered in place of the one that was meant
 
     def _client_handle_certificate_verify(self, input_buf: Buffer) -> None:
         super()._client_handle_certificate_verify(input_buf)  # the server has the key
         assert self._peer_certificate is not None
         try:
-            self.peer = verify_server(self.store, self._peer_certificate, self._peer_certificate_chain)
+            peer = verify_server(self.store, self._peer_certificate, self._peer_certificate_chain)
         except Refused as refused:
             raise tls.AlertBadCertificate(str(refused)) from refused
+        if self.meant is not None and peer.name != self.meant:
+            self.other = peer
+            raise tls.AlertBadCertificate(f"the certificate is for {peer}, and node/{self.meant} was meant")
+        self.peer = peer
 
     def _client_handle_finished(self, input_buf: Buffer, output_buf: Buffer) -> None:
         # The inherited method sends our certificate and installs the keys for application data.
@@ -117,13 +124,27 @@ class ServerQuic(_Verified):
 
 
 class ClientQuic(_Verified):
-    """A client's connection that sends nothing, not even its certificate, to a server that is not a node."""
+    """A client's connection that sends nothing, not even its certificate, to a server that is not a node.
+
+    With `meant` it is that node and no other.
+    """
 
     context = _ClientTls
+    tls: _ClientTls
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: Credentials, meant: NodeId | None = None) -> None:
         super().__init__(configuration=_configuration(credentials, is_client=True))
         self.store = credentials.store
+        self._meant = meant
+
+    @property
+    def other(self) -> Peer | None:
+        """The node that answered in place of the one that was meant."""
+        return self.tls.other if hasattr(self, "tls") else None
+
+    def _initialize(self, peer_cid: bytes) -> None:
+        super()._initialize(peer_cid)
+        self.tls.meant = self._meant
 
 
 def server_configuration(credentials: Credentials) -> QuicConfiguration:
