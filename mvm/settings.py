@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from mvm.domain.firewall import Plan, parse_host_ports
+from mvm.domain.firewall import TENANT_FLOWS, Plan, parse_host_ports
 from mvm.domain.ids import NodeId, node_id_from_hostname
 from mvm.domain.layout import DEFAULT_STATE_DIR, StateLayout
 from mvm.domain.tries import TryPolicy, parse_deadlines
@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     uplink: str = Field("", max_length=15, pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$")
     host_ports: str = ""
     egress_never: str = ""
+    tenant_flows: int = Field(TENANT_FLOWS, ge=16, le=1 << 20)
     worker_threads: int = Field(16, ge=1, le=256)
     urgent_threads: int = Field(4, ge=1, le=64)
     parallel_boots: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
@@ -146,7 +147,7 @@ class Settings(BaseSettings):
     def plan(self) -> Plan:
         """What the node's packet filter is made from."""
         never = tuple(IPv4Network(word) for word in self.egress_never.split(",") if word)
-        return Plan(self.uplink, parse_host_ports(self.host_ports), never)
+        return Plan(self.uplink, parse_host_ports(self.host_ports), never, self.tenant_flows)
 
     @property
     def layout(self) -> StateLayout:

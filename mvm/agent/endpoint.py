@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from typing import cast
 
 import structlog
 from aioquic.asyncio.protocol import QuicConnectionProtocol
@@ -17,8 +19,10 @@ from cryptography.x509.verification import Store
 
 from mvm.agent.dispatch import Dispatcher, Reply, error_frame
 from mvm.agent.refusals import Refusals
+from mvm.agent.renewal import Renewal
+from mvm.agent.room import Room
 from mvm.drivers.quic.frames import FrameReader
-from mvm.drivers.quic.identity import Credentials, Peer
+from mvm.drivers.quic.identity import Peer
 from mvm.drivers.quic.tls import ServerQuic, server_configuration
 from mvm.errors import InvalidInput
 
@@ -27,8 +31,6 @@ log = structlog.get_logger(__name__)
 HANDSHAKE_S = 5.0
 WATCH_S = 0.3  # how often a client is asked for a sign that has something at work which must end with it
 DOUBT_S = 0.25  # how long one has for that whose host says that nobody listens there
-MAX_CONNECTIONS = 256
-MAX_UNVERIFIED = 64  # of them in the middle of a handshake
 MAX_HELD = 4 << 20  # bytes of unfinished requests on one connection
 _UNIDIRECTIONAL = 2  # this bit of a stream's id
 _GIVEN_UP = 1  # application code of a stream we no longer read
@@ -37,17 +39,19 @@ _GIVEN_UP = 1  # application code of a stream we no longer read
 class _Peering(QuicConnectionProtocol):
     """One connection."""
 
-    def __init__(self, quic: QuicConnection, endpoint: Endpoint) -> None:
+    def __init__(self, quic: QuicConnection, endpoint: Endpoint, source: str) -> None:
         self._guarded = ServerQuic.adopt(quic, endpoint.store)
         super().__init__(quic)
         self._endpoint = endpoint
         self._requests: dict[int, _Incoming] = {}
         self._replies: dict[int, Reply] = {}
         self._deaf: set[int] = set()  # answered before the request had ended; the rest is not read
-        self._limit = self._loop.call_later(HANDSHAKE_S, partial(self._expire, "no handshake in time"))
+        self._limit = self._loop.call_later(HANDSHAKE_S, partial(self.expire, "no handshake in time"))
         self._heard = self._loop.time()
         self._watching = False
         self.peer: Peer | None = None
+        self.source = source
+        self.since = self._loop.time()
 
     @property
     def closing(self) -> bool:
@@ -96,18 +100,22 @@ class _Peering(QuicConnectionProtocol):
 
     def _verified(self) -> None:
         self._limit.cancel()
-        self.peer = self._guarded.peer
-        if self.peer is None:  # the guards let nobody come so far
-            self._expire("unverified")
+        peer = self._guarded.peer
+        if peer is None:  # the guards let nobody come so far
+            self.expire("unverified")
             return
+        if not self._endpoint.room.for_peer(peer):
+            self.expire(f"no room for another connection of {peer}")
+            return
+        self.peer = peer
         # A certificate is looked at once; no connection outlives it.
         left = (self.peer.not_after - datetime.now(UTC)).total_seconds()
-        self._limit = self._loop.call_later(max(left, 0.0), partial(self._expire, "the certificate has expired"))
+        self._limit = self._loop.call_later(max(left, 0.0), partial(self.expire, "the certificate has expired"))
 
     def _take(self, peer: Peer, event: events.StreamDataReceived) -> None:
         stream = event.stream_id
         if stream & _UNIDIRECTIONAL:
-            self._expire("unidirectional streams are not used")
+            self.expire("unidirectional streams are not used")
             return
         if stream in self._deaf:
             if event.end_stream:
@@ -116,7 +124,7 @@ class _Peering(QuicConnectionProtocol):
         incoming = self._requests.setdefault(stream, _Incoming())
         incoming.held += len(event.data)
         if sum(request.held for request in self._requests.values()) > MAX_HELD:
-            self._expire("too many unfinished requests")
+            self.expire("too many unfinished requests")
             return
         try:
             incoming.messages += incoming.reader.feed(event.data)
@@ -148,7 +156,7 @@ class _Peering(QuicConnectionProtocol):
 
     def _judge(self, asked: float) -> None:
         if self._heard < asked:
-            self._expire("nobody listens there any more")
+            self.expire("nobody listens there any more")
 
     def _hang_up(self) -> None:
         for reply in self._replies.values():
@@ -167,7 +175,8 @@ class _Peering(QuicConnectionProtocol):
         if stream in self._replies:
             self._replies[stream].cancel()
 
-    def _expire(self, why: str) -> None:
+    def expire(self, why: str) -> None:
+        """End it, and tell the other side why."""
         if not self.closing:
             log.info("agent.connection_closed", peer=str(self.peer), why=why)
         self.close(reason_phrase=why)
@@ -180,6 +189,10 @@ class _Peering(QuicConnectionProtocol):
             log.info("agent.peer_refused", code=hex(event.error_code), why=event.reason_phrase)
         self._requests.clear()
         self._hang_up()
+
+
+class _NoRoom(Exception):
+    """A new connection is one too many."""
 
 
 class _Incoming:
@@ -214,21 +227,29 @@ class _Outlet:
 class Endpoint(QuicServer):
     """All connections of one UDP socket, a bounded number, each address proven (retry) before it costs memory."""
 
-    def __init__(self, credentials: Credentials, dispatcher: Dispatcher, sock: socket.socket) -> None:
-        super().__init__(configuration=server_configuration(credentials), create_protocol=self._connect, retry=True)
+    def __init__(self, renewal: Renewal, dispatcher: Dispatcher, sock: socket.socket) -> None:
+        configuration = server_configuration(renewal.credentials)
+        super().__init__(configuration=configuration, create_protocol=self._connect, retry=True)
         self._refusals = Refusals(sock)
-        self.store: Store = credentials.store
+        self._renewal = renewal
+        self.store: Store = renewal.credentials.store
+        self._source = ""
         self.dispatcher = dispatcher
         self.connections: set[_Peering] = set()
         self.answering: set[Reply] = set()
         self.changed = asyncio.Event()
+        self.room = Room(self.connections, lambda held, why: cast(_Peering, held).expire(why))
 
     def datagram_received(self, data: bytes | str, addr: NetworkAddress) -> None:
-        """Drop what would open one connection too many."""
+        """Drop what would open one connection too many. New ones see the certificates of now."""
         assert isinstance(data, bytes)
-        if self._opens(data) and self._full():
-            return
-        super().datagram_received(data, addr)
+        if self._opens(data):
+            self._source = str(addr[0])
+            if self._renewal.renewed():
+                self._configuration = server_configuration(self._renewal.credentials)
+                self.store = self._renewal.credentials.store
+        with suppress(_NoRoom):
+            super().datagram_received(data, addr)
 
     def error_received(self, exc: Exception) -> None:
         """The network has told of an error. It may do so while a connection sends, so what follows comes later."""
@@ -256,12 +277,10 @@ class Endpoint(QuicServer):
         """Whether this datagram, with a long header, is of a connection we do not know."""
         return len(data) > 6 and data[0] & 0x80 != 0 and data[6 : 6 + data[5]] not in self._protocols
 
-    def _full(self) -> bool:
-        open_ = [connection for connection in self.connections if not connection.closing]
-        unverified = sum(connection.peer is None for connection in open_)
-        return len(open_) >= MAX_CONNECTIONS or unverified >= MAX_UNVERIFIED
-
     def _connect(self, quic: QuicConnection, stream_handler: Callable[..., None] | None = None) -> _Peering:
-        peering = _Peering(quic, self)
+        """A connection whose address has been proven by a retry token, before anything of it is kept."""
+        if not self.room.for_handshake(self._source, asyncio.get_running_loop().time()):
+            raise _NoRoom
+        peering = _Peering(quic, self, self._source)
         self.connections.add(peering)
         return peering

@@ -13,9 +13,10 @@ import structlog
 from mvm.agent.dispatch import Dispatcher
 from mvm.agent.endpoint import Endpoint
 from mvm.agent.methods import Method
+from mvm.agent.renewal import Renewal
 from mvm.drivers.quic.client import open_connection
 from mvm.drivers.quic.frames import encode
-from mvm.drivers.quic.identity import Credentials, Refused, load_credentials, verify_server
+from mvm.drivers.quic.identity import Credentials
 from mvm.errors import Failed, Forbidden, TimedOut, Unreachable
 
 log = structlog.get_logger(__name__)
@@ -50,17 +51,16 @@ async def serve(sock: socket.socket, certs_dir: Path, methods: Mapping[str, Meth
     certificate is not refused.
     """
     with sock:
-        credentials = load_credentials(certs_dir, "node")
-        node = _own_name(credentials)
+        renewal = Renewal(certs_dir)
         dispatcher = Dispatcher(methods)
         transport, endpoint = await asyncio.get_running_loop().create_datagram_endpoint(
-            lambda: Endpoint(credentials, dispatcher, sock), sock=sock
+            lambda: Endpoint(renewal, dispatcher, sock), sock=sock
         )
         host, port = sock.getsockname()
         try:
             own = f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-            await asyncio.to_thread(refuses_strangers, own, credentials)
-            log.info("agent.ready", node=node, address=f"{host}:{port}")
+            await asyncio.to_thread(refuses_strangers, own, renewal.credentials)
+            log.info("agent.ready", node=renewal.node, address=f"{host}:{port}")
             await stop.wait()
             log.info("agent.stopping", connections=len(endpoint.connections), requests=len(endpoint.answering))
             await endpoint.drain(grace_s=GRACE_S)
@@ -86,14 +86,3 @@ def refuses_strangers(address: str, credentials: Credentials) -> None:
     finally:
         connection.close()
     raise Failed("agent.not_secure", f"whether a client without a certificate is refused is unknown: {outcome}")
-
-
-def _own_name(credentials: Credentials) -> str:
-    assert credentials.certificate is not None
-    try:
-        return verify_server(credentials.store, credentials.certificate, credentials.chain).name
-    except Refused as refused:
-        raise Failed(
-            "agent.bad_certificate", f"this node's certificate cannot be used: {refused}",
-            hint="mvm agent certs status shows it; mvm agent certs init replaces it",
-        ) from None  # fmt: skip

@@ -17,6 +17,7 @@ FIRST_OFFSET = 3
 DEFAULT_PREFIX = 24  # 4096 of them fill the cluster's /12 exactly
 LONGEST_PREFIX = 29  # gateway, builder and three guests
 _GATEWAY_OFFSET = 1
+GATEWAY_MAC, GATEWAY_MAC_MASK = "02:6d:00:00:00:01", "ff:ff:00:00:ff:ff"  # what every bridge's have in common
 _TAP, _BRIDGE = re.compile(r"tn(\d{1,4})i(\d{1,5})"), re.compile(r"br-tenant-(\d{1,4})")
 _UIDS = 1 << 28
 _FIRST_UID = 0x6000_0000  # 28 bits from here on are nobody's on a Debian: below the signed half, above containers

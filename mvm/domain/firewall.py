@@ -1,5 +1,8 @@
 """The node's packet filter as a pure function of what runs on it: nftables commands, one a line.
 
+The kernel's table of connections is shared by all tenants. What stays within a bridge, or ends at the host, is not
+tracked; what leaves by the uplink has to be, and each tenant has so many flows.
+
 Two tables, because a frame is judged where it enters: ``bridge mvm`` at the TAP (whose it is), ``inet mvm`` where it
 leaves its bridge (where it may go). What differs from guest to guest is in sets and maps alone, so that a change costs
 the same however many there are. Everything is by name, so that an interface that is not in a set passes nothing.
@@ -12,9 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 
-from mvm.domain.addressing import CLUSTER, METADATA, TenantNetwork
+from mvm.domain.addressing import CLUSTER, GATEWAY_MAC, GATEWAY_MAC_MASK, METADATA, TenantNetwork
 from mvm.domain.egress import NEVER, NO_EGRESS, Destination, Egress, EgressPolicy, Protocol
 from mvm.domain.ids import PoolId
+
+TENANT_FLOWS = 8192  # of the kernel's usual 262144
 
 _BRIDGE = f"""
 add table bridge mvm
@@ -26,6 +31,7 @@ add chain bridge mvm guest
 add rule bridge mvm prerouting iifname "tn*" goto guest
 add rule bridge mvm guest ether type {{ 8021q, 8021ad }} drop
 add rule bridge mvm guest udp sport 67 drop
+add rule bridge mvm guest ether daddr & {GATEWAY_MAC_MASK} != {GATEWAY_MAC} notrack
 add rule bridge mvm guest iifname . ether saddr . ip saddr @guests accept
 add rule bridge mvm guest iifname . arp saddr ether . arp saddr ip != @guests drop
 add rule bridge mvm guest iifname . ether saddr . arp saddr ip @guests accept
@@ -41,6 +47,10 @@ add set inet mvm gateways {{ type ifname . ipv4_addr; }}
 add chain inet mvm prerouting {{ type filter hook prerouting priority raw; policy accept; }}
 add rule inet mvm prerouting iifname "tn*" drop
 add rule inet mvm prerouting iifname "mvmtmpl*" drop
+add rule inet mvm prerouting iifname "br-tenant-*" ip daddr {METADATA} tcp dport 80 notrack
+add rule inet mvm prerouting icmp type echo-request iifname . ip daddr @gateways notrack
+add chain inet mvm output {{ type filter hook output priority raw; policy accept; }}
+add rule inet mvm output oifname "br-tenant-*" ip saddr {METADATA} tcp sport 80 notrack
 add chain inet mvm input {{ type filter hook input priority filter - 10; policy accept; }}
 add chain inet mvm to_host
 add rule inet mvm input iifname "br-tenant-*" goto to_host
@@ -54,7 +64,7 @@ add rule inet mvm to_host drop
 add chain inet mvm forward { type filter hook forward priority filter - 10; policy accept; }
 add chain inet mvm from_guest
 add chain inet mvm to_guest
-add rule inet mvm forward iifname . oifname @bridges accept
+add rule inet mvm forward iifname . oifname @bridges ct state untracked accept
 add rule inet mvm forward iifname "br-tenant-*" goto from_guest
 add rule inet mvm forward oifname "br-tenant-*" goto to_guest
 """.strip().splitlines()
@@ -91,14 +101,24 @@ class Plan:
     uplink: str = ""
     host_ports: tuple[HostPort, ...] = ()
     never: tuple[IPv4Network, ...] = ()
+    flows: int = TENANT_FLOWS
 
     def commands(self) -> list[str]:
         """Everything that is the same for all tenants, in place of what is there."""
+        return [*_BRIDGE, *self._host(), *_FORWARD, *self._outside()]
+
+    def _host(self) -> list[str]:
+        """What guests reach of the host. It needs no tracking: where it comes from and goes to says enough."""
+        if not self.host_ports:
+            return []
         ports = ", ".join(f"{p.protocol} . {p.port}" for p in self.host_ports)
-        reachable = [
-            f"add rule inet mvm to_host iifname . ip daddr @gateways meta l4proto . th dport {{ {ports} }} accept"
+        asked = f"iifname . ip daddr @gateways meta l4proto . th dport {{ {ports} }}"
+        answered = f"oifname . ip saddr @gateways meta l4proto . th sport {{ {ports} }}"
+        return [
+            f"add rule inet mvm to_host {asked} accept",
+            f"add rule inet mvm prerouting {asked} notrack",
+            f"add rule inet mvm output {answered} notrack",
         ]
-        return [*_BRIDGE, *(reachable if self.host_ports else []), *_FORWARD, *self._outside()]
 
     def _outside(self) -> list[str]:
         drop = ["add rule inet mvm from_guest drop", "add rule inet mvm to_guest drop"]
@@ -227,6 +247,7 @@ def ways_out(plan: Plan, network: TenantNetwork, pools: Iterable[tuple[PoolId, E
     rules = tuple(rule for pool, egress in sorted(pools) for rule in _rules(network, pool, egress) if plan.uplink)
     if not rules:
         return Ruleset(plan)
+    rules = (f"ct state new ct count over {plan.flows} drop", *rules)
     chain = f"tenant-{network.net_id}"
     # A member that leads to a chain has the kernel walk all of them, so it is one for a tenant, not one for a guest.
     lead = Element("inet mvm egress", f'"{network.bridge}"', f"jump {chain}")

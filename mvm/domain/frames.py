@@ -43,10 +43,10 @@ def arp_answer(mac: str, address: IPv4Address, to_mac: str, to: IPv4Address) -> 
     return struct.pack("!H", _REPLY) + mac_bytes(mac) + address.packed + mac_bytes(to_mac) + to.packed
 
 
-def echo(source: IPv4Address, to: IPv4Address, token: bytes) -> bytes:
-    """An ICMP echo request in an IP packet."""
-    head = struct.pack("!BBHHH", _ECHO, 0, 0, 1, 1)
-    body = struct.pack("!BBHHH", _ECHO, 0, _checksum(head + token), 1, 1) + token
+def echo(source: IPv4Address, to: IPv4Address, token: bytes, *, ident: int = 1) -> bytes:
+    """An ICMP echo request in an IP packet; one `ident` is one conversation."""
+    head = struct.pack("!BBHHH", _ECHO, 0, 0, ident, 1)
+    body = struct.pack("!BBHHH", _ECHO, 0, _checksum(head + token), ident, 1) + token
     return _packet(_ICMP, source, to, body)
 
 

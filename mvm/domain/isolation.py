@@ -155,6 +155,9 @@ def _host(party: Party, plan: Plan, tokens: Tokens, *, metadata: bool) -> Iterat
         yield tcp("metadata", METADATA, PORT, False)
         sign = tokens.next()
         yield asked("icmp", "metadata", False, frames.echo(a.ip, METADATA, sign), sign)
+    sign, b = tokens.next(), party.two
+    packet = frames.udp(a.ip, b.ip, sign, port=PORT, sport=tokens.sport())
+    yield Probe("by the gateway", a.wire, f"{party.name} {b.ip}", False, a.by_gateway(packet), b.wire, sign)
     sign = tokens.next()
     frame = frames.ethernet(frames.LINK_LOCAL_GROUP, a.mac, frames.IP, frames.echo(a.ip, gateway, sign))
     yield Probe("past the bridge", a.wire, host, False, frame, a.wire, sign)

@@ -13,7 +13,9 @@ from mvm.domain.frames import mac_bytes
 from mvm.drivers.netlink import ACK, CREATE, REPLACE, REQUEST, Line, attribute, frame, nested
 
 _ROUTE = 0  # NETLINK_ROUTE
-_NEW_LINK, _NEW_ADDRESS = 16, 20
+_NEW_LINK, _NEW_ADDRESS, _NEW_NEIGHBOUR = 16, 20, 28
+_PERMANENT = 0x80  # NUD_PERMANENT
+_DESTINATION, _HARDWARE = 1, 2
 _UP = 1
 _MAC, _MASTER, _INFO, _OF_FAMILY = 1, 10, 18, 26
 _KIND, _DATA, _STP = 1, 2, 5
@@ -41,6 +43,15 @@ class Interfaces:
         head = struct.pack("=BBBBI", socket.AF_INET, prefix, 0, 0, socket.if_nametoindex(name))
         own = attribute(_LOCAL, address.packed) + attribute(_ADDRESS, address.packed)
         self._line.ask(frame(_NEW_ADDRESS, 1, REQUEST | ACK | CREATE | REPLACE, head + own), 1)
+
+    def settle(self, bridge: str, address: IPv4Address, mac: str) -> None:
+        """A guest's place among the neighbours on `bridge`, known and kept however many others there are.
+
+        Who is asked for by ARP has to find room in a table that all namespaces of the host share.
+        """
+        head = struct.pack("=BxxxiHBB", socket.AF_INET, socket.if_nametoindex(bridge), _PERMANENT, 0, 0)
+        place = attribute(_DESTINATION, address.packed) + attribute(_HARDWARE, mac_bytes(mac))
+        self._line.ask(frame(_NEW_NEIGHBOUR, 1, REQUEST | ACK | CREATE | REPLACE, head + place), 1)
 
     def _change(self, name: str, attributes: bytes) -> None:
         head = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, socket.if_nametoindex(name), _UP, _UP)

@@ -37,21 +37,22 @@ class LinuxNetwork:
 
     def ensure_bridge(self, network: TenantNetwork) -> None:
         """See ports/network.py."""
-        self._ensure(network, None)
+        self._ensure(network)
 
     def ensure_tap(self, network: TenantNetwork, offset: int) -> None:
         """See ports/network.py. A TAP that cannot become a port is removed again."""
         tap = network.tap(offset)
         try:
-            self._ensure(network, tap, network.uid(offset))
+            self._ensure(network, offset)
         except Failed:
             if self.taps().get(tap, network.bridge) is None:
                 self.remove_taps(frozenset({tap}))
             raise
 
-    def _ensure(self, network: TenantNetwork, tap: str | None, owner: int = 0) -> None:
-        attach = [f"link set dev {tap} master {network.bridge} addrgenmode none up"] if tap else []
-        create = [f"tuntap add dev {tap} mode tap user {owner} group {owner}"] if tap else []
+    def _ensure(self, network: TenantNetwork, offset: int | None = None) -> None:
+        tap = None if offset is None else network.tap(offset)
+        create = [] if offset is None else _tap_made(network, offset)
+        attach = [] if offset is None else _tap_up(network, offset)
 
         def missing(links: Links) -> list[str]:
             bridge_there, tap_there = network.bridge in links, tap in links
@@ -62,21 +63,22 @@ class LinuxNetwork:
             return [*bridge, *_bridge_up(network), *([] if tap_there else create), *attach]
 
         try:
-            self._usual(network, tap, owner)
+            self._usual(network, offset)
         except OSError:
             self._apply(missing)
         with suppress(FileNotFoundError):  # removed meanwhile
             (_CONF / network.bridge / "arp_ignore").write_text(_OWN_ADDRESSES)
 
-    def _usual(self, network: TenantNetwork, tap: str | None, owner: int) -> None:
+    def _usual(self, network: TenantNetwork, offset: int | None) -> None:
         """As the commands say; it fails before it touches what is not ours."""
         bridge = network.bridge
         self._interfaces.bridge_up(bridge, network.mac(_GATEWAY_OFFSET))
         self._interfaces.give(bridge, network.gateway, network.subnet.prefixlen)
         self._interfaces.give(bridge, METADATA, METADATA.max_prefixlen)
-        if tap is not None:
-            create_tap(tap, owner)
-            self._interfaces.port_up(tap, bridge)
+        if offset is not None:
+            create_tap(network.tap(offset), network.uid(offset))
+            self._interfaces.port_up(network.tap(offset), bridge)
+            self._interfaces.settle(bridge, network.ip(offset), network.mac(offset))
 
     def remove_bridges(self, names: frozenset[str]) -> None:
         """See ports/network.py."""
@@ -182,6 +184,20 @@ def _bridge_up(network: TenantNetwork) -> list[str]:
         f"link set dev {name} address {mac} addrgenmode none up type bridge stp_state 0",
         f"addr replace {network.gateway}/{network.subnet.prefixlen} dev {name}",
         f"addr replace {METADATA}/32 dev {name}",
+    ]
+
+
+def _tap_made(network: TenantNetwork, offset: int) -> list[str]:
+    owner = network.uid(offset)
+    return [f"tuntap add dev {network.tap(offset)} mode tap user {owner} group {owner}"]
+
+
+def _tap_up(network: TenantNetwork, offset: int) -> list[str]:
+    """The TAP is a port of the bridge, and its guest has a place among the neighbours that no other takes."""
+    bridge, place = network.bridge, f"{network.ip(offset)} lladdr {network.mac(offset)}"
+    return [
+        f"link set dev {network.tap(offset)} master {bridge} addrgenmode none up",
+        f"neigh replace {place} dev {bridge} nud permanent",
     ]
 
 

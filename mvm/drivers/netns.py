@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mvm.errors import Failed, Forbidden, InvalidInput, NotFound
@@ -17,6 +17,7 @@ from mvm.ports.shell import Shell
 _DIRECTORY = Path("/run/netns")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _CLONE_NEWNET = 0x40000000
+_BRIDGE_NETFILTER = ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables", "bridge-nf-call-arptables")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -47,7 +48,8 @@ def names(prefix: str) -> list[str]:
 def create(shell: Shell, name: str) -> bool:
     """The namespace `name` exists and its loopback is up; returns whether it was made here and now.
 
-    In one made here nothing is forwarded between interfaces until somebody says so; another's is left as it is.
+    In one made here nothing is forwarded between interfaces until somebody says so, and frames that stay within a
+    bridge are none of IP's business; another's is left as it is.
     Raises `Failed` (``shell.failed``).
     """
     made = not exists(name)
@@ -58,12 +60,23 @@ def create(shell: Shell, name: str) -> bool:
         if made:
             with entered(path_of(name)):
                 Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
+                keep_bridged_frames_from_ip()
         shell.run(["ip", "-n", name, "link", "set", "lo", "up"])
     except BaseException:
         if made:
             delete(shell, name)
         raise
     return made
+
+
+def keep_bridged_frames_from_ip() -> None:
+    """In the calling thread's namespace IP's filters and the table of connections see only what leaves a bridge.
+
+    Where the kernel has no bridge netfilter that is so anyway.
+    """
+    for name in _BRIDGE_NETFILTER:
+        with suppress(FileNotFoundError):
+            Path("/proc/sys/net/bridge", name).write_text("0")
 
 
 def delete(shell: Shell, name: str) -> None:

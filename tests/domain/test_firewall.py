@@ -54,6 +54,7 @@ def test_a_tenant_with_a_way_out_has_a_chain_and_its_pools_have_sets() -> None:
     rules = ruleset(OUT, [ACME, BETA], pools, [GuestPort(ACME, 3, WEB, LIST), GuestPort(ACME, 4, off, NO_EGRESS)])
     assert rules.chains == {
         "tenant-7": (
+            "ct state new ct count over 8192 drop",
             "ip saddr @pool-7-api accept",
             "ip saddr @pool-7-web ip daddr 192.0.2.0/24 tcp dport 443 accept",
             "ip saddr @pool-7-web ip daddr 198.51.100.7/32 accept",

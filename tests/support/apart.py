@@ -13,7 +13,7 @@ from typing import Any
 
 from mvm.domain import frames
 from mvm.domain.egress import Egress
-from mvm.domain.firewall import Change, GuestPort, Plan, Ruleset, guest_elements, parse_host_ports
+from mvm.domain.firewall import TENANT_FLOWS, Change, GuestPort, Ruleset, guest_elements
 from mvm.domain.ids import NodeId
 from mvm.domain.isolation import greetings, probes, ways_out
 from mvm.domain.job import JobState, JobVerb
@@ -149,9 +149,9 @@ class Trial:
             *(x for p in parties for x in _from_outside(p, tokens)),
         ]  # fmt: skip
 
-    def rows(self, *, patience_s: float = 2.0) -> list[dict[str, Any]]:
+    def rows(self, *, patience_s: float = 2.0, settle_s: float = 0.3) -> list[dict[str, Any]]:
         rows = run(
-            SystemClock(), self.node.probing, self.wires, self.probes(), settle_s=0.3, patience_s=patience_s
+            SystemClock(), self.node.probing, self.wires, self.probes(), settle_s=settle_s, patience_s=patience_s
         )  # fmt: skip
         return rows + [called(self.node.probing, p.name, p.one) for p in self.parties]
 
@@ -170,10 +170,17 @@ def _from_outside(party: Party, tokens: Tokens) -> Iterator[Probe]:
 
 
 @contextmanager
-def apart(tmp_path: Path, *, host_ports: str = "", never: str = "") -> Iterator[Apart]:
-    """The node, and outside it a host at the other end of its uplink. Nothing leaves the two namespaces."""
+def apart(
+    tmp_path: Path, *, host_ports: str = "", never: str = "", flows: int = TENANT_FLOWS, bridge_netfilter: bool = False
+) -> Iterator[Apart]:
+    """The node, and outside it a host at the other end of its uplink. Nothing leaves the two namespaces.
+
+    With `bridge_netfilter` IP's rules see what stays in a bridge, too, as on a host that runs containers.
+    """
     shell, outside = RecordingShell(), unique_name()
     with own_namespace():
+        if bridge_netfilter:
+            Path("/proc/sys/net/bridge/bridge-nf-call-iptables").write_text("1")
         netns.create(shell, outside)
         try:
             shell.run(["ip", "-batch", "-"], stdin=f"""
@@ -193,7 +200,7 @@ neigh add {LAN_OTHER} lladdr 02:6f:00:00:00:09 dev {LAN}
             shell.run(["ip", "route", "add", "default", "via", OUTSIDE_IP])
             settings = Settings(
                 state_dir=tmp_path / "state", node_id="n1", uplink=UPLINK, host_ports=host_ports, egress_never=never,
-                orphan_grace_s=0,
+                orphan_grace_s=0, tenant_flows=flows,
             )  # fmt: skip
             settings.layout.root.mkdir(exist_ok=True)
             host, clock = FakeHost(SystemClock()), SystemClock()
@@ -206,7 +213,7 @@ neigh add {LAN_OTHER} lladdr 02:6f:00:00:00:09 dev {LAN}
                 host.storage, host.images, host.memory, host.audit, host.cgroups, host.secrets,
             )  # fmt: skip
             services = build_node(ports, settings, authorized_key="ssh-ed25519 AAAA test")
-            plan = Plan(UPLINK, parse_host_ports(host_ports), settings.plan.never)
+            plan = settings.plan
             networks = Networks(store, host.locks, network, packets, plan)
             proof = NetworkProof(
                 store=store, clock=clock, network=network, networks=networks, probing=probing, guest=host.guest,
