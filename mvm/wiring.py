@@ -305,9 +305,9 @@ def build_node(
     lifecycle = Lifecycle(p.store, p.locks, p.clock, microvms, audit, manual_hold_s=settings.manual_hold_s)
     reconcile = Reconcile(
         store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node,
-        health=health,
+        health=health, room=room, memory=p.memory, uplink=bool(settings.plan.uplink),
     )  # fmt: skip
-    tenants = Tenants(p.store, p.registry, networks, secrets)
+    tenants = Tenants(p.store, p.registry, p.locks, networks, secrets)
     pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks, room)
     disk = Disk(
         store=p.store, storage=p.storage, locks=p.locks, room=room, node_id=node, keep=settings.keep_revisions
@@ -319,13 +319,18 @@ def build_node(
     )  # fmt: skip
     orphans = Orphans(
         store=p.store, jobs=jobs, locks=p.locks, clock=p.clock, vmm=p.vmm, network=p.network, networks=networks,
-        storage=p.storage, node_id=node, grace_s=settings.orphan_grace_s, cgroups=p.cgroups,
+        storage=p.storage, node_id=node, grace_s=settings.orphan_grace_s, cgroups=p.cgroups, tenants=tenants,
     )  # fmt: skip
     idleness = Idleness(
         store=p.store, registry=p.registry, jobs=jobs, clock=p.clock, vmm=p.vmm, guest=p.guest, storage=p.storage,
         memory=p.memory, room=room, node_id=node, reserve_percent=settings.memory_reserve_percent,
         period_s=settings.idleness_sweep_s,
     )  # fmt: skip
+    undoes = {
+        JobVerb.TENANT_CREATE: tenants.undo_create,
+        JobVerb.POOL_CREATE: pools.undo_create,
+        JobVerb.INSTANCE_CREATE: lifecycle.undo_create,
+    }
     for verb, handler in {
         JobVerb.TENANT_CREATE: tenants.create,
         JobVerb.TENANT_UPDATE: tenants.update,
@@ -353,7 +358,7 @@ def build_node(
         JobVerb.SWEEP_HEALTH: health.sweep,
     }.items():
         marked = verb.value.startswith("instance.") and verb is not JobVerb.INSTANCE_CREATE
-        undo = lifecycle.undo_create if verb is JobVerb.INSTANCE_CREATE else recovery.undo if marked else None
+        undo = undoes.get(verb, recovery.undo if marked else None)
         runner.register(verb, alone(p.locks, handler) if verb.is_sweep else handler, undo)
     urgent = UrgentWake(p.store, p.registry, jobs, runner, precedence, node)
     proof = NetworkProof(
@@ -374,14 +379,14 @@ def build_node(
         address=address,
         urgent=urgent,
         secrets=secrets,
-        insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node, health),
+        insight=Insight(p.store, p.registry, p.vmm, p.storage, p.clock, node, health, reconcile),
         network_check=network_check,
         disk=disk,
         audit=audit,
         desired=DesiredStates(p.store, jobs, reconcile, node),
     )
     heartbeat = Heartbeat(
-        store=p.store, registry=p.registry, clock=p.clock, node_id=node, address=address,
+        store=p.store, registry=p.registry, locks=p.locks, clock=p.clock, node_id=node, address=address,
         facts={"driver": p.vmm.name},
     )  # fmt: skip
     return NodeServices(runner, jobs, p.registry, p.store, heartbeat, urgent, view, networks)

@@ -19,7 +19,8 @@ from mvm.cli.params import JobWait, actor
 from mvm.cli.render import emit
 from mvm.domain.ids import JobId
 from mvm.domain.job import Job, JobState, JobVerb
-from mvm.errors import Failed, TimedOut
+from mvm.domain.remarks import Cause
+from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.agents import NodeAgents
 
 APPLY_S = 60.0  # reading and planning a large document
@@ -69,7 +70,8 @@ def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: boo
     """Follow pass after pass until one has nothing to do and nothing under way.
 
     The first failure ends it, and so does a rollout that the health checks of its new instances have halted. Beat's
-    sweeps go on anyway: what they or somebody else's pass asked for is waited for likewise.
+    sweeps go on anyway: what they or somebody else's pass asked for is waited for likewise. What is blocked is told
+    once everything else is done (``desired.blocked``).
     """
     end = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
     done, rounds, job_id = 0, 0, first
@@ -106,7 +108,9 @@ def settle(fleet: Fleet, output: str, first: JobId, wait: JobWait, *, prune: boo
 
 
 def _rollout(result: Mapping[str, Any]) -> str:
-    return next((remark for remark in result["remarks"] if "health check" in remark), "")
+    """What a rollout waits for, in words."""
+    waits = (each for each in result["obstacles"] if each["cause"] == Cause.HEALTH_CHECK)
+    return next((f"{each['subject']}: {each['text']}" for each in waits), "")
 
 
 def _await_health(remark: str, since: float, end: float | None) -> None:
@@ -128,6 +132,15 @@ def _ended(fleet: Fleet, job_id: JobId, end: float | None, *, within: bool = Fal
 
 
 def _show(output: str, rounds: int, done: int, result: Mapping[str, Any]) -> None:
+    if result.get("blocked"):
+        raise NotAllowed(
+            "desired.blocked",
+            "\n  ".join(["this cannot be done now:", *result["blocked"]]),
+            hint="everything else is done; the node's sweep goes on by itself once that has changed",
+            blocked=result["blocked"],
+            jobs=done,
+            rounds=rounds,
+        )
     remarks = list(result.get("remarks", ()))
     if output != "table":
         emit({"rounds": rounds, "jobs": done, "waiting": result.get("waiting", 0), "remarks": remarks}, output)

@@ -164,7 +164,10 @@ def list_(fleet: Fleet, output: str, tenant: TenantId | None) -> None:
 @pass_fleet
 def info(fleet: Fleet, output: str, ref: PoolRef) -> None:
     """Show pool T/P."""
-    show_one(fleet.one("pool", ref, "ref", "pool.list", tenant=ref.tenant), output)
+    row = fleet.one("pool", ref, "ref", "pool.list", tenant=ref.tenant)
+    if output == "table":
+        row["obstacles"] = "; ".join(obstacle["text"] for obstacle in row["obstacles"])
+    show_one(row, output)
 
 
 @pool.command()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from mvm.domain.ids import InstanceRef
+from mvm.domain.ids import InstanceRef, TenantId
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import SleepPolicy
 
@@ -144,12 +144,18 @@ def judge(candidate: Candidate, now: float) -> Decision:
 
 
 def decide(
-    candidates: Sequence[Candidate], now: float, *, short_mib: int = 0, room_mib: int | None = None
+    candidates: Sequence[Candidate],
+    now: float,
+    *,
+    short_mib: int = 0,
+    room_mib: int | None = None,
+    warm_room: Mapping[TenantId, int] | None = None,
 ) -> dict[InstanceRef, Decision]:
     """What to do with each. When `short_mib` of the host's memory are missing, the coldest sleep first until they
     are there, however short their idleness; a pool that never lets its instances sleep does not then either.
 
-    No more are put to sleep than the disk has `room_mib` for; of the others those that may be go warm instead.
+    No more are put to sleep than the disk has `room_mib` for; of the others those that may be go warm instead. No more
+    of a tenant go warm than its quota has room for in `warm_room`; the others run on.
     """
     decisions = {candidate.ref: judge(candidate, now) for candidate in candidates}
     short = short_mib - sum(c.frees_mib for c in candidates if decisions[c.ref].choice is Choice.SLEEP)
@@ -166,7 +172,22 @@ def decide(
         short -= candidate.frees_mib
     if room_mib is not None:
         _fit(candidates, decisions, room_mib, now)
+    _keep_within(candidates, decisions, dict(warm_room or {}))
     return decisions
+
+
+def _keep_within(
+    candidates: Sequence[Candidate], decisions: dict[InstanceRef, Decision], warm_room: dict[TenantId, int]
+) -> None:
+    """Of those that are to go warm the coldest do, as long as their tenant's quota has room."""
+    for candidate in sorted(candidates, key=lambda c: (c.watch.idle_since, c.ref)):
+        decided, tenant = decisions[candidate.ref], candidate.ref.tenant
+        if decided.choice is not Choice.WARM or tenant not in warm_room:
+            continue
+        warm_room[tenant] -= 1
+        if warm_room[tenant] < 0:
+            why = f"{decided.reason}, but no more of tenant {tenant} may be warm: its max_warm is reached"
+            decisions[candidate.ref] = Decision(Choice.KEEP, why)
 
 
 def _fit(candidates: Sequence[Candidate], decisions: dict[InstanceRef, Decision], room_mib: int, now: float) -> None:

@@ -35,8 +35,8 @@ class Instance:
     `generation` grows by one with every write; a write names the generation it read (compare-and-set).
     `offset` is its place in the tenant's subnet; addresses derive from it. `cloned` says that it began as a clone of
     its pool's template at `revision`, and not by a boot. `lease` grows whenever a job takes it: who had it before may
-    not act on it any more. Until `manual_override_until` it stays as a person left it:
-    reconcile does not touch it.
+    not act on it any more. Until `manual_override_until` it stays as a person left it, who spoke at
+    `manual_override_at`: reconcile does not touch it, unless its pool was scaled since (`held_until`).
     """
 
     ref: InstanceRef
@@ -53,6 +53,7 @@ class Instance:
     last_started_at: datetime | None = None
     last_stopped_at: datetime | None = None
     manual_override_until: datetime | None = None
+    manual_override_at: datetime | None = None
     lease: int = 0
 
     @property
@@ -61,6 +62,18 @@ class Instance:
         if self.in_flight is None:
             return self.status
         return TRANSITIONS.get((self.status, self.in_flight.verb), self.status)
+
+    def held_until(self, now: datetime, scaled_at: datetime | None = None) -> datetime | None:
+        """Until when it stays as a person left it, in a pool that was scaled at `scaled_at`; None: nothing holds it.
+
+        Whoever scales a pool speaks of all its instances, and the last word counts.
+        """
+        until, spoke = self.manual_override_until, self.manual_override_at
+        if until is None or until <= now:
+            return None
+        if scaled_at is not None and (spoke is None or spoke <= scaled_at):
+            return None
+        return until
 
     @property
     def has_vmm(self) -> bool:
@@ -97,6 +110,7 @@ class Instance:
             "last_started_at": _iso(self.last_started_at),
             "last_stopped_at": _iso(self.last_stopped_at),
             "manual_override_until": _iso(self.manual_override_until),
+            "manual_override_at": _iso(self.manual_override_at),
             "lease": self.lease,
         }
 
@@ -119,6 +133,7 @@ class Instance:
             last_started_at=_time(data["last_started_at"]),
             last_stopped_at=_time(data["last_stopped_at"]),
             manual_override_until=_time(data.get("manual_override_until")),
+            manual_override_at=_time(data.get("manual_override_at")),
             lease=data.get("lease", 0),
         )
 

@@ -25,11 +25,13 @@ from mvm.domain.actions import (
 )  # fmt: skip
 from mvm.domain.desired import DesiredPool, DesiredState, DesiredTenant
 from mvm.domain.document import Problem
+from mvm.domain.egress import Egress
 from mvm.domain.ids import InstanceRef, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb
-from mvm.domain.pool import InstanceResources, WorkerPool
+from mvm.domain.pool import DesiredCounts, InstanceResources, WorkerPool
+from mvm.domain.remarks import Cause, Remark, told
 from mvm.domain.room import Room
 from mvm.domain.scaling import PoolNeed, scale
 from mvm.domain.tenant import Tenant
@@ -50,6 +52,10 @@ class Observed:
     `unhealthy` are instances, running or warm, whose guests are not well; `sleepless` cannot
     be put to sleep in the run that they are in; `unproven` ones have a new revision, and no health check has found them
     well yet (see `scaling.proving`).
+
+    The rest is what has to be there before some things can be done: an uplink for egress; `host_mib` of memory (None:
+    not known) for one instance; room on the disk to build an image; and `reserved`, the tenants that the cluster knows,
+    with `net_ids`, which were ever given, for a new tenant's network.
     """
 
     now: datetime
@@ -60,17 +66,29 @@ class Observed:
     unhealthy: frozenset[InstanceRef] = frozenset()
     sleepless: frozenset[InstanceRef] = frozenset()
     unproven: frozenset[InstanceRef] = frozenset()
+    uplink: bool = True
+    host_mib: int | None = None
+    can_build: bool = True
+    reserved: tuple[Tenant, ...] = ()
+    net_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The actions, by tenant or pool what people should know of what is not done, and how many a rollout (see
+    """The actions, what keeps tenants and pools from what is asked of them, and how many a rollout (see
     `scaling.Scaled`) has still to come to.
+
+    Every pool that is not at its counts has a remark, be it that the actions lead there.
     """
 
     actions: tuple[Action, ...] = ()
-    remarks: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[Remark, ...] = ()
     rolling: int = 0
+
+    @property
+    def news(self) -> tuple[Remark, ...]:
+        """What people should know: not that work takes its time."""
+        return told(self.remarks)
 
 
 def plan(desired: DesiredState, observed: Observed) -> tuple[Action, ...]:
@@ -92,7 +110,7 @@ class _Planning:
     desired: DesiredState
     observed: Observed
     actions: list[Action] = field(default_factory=list)
-    remarks: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
     rolling: int = 0
     tenants: dict[TenantId, Tenant] = field(default_factory=dict)
     pools: dict[TenantId, dict[PoolRef, WorkerPool]] = field(default_factory=lambda: defaultdict(dict))
@@ -105,7 +123,9 @@ class _Planning:
         for wanted in self.desired.tenants:
             self._listed_tenant(wanted)
         for known in self.tenants.values():
-            if known.id not in listed and not self.jobs.get(known.id):
+            if known.id not in listed and self.jobs.get(known.id):
+                self._wait_for(known.id, [(pool.ref, pool.desired) for pool in self.pools[known.id].values()])
+            elif known.id not in listed:
                 room = self._room(known, known)
                 if self.desired.prune_unknown_tenants:
                     self._prune_tenant(known, room)
@@ -127,12 +147,28 @@ class _Planning:
     def _room(self, tenant: Tenant | DesiredTenant, known: Tenant | None) -> Room:
         shapes = {ref: pool.resources for ref, pool in self.pools[tenant.id].items()} if known else {}
         there = [instance for ref in shapes for instance in self.instances[ref]]
-        return Room.of(tenant.quota, tenant.network, shapes, there)
+        return Room.of(tenant.quota, tenant.network, shapes, there, host_mib=self.observed.host_mib)
+
+    def _remark(self, subject: TenantId | PoolRef, cause: Cause, count: int = 0, detail: str = "") -> None:
+        self.remarks.append(Remark(subject, cause, count, detail=detail))
+
+    def _wait_for(self, tenant: TenantId, pools: Sequence[tuple[PoolRef, DesiredCounts | None]]) -> None:
+        """A job of the tenant comes first."""
+        self._remark(tenant, Cause.UNDER_WAY)
+        for ref, counts in pools:
+            if counts and counts.total:
+                self._remark(ref, Cause.UNDER_WAY)
 
     def _listed_tenant(self, wanted: DesiredTenant) -> None:
         if self.jobs.get(wanted.id):
+            self._wait_for(wanted.id, [(pool.ref, pool.desired) for pool in wanted.pools])
             return
         known = self.tenants.get(wanted.id)
+        if known is None and (taken := self._network_taken(wanted)):
+            self._remark(wanted.id, Cause.NETWORK, detail=taken)
+            for pool in wanted.pools:
+                self._remark(pool.ref, Cause.NETWORK, _total(pool.desired), detail=taken)
+            return
         if known is None:
             self.actions.append(CreateTenant(wanted))
         elif known.quota != wanted.quota:
@@ -147,29 +183,40 @@ class _Planning:
             else:
                 self._unlisted_pool(unlisted, room)
 
+    def _network_taken(self, wanted: DesiredTenant) -> str:
+        """Why a tenant with this network cannot be made in this cluster; empty if it can."""
+        network = wanted.network
+        for other in self.observed.reserved:
+            if other.id == wanted.id and other.network == network:
+                return ""  # it is adopted
+            if other.id == wanted.id:
+                return f"tenant {other.id} has net id {other.network.net_id} and {other.network.subnet} elsewhere"
+        for other in self.observed.reserved:
+            if other.network.subnet.overlaps(network.subnet):
+                return f"tenant {other.id} has {other.network.subnet}"
+        if network.net_id in self.observed.net_ids:
+            return f"net id {network.net_id} was given before, and none is given twice"
+        return ""
+
     def _listed_pool(self, wanted: DesiredPool, known: WorkerPool | None, room: Room) -> None:
         jobs = self.jobs.get(str(wanted.ref), set())
+        counts = wanted.desired or (known.desired if known else None)
         if jobs - {JobVerb.POOL_BUILD}:
+            self._remark(wanted.ref, Cause.UNDER_WAY)
             return
         if known is None:
-            if not room.add_pool():
-                self.remarks.append((str(wanted.ref), "not created: no room in the tenant's quota"))
+            if not self._can_be_created(wanted, room):
                 return
             self.actions.append(CreatePool(wanted))
         else:
-            changes = tuple(
-                Change(name, plain(before), plain(after)) for name in _CHANGEABLE
-                if (before := getattr(known, name)) != (after := getattr(wanted, name))
-                and not (name == "desired" and after is None)
-            )  # fmt: skip
-            if changes:
-                self.actions.append(UpdatePool(wanted.ref, changes))
+            self._change(wanted, known)
         first = known is None or known.revision is None
         outdated = known is None or first or (known.built or known.source) != wanted.source
-        if not jobs and outdated:
-            self.actions.append(Build(wanted.ref, wanted.source, first))
-            self._announce(wanted)
-        counts = wanted.desired or (known.desired if known else None)
+        if jobs and first:
+            self._remark(wanted.ref, Cause.UNDER_WAY)
+        built = jobs or not outdated or self._can_be_built(wanted, first)
+        if first and not built:
+            return
         if counts is None or (first and jobs):
             return
         self._scale(
@@ -177,27 +224,79 @@ class _Planning:
                 wanted.ref, counts, known.resources if known else wanted.resources, known.revision if known else None,
                 pinned=wanted.pinned, critical=wanted.critical,
                 max_unavailable=0 if outdated else wanted.max_unavailable,  # nothing stops for an image not asked for
+                scaled_at=known.scaled_at if known else None,
             ),
             room,
         )  # fmt: skip
+
+    def _can_be_created(self, wanted: DesiredPool, room: Room) -> bool:
+        """Whether what has to be there for a new pool is; what is not is told."""
+        if not self._has_uplink(wanted):
+            self._remark(wanted.ref, Cause.NO_UPLINK, _total(wanted.desired), "not created")
+            return False
+        limit = room.too_large(wanted.resources) or (None if room.add_pool() else room.lack.limit)
+        if limit:
+            self.remarks.append(
+                Remark(
+                    wanted.ref,
+                    Cause.POOL_QUOTA,
+                    _total(wanted.desired),
+                    limit=limit,
+                )
+            )
+        return limit is None
+
+    def _has_uplink(self, wanted: DesiredPool) -> bool:
+        return self.observed.uplink or wanted.egress.kind is Egress.NONE
+
+    def _change(self, wanted: DesiredPool, known: WorkerPool) -> None:
+        changes = tuple(
+            Change(name, plain(before), plain(after))
+            for name in _CHANGEABLE
+            if (before := getattr(known, name)) != (after := getattr(wanted, name))
+            and not (name == "desired" and after is None)
+        )
+        if not self._has_uplink(wanted) and any(change.name == "egress" for change in changes):
+            self._remark(wanted.ref, Cause.NO_UPLINK, detail="its egress is not changed")
+            changes = tuple(change for change in changes if change.name != "egress")
+        if changes:
+            self.actions.append(UpdatePool(wanted.ref, changes))
+
+    def _can_be_built(self, wanted: DesiredPool, first: bool) -> bool:
+        """Whether its image is to be built; what is in the way is told."""
+        if not self.observed.can_build:
+            self._remark(wanted.ref, Cause.DISK, _total(wanted.desired) if first else 0, "its image is not built")
+            return False
+        self.actions.append(Build(wanted.ref, wanted.source, first))
+        self._announce(wanted)
+        return True
 
     def _announce(self, wanted: DesiredPool) -> None:
         """What a new image will do to what is up."""
         up = sum(each.status.is_up for each in self.instances.get(wanted.ref, ()))
         if up and not (wanted.pinned or wanted.critical):
-            told = f"{up} restart with the new image, at most {wanted.max_unavailable} down at once"
-            self.remarks.append((str(wanted.ref), f"{told}; what they have in memory is lost"))
+            self._remark(wanted.ref, Cause.RESTART, up, f"at most {wanted.max_unavailable} down at once")
 
     def _unlisted_pool(self, pool: WorkerPool, room: Room) -> None:
         """It was made by hand: it keeps to its count, and an image is built when somebody asks for it."""
-        if pool.desired is None or self.jobs.get(str(pool.ref), set()) - {JobVerb.POOL_BUILD}:
+        if pool.desired is None:
+            return
+        jobs = self.jobs.get(str(pool.ref), set())
+        if jobs - {JobVerb.POOL_BUILD} or (jobs and pool.revision is None):
+            self._remark(pool.ref, Cause.UNDER_WAY)
             return
         if pool.revision is None:
             if pool.desired.total:
-                self.remarks.append((str(pool.ref), f"no image yet: mvm pool build {pool.ref}"))
+                self._remark(pool.ref, Cause.NO_IMAGE, pool.desired.total)
             return
         need = PoolNeed(
-            pool.ref, pool.desired, pool.resources, pool.revision, pinned=pool.pinned, critical=pool.critical
+            pool.ref,
+            pool.desired,
+            pool.resources,
+            pool.revision,
+            pinned=pool.pinned,
+            critical=pool.critical,
+            scaled_at=pool.scaled_at,
         )
         self._scale(need, room)
 
@@ -208,7 +307,7 @@ class _Planning:
         )  # fmt: skip
         self.actions += scaled.actions
         self.rolling += scaled.rolling
-        self.remarks += [(str(need.ref), remark) for remark in scaled.remarks]
+        self.remarks += scaled.remarks
 
     def _prune_tenant(self, tenant: Tenant, room: Room) -> None:
         gone = [self._prune_pool(pool, room) for pool in self.pools[tenant.id].values()]
@@ -221,10 +320,11 @@ class _Planning:
         One that may not be touched stays, and is kept as any other pool that the document does not list.
         """
         if self.jobs.get(str(pool.ref)):
+            self._remark(pool.ref, Cause.UNDER_WAY)
             return False
         there = self.instances.get(pool.ref, [])
         if why := self._kept_for(pool, there):
-            self.remarks.append((str(pool.ref), f"not asked for, and stays: {why}"))
+            self._remark(pool.ref, Cause.NOT_PRUNED, detail=why)
             self._unlisted_pool(pool, room)
             return False
         self.actions += [
@@ -233,15 +333,21 @@ class _Planning:
             if i.in_flight is None and i.status is not Status.DESTROYED
         ]
         if any(i.in_flight for i in there):
+            self._remark(pool.ref, Cause.UNDER_WAY)
             return False
+        self._remark(pool.ref, Cause.NEXT_PASS)
         self.actions.append(DestroyPool(pool.ref))
         return True
 
     def _kept_for(self, pool: WorkerPool, there: Sequence[Instance]) -> str | None:
         if pool.pinned or pool.critical:
             return f"it is {'pinned' if pool.pinned else 'critical'}"
-        held = [i for i in there if i.manual_override_until and i.manual_override_until > self.observed.now]
+        held = [i for i in there if i.held_until(self.observed.now, pool.scaled_at)]
         return f"a person has changed {held[0].ref}" if held else None
+
+
+def _total(counts: DesiredCounts | None) -> int:
+    return counts.total if counts else 0
 
 
 def as_parameters(pool: DesiredPool) -> dict[str, Any]:

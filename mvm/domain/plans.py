@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from hashlib import sha256
 from itertools import groupby
 from typing import Any
@@ -27,6 +28,7 @@ from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import TRANSITIONS
 from mvm.domain.planner import Observed, decide
 from mvm.domain.pool import ImageSource
+from mvm.domain.remarks import Remark, told
 from mvm.errors import NotAllowed
 
 _SHOWN = 20  # instances of one pool that are asked for the same
@@ -39,15 +41,17 @@ def fingerprint(desired: DesiredState, observed: Observed) -> str:
         hashed.update(repr(tenant).encode())
     for pool in sorted(observed.pools, key=lambda p: p.ref):
         hashed.update(repr(pool).encode())
+    scaled_at = {pool.ref: pool.scaled_at for pool in observed.pools}
     for instance in sorted(observed.instances, key=lambda i: i.ref):
-        hashed.update(_row(instance, observed).encode())
+        hashed.update(_row(instance, observed, scaled_at.get(instance.ref.pool_ref)).encode())
     for verb, subject in sorted(observed.jobs):
         hashed.update(f"job {verb} {subject}\n".encode())
+    hashed.update(f"{observed.uplink} {observed.host_mib} {observed.can_build}\n".encode())
     return hashed.hexdigest()
 
 
-def _row(instance: Instance, observed: Observed) -> str:
-    held = instance.manual_override_until is not None and instance.manual_override_until > observed.now
+def _row(instance: Instance, observed: Observed, scaled_at: datetime | None) -> str:
+    held = instance.held_until(observed.now, scaled_at) is not None
     job = instance.in_flight.job_id if instance.in_flight else "-"
     well = instance.ref not in observed.unhealthy
     able = instance.ref not in observed.sleepless
@@ -62,7 +66,7 @@ class Plan:
 
     fingerprint: str
     actions: tuple[Action, ...]
-    remarks: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[Remark, ...] = ()
     rolling: int = 0
 
     @classmethod
@@ -70,6 +74,11 @@ class Plan:
         """The plan for now."""
         outcome = decide(desired, observed)
         return cls(fingerprint(desired, observed), outcome.actions, outcome.remarks, outcome.rolling)
+
+    @property
+    def news(self) -> tuple[Remark, ...]:
+        """What people should know of it: not that work takes its time."""
+        return told(self.remarks)
 
     def check_current(self, expected: str) -> None:
         """Raises `NotAllowed` (``desired.plan_outdated``) unless `expected` is the fingerprint of this plan."""
@@ -84,13 +93,13 @@ class Plan:
         return {
             "fingerprint": self.fingerprint,
             "actions": [_action(action) for action in self.actions],
-            "remarks": [{"subject": subject, "remark": remark} for subject, remark in self.remarks],
+            "remarks": [{**remark.to_dict(), "remark": remark.text} for remark in self.news],
         }
 
     def to_text(self) -> str:
         """A diff: ``+`` comes, ``-`` goes, ``~`` changes."""
         lines = list(_lines(self.actions))
-        lines += [f"! {subject}: {remark}" for subject, remark in self.remarks]
+        lines += [f"! {remark}" for remark in self.news]
         return "\n".join(lines) if lines else "nothing to do"
 
 

@@ -181,7 +181,8 @@ class WorkerPool:
 
     The sleep policy leaves the instances of `pinned` and `critical` pools alone. `user_data` is what its guests find
     at the metadata address, which they can ask unless it is not `metadata_enabled`. `built` is what `revision` was
-    built from, which `source` need no longer be; `former` are those of before, newest first.
+    built from, which `source` need no longer be; `former` are those of before, newest first. A person last scaled
+    it at `scaled_at`.
     """
 
     ref: PoolRef
@@ -202,6 +203,7 @@ class WorkerPool:
     user_data: str = ""
     built: ImageSource | None = None
     former: tuple[Revision, ...] = ()
+    scaled_at: datetime | None = None
 
     @property
     def revisions(self) -> tuple[Revision, ...]:
@@ -242,6 +244,7 @@ class WorkerPool:
             "user_data": self.user_data,
             "built": [self.built.flake_ref, self.built.profile] if self.built else None,
             "former": list(self.former),
+            "scaled_at": self.scaled_at.isoformat() if self.scaled_at else None,
         }
 
     @classmethod
@@ -266,4 +269,5 @@ class WorkerPool:
             user_data=data.get("user_data", ""),
             built=ImageSource(*data["built"]) if data.get("built") else None,
             former=tuple(map(Revision, data.get("former", ()))),
+            scaled_at=datetime.fromisoformat(data["scaled_at"]) if data.get("scaled_at") else None,
         )

@@ -16,7 +16,8 @@ from mvm.domain.ids import InstanceRef, PoolRef, Revision
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status, Verb
 from mvm.domain.pool import DesiredCounts, InstanceResources
-from mvm.domain.room import Room
+from mvm.domain.remarks import Cause, Remark
+from mvm.domain.room import Lack, Room
 
 _STARTABLE = (Status.STOPPED, Status.READY, Status.CREATED)  # in the order they are taken
 _UP = (Status.SLEEPING, Status.WARM, Status.RUNNING)  # in the order they are stopped: the coldest first
@@ -24,7 +25,10 @@ _UP = (Status.SLEEPING, Status.WARM, Status.RUNNING)  # in the order they are st
 
 @dataclass(frozen=True, slots=True)
 class PoolNeed:
-    """What one pool needs. `max_unavailable` 0: a new revision comes with the next start, nothing is stopped for it."""
+    """What one pool needs. `max_unavailable` 0: a new revision comes with the next start, nothing is stopped for it.
+
+    What people did to its instances before `scaled_at` does not hold any more.
+    """
 
     ref: PoolRef
     counts: DesiredCounts
@@ -33,17 +37,18 @@ class PoolNeed:
     pinned: bool = False
     critical: bool = False
     max_unavailable: int = 0
+    scaled_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """What to do, and what people should know of what is not done.
+    """What to do, and all that keeps the pool from its counts, be it only that this is still to be done.
 
     `rolling` are how many keep another revision until health checks have found the new ones well.
     """
 
     actions: tuple[Action, ...] = ()
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[Remark, ...] = ()
     rolling: int = 0
 
 
@@ -80,25 +85,46 @@ def proving(revisions: Mapping[PoolRef, Revision | None], instances: Collection[
     )  # fmt: skip
 
 
+def at_counts(counts: DesiredCounts, observed: Collection[Instance]) -> bool:
+    """Whether `observed` are as `counts` has them, now; with one count for all that are up, they are one place."""
+    places = [(each.status, each.lands_on) for each in observed]
+    if not counts.exact:
+        return sum(now.is_up and then.is_up for now, then in places) == counts.running
+    wanted = {Status.RUNNING: counts.running, Status.WARM: counts.warm or 0, Status.SLEEPING: counts.sleeping or 0}
+    return all(places.count((place, place)) == count for place, count in wanted.items())
+
+
 def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: datetime) -> Scaled:
     """Create what is missing, and start what is down by nobody's wish: it never ran, or its guest or host has ended."""
-    up = sum(each.lands_on.is_up for each in alive)
-    fallen = [each for each in alive if each.status in _STARTABLE and not _was_stopped(each)]
-    free = [
-        each for each in fallen
-        if not each.in_flight and not (each.manual_override_until and each.manual_override_until > now)
-    ]  # fmt: skip
-    wanted = free[: max(0, need.counts.total - up)]
-    starts = [each for each in wanted if room.run(need.shape)]
+    up = [each for each in alive if each.lands_on.is_up]
+    down = [each for each in alive if each.status in _STARTABLE and not each.in_flight]
+    held = [each for each in down if each.held_until(now, need.scaled_at)]
+    fallen = [each for each in down if not _was_stopped(each) and each not in held]
+    wanted = fallen[: max(0, need.counts.total - len(up))]
+    starts: list[Instance] = []
+    blocked: Counter[Lack] = Counter()
+    for each in wanted:
+        if room.run(need.shape):
+            starts.append(each)
+        else:
+            blocked[room.lack] += 1
     missing = max(0, need.counts.total - len(alive))
     count = _admitted(need, missing, room)
+    if missing > count:
+        blocked[room.lack] += missing - count
     actions: list[Action] = [Request(each.ref, Verb.START, each.status, Why.TOO_FEW) for each in starts]
     if count:
         actions.append(Create(need.ref, count))
-    down = sum(_was_stopped(each) and each.in_flight is None for each in alive)
-    stays = min(down, need.counts.total - up - len(starts) - missing)
-    remarks = [f"{stays} are stopped, and stay: the pool is critical"] if stays > 0 else []
-    return Scaled(tuple(actions), (*remarks, *_no_room(missing - count + len(wanted) - len(starts))))
+
+    short = need.counts.total - len(up) - len(starts) - missing
+    remarks = [*_under_way(need, alive), *_next_pass(need, actions), *_held(need, held if short > 0 else (), now)]
+    stopped = [each.ref for each in down if _was_stopped(each) and each not in held][: max(0, short)]
+    if stopped:
+        remarks.append(Remark(need.ref, Cause.CRITICAL, len(stopped), tuple(stopped), detail="are stopped"))
+    if len(up) > need.counts.total:
+        surplus = len(up) - need.counts.total
+        remarks.append(Remark(need.ref, Cause.CRITICAL, surplus, detail="too many are up"))
+    return Scaled(tuple(actions), (*remarks, *_lacking(need, blocked)))
 
 
 def _was_stopped(instance: Instance) -> bool:
@@ -112,8 +138,32 @@ def _admitted(need: PoolNeed, wanted: int, room: Room) -> int:
     return count
 
 
-def _no_room(missing: int) -> tuple[str, ...]:
-    return (f"{missing} more cannot start: no room in the tenant's quota",) if missing > 0 else ()
+def _lacking(need: PoolNeed, blocked: Counter[Lack]) -> list[Remark]:
+    return [Remark(need.ref, lack.cause, count, limit=lack.limit) for lack, count in blocked.items() if count > 0]
+
+
+def _under_way(need: PoolNeed, alive: Sequence[Instance]) -> list[Remark]:
+    """What has a job, as long as the pool is not at its counts."""
+    busy = tuple(each.ref for each in alive if each.in_flight)
+    if not busy or at_counts(need.counts, alive):
+        return []
+    return [Remark(need.ref, Cause.UNDER_WAY, len(busy), busy)]
+
+
+def _next_pass(need: PoolNeed, actions: Sequence[Action]) -> list[Remark]:
+    asked = tuple(action.ref for action in actions if isinstance(action, Request))
+    made = sum(action.count for action in actions if isinstance(action, Create))
+    return [Remark(need.ref, Cause.NEXT_PASS, len(asked) + made, asked)] if asked or made else []
+
+
+def _held(need: PoolNeed, held: Sequence[Instance], now: datetime) -> list[Remark]:
+    """`until` is when the first of them is free again."""
+    ends = {until: each.ref for each in held if (until := each.held_until(now, need.scaled_at))}
+    if not ends:
+        return []
+    first = min(ends)
+    others = tuple(each.ref for each in held if each.ref != ends[first])
+    return [Remark(need.ref, Cause.HELD, len(held), (ends[first], *others), first)]
 
 
 @dataclass(slots=True)
@@ -126,14 +176,15 @@ class _Scaling:
     sleepless: Set[InstanceRef]
     unproven: Set[InstanceRef]
     actions: list[Action] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
     held: set[InstanceRef] = field(default_factory=set)  # a person has changed these
     free: dict[InstanceRef, Instance] = field(default_factory=dict)  # that may be asked, oldest first
     have: Counter[Status] = field(default_factory=Counter)  # how many land in each place
     wanted: Counter[Status] = field(default_factory=Counter)
     settled: int = 0  # up, well as far as a rollout has to know, and not going away
     returning: int = 0  # on their way to where they can be started
-    blocked: int = 0  # should run, and there is no room for
+    blocked: Counter[Lack] = field(default_factory=Counter)  # should run, and there is no room for
+    misplaced: list[Instance] = field(default_factory=list)  # held where they are not wanted
     rolling: int = 0  # keep another revision until new ones have passed a health check
 
     def decide(self) -> Scaled:
@@ -148,8 +199,16 @@ class _Scaling:
         self._start()
         if counts.exact and not self.need.pinned:
             self._put_away()
-        self.remarks += _no_room(self.blocked)
-        return Scaled(tuple(self.actions), tuple(self.remarks), self.rolling)
+        self.remarks += _lacking(self.need, self.blocked)
+        known = [
+            *_under_way(self.need, self.alive),
+            *_next_pass(self.need, self.actions),
+            *_held(self.need, self.misplaced, self.now),
+        ]
+        return Scaled(tuple(self.actions), (*known, *self.remarks), self.rolling)
+
+    def _remark(self, cause: Cause, count: int, *refs: InstanceRef, detail: str = "") -> None:
+        self.remarks.append(Remark(self.need.ref, cause, count, refs, detail=detail))
 
     def _place(self, status: Status) -> Status:
         """Which of the places a status is in: with one count for all that are up, they are one place."""
@@ -166,7 +225,7 @@ class _Scaling:
         return [each for each in self.free.values() if each.status in statuses]
 
     def _count(self) -> None:
-        held = [each for each in self.alive if each.manual_override_until and each.manual_override_until > self.now]
+        held = [each for each in self.alive if each.held_until(self.now, self.need.scaled_at)]
         for each in sorted(held, key=lambda i: not i.lands_on.is_up):
             self._give_place(each)
         self.held = {each.ref for each in held}
@@ -194,6 +253,8 @@ class _Scaling:
         lands = held.lands_on
         places = ([self._place(lands)] if lands.is_up else []) + list(reversed(_UP))
         place = next((place for place in places if self.wanted[place] > 0), None)
+        if place != (self._place(lands) if lands.is_up else None):
+            self.misplaced.append(held)
         if place is not None:
             self.wanted[place] -= 1
             self.settled += lands.is_up and self._is_settled(held)
@@ -210,7 +271,7 @@ class _Scaling:
     def _wake(self, status: Status, count: int) -> None:
         for done, each in enumerate(self._free(status)[: max(0, count)]):
             if not self.room.run(self.need.shape, from_memory=status is Status.WARM):
-                self.blocked += count - done
+                self.blocked[self.room.lack] += count - done
                 return
             self._ask(each, Verb.WAKE, Why.TOO_FEW)
             self.have[self._place(status)] -= 1
@@ -221,7 +282,7 @@ class _Scaling:
         if surplus <= 0:
             return
         if self.need.pinned:
-            self.remarks.append(f"{surplus} too many are up, and stay: the pool is pinned")
+            self._remark(Cause.PINNED, surplus)
             return
         up = reversed(self._free(*_UP))
         for each in sorted(up, key=lambda i: (_UP.index(i.status), i.revision == self.need.revision)):
@@ -243,15 +304,14 @@ class _Scaling:
         failed = [each.ref for each in self.alive if each.revision == revision and self._is_failed(each)]
         if failed or self.need.pinned:
             why = f"{failed[0].instance} with the new revision is not well" if failed else "the pool is pinned"
-            self.remarks.append(f"{len(old)} keep another revision: {why}")
+            self._remark(Cause.NOT_WELL, len(old), *failed, detail=why)
             return
         unavailable = max(0, self.need.counts.total - self.settled)
         now = old[: max(0, self.need.max_unavailable - unavailable)]
         waited = [each.ref for each in self.alive if each.ref in self.unproven]
         if waited and not now:
             self.rolling = len(old)
-            why = f"until {waited[0].instance} with the new one has passed a health check"
-            self.remarks.append(f"{len(old)} keep another revision {why}")
+            self._remark(Cause.HEALTH_CHECK, len(old), *waited)
         for each in now:
             self._ask(each, Verb.STOP, Why.ROLLOUT)
             self.have[self._place(each.status)] -= 1
@@ -267,14 +327,15 @@ class _Scaling:
         idle = sorted(self._free(*_STARTABLE), key=lambda i: _STARTABLE.index(i.status))
         for each in idle[: max(0, missing)]:
             if not self.room.run(self.need.shape):
-                self.blocked += max(0, missing - self.returning)
+                self.blocked[self.room.lack] += max(0, missing - self.returning)
                 return
             self._ask(each, Verb.START, Why.TOO_FEW)
             self.have[Status.RUNNING] += 1
             missing -= 1
         wanted = max(0, missing - self.returning)
         count = _admitted(self.need, wanted, self.room)
-        self.blocked += wanted - count
+        if wanted > count:
+            self.blocked[self.room.lack] += wanted - count
         if count:
             self.actions.append(Create(self.need.ref, count))
             self.have[Status.RUNNING] += count
@@ -285,13 +346,13 @@ class _Scaling:
         """
         beyond = max(0, -self._missing(Status.WARM))
         self._cool(self._able(self._free(Status.WARM)[::-1])[:beyond], Verb.SLEEP, Status.SLEEPING)
-        spare = max(0, self._running_now() - self.wanted[Status.RUNNING] + self.blocked)
+        spare = max(0, self._running_now() - self.wanted[Status.RUNNING] + self.blocked.total())
         running = self._free(Status.RUNNING)[::-1]
         warmed = self._cool(running[:spare], Verb.WARM, Status.WARM)
         self._cool(self._able(running[warmed:])[: spare - warmed], Verb.SLEEP, Status.SLEEPING)
         stuck = min(self._missing(Status.SLEEPING), sum(ref in self.sleepless for ref in self.free))
         if stuck > 0:
-            self.remarks.append(f"{stuck} cannot sleep, and stay up: the template they were cloned from is gone")
+            self._remark(Cause.SLEEPLESS, stuck, *(ref for ref in self.free if ref in self.sleepless))
 
     def _able(self, candidates: Sequence[Instance]) -> list[Instance]:
         return [each for each in candidates if each.ref not in self.sleepless]
@@ -306,6 +367,7 @@ class _Scaling:
         count = 0
         for each in candidates[: max(0, self._missing(place))]:
             if verb is Verb.WARM and not self.room.pause():
+                self.blocked[self.room.lack] += min(len(candidates) - count, self._missing(place))
                 break
             self._ask(each, verb, Why.PLACE)
             self.have[each.status] -= 1

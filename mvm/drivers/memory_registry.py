@@ -103,6 +103,18 @@ class MemoryRegistry:
         with self._changed:
             return self._tenants.get(tenant)
 
+    def networks(self) -> tuple[Sequence[Tenant], frozenset[int]]:
+        """See ports/registry.py."""
+        with self._changed:
+            return [self._tenants[tenant] for tenant in sorted(self._tenants)], frozenset(self._net_ids)
+
+    def withdraw_tenant(self, reserved: Tenant) -> None:
+        """See ports/registry.py."""
+        with self._changed:
+            if self._tenants.get(reserved.id) == reserved:
+                del self._tenants[reserved.id]
+                self._net_ids.discard(reserved.network.net_id)
+
     def put_tenant(self, tenant: Tenant) -> None:
         """See ports/registry.py."""
         with self._changed:

@@ -24,6 +24,7 @@ from mvm.drivers.redis_scripts import (
     RESERVE_TENANT,
     UNPLACE_POOL,
     UPDATE_JOB,
+    WITHDRAW_TENANT,
 )
 from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.registry import NodeRecord
@@ -109,6 +110,17 @@ class RedisRegistry:
         """See ports/registry.py."""
         raw = self._link.command("HGET", "mvm:tenants", tenant)
         return Tenant.from_dict(json.loads(raw)) if raw else None
+
+    def networks(self) -> tuple[Sequence[Tenant], frozenset[int]]:
+        """See ports/registry.py."""
+        known, given = self._link.pipeline([("HVALS", "mvm:tenants"), ("SMEMBERS", "mvm:net_ids")])
+        tenants = [Tenant.from_dict(json.loads(raw)) for raw in known]
+        return sorted(tenants, key=lambda tenant: tenant.id), frozenset(int(net_id) for net_id in given)
+
+    def withdraw_tenant(self, reserved: Tenant) -> None:
+        """See ports/registry.py."""
+        record = json.dumps(reserved.to_dict())
+        self._link.command("EVAL", WITHDRAW_TENANT, 0, reserved.id, record, reserved.network.net_id)
 
     def put_tenant(self, tenant: Tenant) -> None:
         """See ports/registry.py."""

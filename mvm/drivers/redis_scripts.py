@@ -3,7 +3,7 @@
 ==========================  =======================================================================
 ``mvm:nodes``               hash: node id -> record
 ``mvm:tenants``             hash: tenant id -> record
-``mvm:net_ids``             set of every net id ever given; never shrinks
+``mvm:net_ids``             set of every net id ever given; shrinks only when a tenant could not be made
 ``mvm:pools``               hash: pool ref -> node id
 ``mvm:job:<id>``            a job's record
 ``mvm:jobs``                sorted set of job ids by submission, milliseconds; sweeps in ``mvm:sweeps``
@@ -25,6 +25,13 @@ if redis.call('HLEN', 'mvm:tenants') ~= tonumber(ARGV[4]) then return 'moved' en
 redis.call('SADD', 'mvm:net_ids', ARGV[3])
 redis.call('HSET', 'mvm:tenants', ARGV[1], ARGV[2])
 return 'ok'
+"""
+
+# ARGV: tenant id, record as it was reserved, net id
+WITHDRAW_TENANT = """
+if redis.call('HGET', 'mvm:tenants', ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HDEL', 'mvm:tenants', ARGV[1])
+return redis.call('SREM', 'mvm:net_ids', ARGV[3])
 """
 
 # ARGV: tenant id, node that has it no more

@@ -53,12 +53,23 @@ class Registry(Protocol):
         """
         ...
 
+    def withdraw_tenant(self, reserved: Tenant) -> None:
+        """`reserve_tenant`, which returned `reserved`, never was: its net id may be given again.
+
+        For a tenant that could not be made and that no node has. Nothing happens when it has changed since.
+        """
+        ...
+
     def restore(self, tenants: Sequence[Tenant], pools: Mapping[PoolRef, NodeId], net_ids: frozenset[int]) -> None:
         """What a node knows is known here again (an emptied registry is rebuilt from its nodes)."""
         ...
 
     def tenant(self, tenant: TenantId) -> Tenant | None:
         """One tenant, if it exists."""
+        ...
+
+    def networks(self) -> tuple[Sequence[Tenant], frozenset[int]]:
+        """All tenants of the cluster, and every net id ever given: what a new tenant's network has to differ from."""
         ...
 
     def put_tenant(self, tenant: Tenant) -> None:

@@ -56,7 +56,7 @@ class DesiredStates:
     def _checked(self, value: Any, prune: bool) -> tuple[DesiredState, Plan]:
         state = parse(value)
         check_for_node(state, self._node_id, self._known())
-        observed = self._reconcile.observe()
+        observed = self._reconcile.observe(state)
         check_possible(state, observed)
         asked = replace(state, prune_unknown_tenants=True, prune_unknown_pools=True) if prune else state
         return state, Plan.make(_without_generation(asked), observed)

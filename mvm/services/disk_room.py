@@ -31,6 +31,10 @@ class DiskRoom:
         """How the disk is."""
         return self.marks.level(self._storage.space().free)
 
+    def has_room_to_build(self) -> bool:
+        """Whether an image can be built."""
+        return self.left() >= _BUILD
+
     def admit_build(self) -> None:
         """An image can be built."""
         self._admit("building an image", _BUILD)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import structlog
 
 from mvm.domain.idleness import Candidate, Choice, Decision, Sample, Watch, decide, observe
-from mvm.domain.ids import InstanceRef, JobId, NodeId, PoolRef
+from mvm.domain.ids import InstanceRef, JobId, NodeId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
@@ -25,6 +26,7 @@ from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import Snapshotting, VmmDriver
 from mvm.services.disk_room import DiskRoom
 from mvm.services.jobs import Jobs
+from mvm.services.quotas import usage
 from mvm.services.runner import JobContext
 from mvm.services.snapshots import sleepless
 
@@ -85,7 +87,8 @@ class Idleness:
             )
             for i in free
         ]
-        decisions = decide(candidates, now, short_mib=short, room_mib=room if tight else None)
+        warm_room = self._warm_room({i.ref.tenant for i in free}, waiting)
+        decisions = decide(candidates, now, short_mib=short, room_mib=room if tight else None, warm_room=warm_room)
         written = self._write_down(candidates, decisions, notes)
         context.step("submit", 1, 2)
         runs = {i.ref: i.run for i in free}
@@ -95,6 +98,15 @@ class Idleness:
             if decision.choice is not Choice.KEEP
         ]
         return {"changed": bool(asked), "short_mib": short, "asked": asked}
+
+    def _warm_room(self, tenants: Collection[TenantId], waiting: Mapping[str, JobVerb]) -> dict[TenantId, int]:
+        """How many more of each tenant may go warm, beside those that are and those that are asked to."""
+        coming = Counter(TenantId(s.split("/")[0]) for s, verb in waiting.items() if verb is JobVerb.INSTANCE_WARM)
+        rooms = {}
+        for tenant in tenants:
+            limit, used = self._store.tenant(tenant).quota.max_warm, usage(self._store, tenant).warm
+            rooms[tenant] = limit - used - coming[tenant]
+        return rooms
 
     def _short_mib(self) -> int:
         left = self._memory.left()

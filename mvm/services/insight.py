@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mvm.domain.idleness import Candidate, Watch, outlook
-from mvm.domain.ids import InstanceRef, NodeId
+from mvm.domain.actions import Request
+from mvm.domain.idleness import Candidate, Watch
+from mvm.domain.idleness import outlook as idle_outlook
+from mvm.domain.ids import InstanceRef, NodeId, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState
 from mvm.domain.lifecycle import Status
+from mvm.domain.planner import Outcome
 from mvm.domain.pool import WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import Failed, NotFound, Unreachable
@@ -26,13 +29,16 @@ from mvm.services.health import GuestHealth
 from mvm.services.idle import policy_of
 from mvm.services.snapshots import sleepless
 
+if TYPE_CHECKING:  # it leads back here
+    from mvm.services.reconcile import Reconcile
+
 
 class Insight:
     """Reads what others have written down; changes nothing."""
 
     def __init__(
         self, store: NodeStore, registry: Registry, vmm: VmmDriver, storage: NodeStorage, clock: Clock,
-        node_id: NodeId, health: GuestHealth,
+        node_id: NodeId, health: GuestHealth, reconcile: Reconcile,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -41,13 +47,23 @@ class Insight:
         self._clock = clock
         self._node_id = node_id
         self._health = health
+        self._reconcile = reconcile
 
     # --- why
+    def obstacles(self, tenant: TenantId) -> Mapping[str, list[dict[str, Any]]]:
+        """By pool of one tenant, what keeps it from its counts now; nothing for a pool that is at them."""
+        found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for remark in self._reconcile.outlook(tenant).remarks:
+            found[str(remark.subject)].append(remark.to_dict())
+        return found
+
     def explain(self, ref: InstanceRef) -> dict[str, Any]:
         """Its last job and error, what the sleep policy last decided and on what grounds, and what comes next."""
         instance = self._store.instance(ref)
         pool = self._store.pool(ref.pool_ref)
         last, note = self._store.last_job(str(ref)), self._store.note(ref, Note.POLICY)
+        held = instance.held_until(self._clock.now(), pool.scaled_at)
+        outlook = self._reconcile.outlook(ref.tenant)
         return {
             "ref": str(ref),
             "status": instance.status.value,
@@ -60,7 +76,9 @@ class Insight:
             "decision": dict(note["decision"]) if note else None,
             "acted": dict(note["acted"]) if note and note["acted"] else None,
             "sample": self._sample(instance, note),
-            "next": self._next(instance, pool, note),
+            "next": self._next(instance, pool, note, outlook),
+            "held_until": held.isoformat() if held else None,
+            "obstacles": [remark.to_dict() for remark in outlook.remarks if remark.subject == pool.ref],
         }
 
     def _waiting(self, ref: InstanceRef) -> list[dict[str, Any]]:
@@ -90,14 +108,15 @@ class Insight:
             "worker": watch.last.worker,
         }
 
-    def _next(self, instance: Instance, pool: WorkerPool, note: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _next(
+        self, instance: Instance, pool: WorkerPool, note: Mapping[str, Any] | None, outlook: Outcome
+    ) -> dict[str, Any]:
         if instance.in_flight:
             return _nothing(f"its job {instance.in_flight.job_id} ({instance.in_flight.verb}) is at work")
         if instance.status is Status.SLEEPING:
             return _nothing(f"it sleeps until somebody asks: mvm instance wake {instance.ref}")
         if not instance.has_vmm:
-            kept = f"; the pool is kept at {pool.desired.running} running" if pool.desired else ""
-            return _nothing(f"it stays {instance.status} until it is started{kept}")
+            return self._coming(instance, pool, outlook)
         ill = self._health.explain(instance)
         if ill and not ill["well"]:
             return self._replacing(pool, ill["reason"])
@@ -111,7 +130,7 @@ class Insight:
         watch = Watch.from_dict(note["watch"])
         awake = bool(sleepless(self._store, [instance]))
         policy = policy_of(pool, sleepless=awake)
-        coming = outlook(Candidate(instance.ref, instance.status, watch, policy), now)
+        coming = idle_outlook(Candidate(instance.ref, instance.status, watch, policy), now)
         if coming is None and awake:
             return _nothing("it cannot sleep in this run: the template that it was cloned from is gone")
         if coming is None:
@@ -120,6 +139,19 @@ class Insight:
         at = (self._clock.now() + timedelta(seconds=wait)).isoformat()
         reason = f"if it stays idle; seen last: {note['decision']['reason']}"
         return {"verb": choice.value, "in_s": round(wait, 1), "at": at, "reason": reason}
+
+    def _coming(self, instance: Instance, pool: WorkerPool, outlook: Outcome) -> dict[str, Any]:
+        """What becomes of one that is down."""
+        asked = [each for each in outlook.actions if isinstance(each, Request) and each.ref == instance.ref]
+        if asked:
+            return {"verb": asked[0].verb.value, "in_s": None, "at": None, "reason": f"the next pass: {asked[0].why}"}
+        held = instance.held_until(self._clock.now(), pool.scaled_at)
+        if held is not None and pool.desired is not None:
+            until = f"until {held:%Y-%m-%d %H:%M:%S} UTC"
+            return _nothing(f"it stays {instance.status} {until}, as a person left it; mvm pool scale ends that")
+        kept = f"; the pool is kept at {pool.desired}" if pool.desired else ""
+        why = [remark.text for remark in outlook.news if remark.subject == pool.ref and remark.cause.counts]
+        return _nothing("; ".join([f"it stays {instance.status} until it is started{kept}", *why]))
 
     def _replacing(self, pool: WorkerPool, reason: str) -> dict[str, Any]:
         if pool.critical or pool.pinned:

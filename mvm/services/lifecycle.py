@@ -333,8 +333,10 @@ class Lifecycle:
         mark = instance.in_flight
         if job.reason is not Reason.RECONCILE or (mark and mark.job_id == job.job_id):
             return
-        pool, until = self._store.pool(instance.ref.pool_ref), instance.manual_override_until
-        if until and until > self._clock.now() and until - self._manual_hold > job.submitted_at:
+        pool = self._store.pool(instance.ref.pool_ref)
+        until = instance.held_until(self._clock.now(), pool.scaled_at)
+        spoke = instance.manual_override_at or (until - self._manual_hold if until else None)
+        if until and spoke and spoke > job.submitted_at:
             raise Cancelled("policy.outdated", f"a person has changed {instance.ref} since this was decided")
         if job.parent and verb not in (Verb.START, Verb.WAKE) and (pool.pinned or pool.critical):
             raise Cancelled("policy.outdated", f"{instance.ref} stays: its pool has become pinned or critical")
@@ -342,10 +344,19 @@ class Lifecycle:
             raise Cancelled("policy.outdated", f"{instance.ref} stays: the desired state asks for its pool again")
 
     def _hold(self, job: Job) -> dict[str, Any]:
-        """What a person does holds for a while: reconcile leaves the instance as it then is."""
-        if job.reason not in (Reason.MANUAL, Reason.URGENT):
+        """What a person does holds for a while: reconcile leaves the instance as it then is.
+
+        What reconcile does ends that: it acts where nothing holds, or because a person has spoken since. The sleep
+        policy changes where an instance is, not that a person wants it up.
+        """
+        if job.reason is Reason.SLEEP_POLICY:
             return {}
-        return {"manual_override_until": self._clock.now() + self._manual_hold}
+        if job.reason not in (Reason.MANUAL, Reason.URGENT):
+            return {"manual_override_until": None, "manual_override_at": None}
+        return {
+            "manual_override_until": self._clock.now() + self._manual_hold,
+            "manual_override_at": job.submitted_at,
+        }
 
 
 def _check_run(context: JobContext, instance: Instance) -> None:

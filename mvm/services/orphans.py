@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from mvm.domain.findings import OrphanFound, OrphanResult
-from mvm.domain.ids import InstanceRef, NodeId
+from mvm.domain.ids import InstanceRef, NodeId, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
 from mvm.domain.lifecycle import Status
@@ -32,6 +32,7 @@ from mvm.services.jobs import Jobs
 from mvm.services.ledger import Ledger
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
+from mvm.services.tenants import Tenants
 
 log = structlog.get_logger("mvm.sweeps")
 
@@ -57,7 +58,7 @@ class Orphans:
 
     def __init__(
         self, *, store: NodeStore, jobs: Jobs, locks: Locks, clock: Clock, vmm: VmmDriver, network: HostNetwork,
-        networks: Networks, storage: NodeStorage, node_id: NodeId, grace_s: float, cgroups: Cgroups,
+        networks: Networks, storage: NodeStorage, node_id: NodeId, grace_s: float, cgroups: Cgroups, tenants: Tenants,
     ) -> None:  # fmt: skip
         self._store = store
         self._jobs = jobs
@@ -70,6 +71,7 @@ class Orphans:
         self._node_id = node_id
         self._grace_s = grace_s
         self._cgroups = cgroups
+        self._tenants = tenants
         self._ledger = Ledger(store=store, network=network, storage=storage, vmm=vmm)
         self._first_seen: dict[str, float] = {}
 
@@ -82,7 +84,14 @@ class Orphans:
         if repaired:
             log.warning("rules repaired", lines=len(repaired), first=repaired[0])
         missing, made = self._ledger.check()
-        return OrphanResult(orphans, missing, sent, [*made, *repaired[:_REPAIRED]]).to_dict()
+        given_back = [f"tenant {ghost} could not be made, and is given back" for ghost in self._ghosts()]
+        return OrphanResult(orphans, missing, sent, [*made, *given_back, *repaired[:_REPAIRED]]).to_dict()
+
+    def _ghosts(self) -> Sequence[TenantId]:
+        try:
+            return self._tenants.withdraw_ghosts()
+        except Unreachable:
+            return []
 
     def _seen(self) -> dict[str, Orphan]:
         found, now = self._find(), self._clock.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mvm.domain.egress import EgressPolicy
@@ -26,6 +27,7 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.services.disk import IMAGES_LOCK, LOCK_S
 from mvm.services.disk_room import DiskRoom
+from mvm.services.membership import known_to_all
 from mvm.services.networks import Networks
 from mvm.services.quotas import admit_counts, admit_pool
 from mvm.services.reconcile import Reconcile
@@ -113,9 +115,28 @@ class Pools:
                         field="pool",
                         value=str(pool.ref),
                     )
-        self._networks.redirect(None, pool)
-        self._registry.place_pool(pool.ref, pool.node_id)
+        with context.undoing(partial(self._undo_create, pool)):
+            self._networks.redirect(None, pool)
+            self._registry.place_pool(pool.ref, pool.node_id)
         return pool_view(self._store, pool)
+
+    def undo_create(self, context: JobContext) -> None:
+        """What a create has written down that will not be done to its end is gone, unless somebody uses it."""
+        try:
+            pool = self._store.pool(PoolRef.parse(context.job.subject))
+        except NotFound:
+            return
+        if pool.created_at == context.job.submitted_at:
+            self._undo_create(pool)
+
+    def _undo_create(self, pool: WorkerPool) -> None:
+        """A pool exists for all or for none."""
+        with known_to_all(self._locks):
+            if self._store.instances(pool=pool.ref):
+                return
+            self._registry.unplace_pool(pool.ref, pool.node_id)
+            self._store.delete_pool(pool.ref)
+        self._networks.redirect(pool, None)
 
     def update(self, context: JobContext) -> Mapping[str, Any]:
         """Change how the subject pool's instances start and sleep and what they reach; the rest stays."""
@@ -156,6 +177,7 @@ class Pools:
         """Set the subject pool's desired counts and submit the jobs that lead there (``jobs`` in the result).
 
         ``params.running`` stays when it is left out; ``warm`` and ``sleeping`` are then the sleep policy's business.
+        Whatever people did to the pool's instances before does not hold any more.
         """
         ref, params = PoolRef.parse(context.job.subject), context.job.params
         with self._store.transaction():
@@ -163,7 +185,7 @@ class Pools:
             before = pool.desired or DesiredCounts()
             running = before.running if params.get("running") is None else params["running"]
             wanted = DesiredCounts(running, params.get("warm"), params.get("sleeping"))
-            pool = replace(pool, desired=wanted)
+            pool = replace(pool, desired=wanted, scaled_at=context.job.submitted_at)
             others = [i for i in self._store.instances(tenant=ref.tenant) if i.ref.pool_ref != ref]
             admit_counts(tenant, pool, others)
             self._store.put_pool(pool)
@@ -177,13 +199,22 @@ class Pools:
         """Remove a pool that has no instances, and its templates. Its image stays, others may use it."""
         ref = PoolRef.parse(context.job.subject)
         self._check_empty(ref)
-        self._registry.unplace_pool(ref, context.job.node_id)
-        self._networks.redirect(self._store.pool(ref), None)
-        self._storage.drop_templates(ref)
-        with context.ending(ref=str(ref)):
-            self._check_empty(ref)
-            self._store.delete_pool(ref)
+        pool = self._store.pool(ref)
+        with context.undoing(partial(self._undo_destroy, ref)):
+            self._networks.redirect(pool, None)
+            self._storage.drop_templates(ref)
+            with known_to_all(self._locks):
+                self._registry.unplace_pool(ref, context.job.node_id)
+                with context.ending(ref=str(ref)):
+                    self._check_empty(ref)
+                    self._store.delete_pool(ref)
         return {}
+
+    def _undo_destroy(self, ref: PoolRef) -> None:
+        """What is still there is there for all."""
+        pool = self._store.pool(ref)
+        self._registry.place_pool(ref, pool.node_id)
+        self._networks.redirect(None, pool)
 
     def _check_empty(self, ref: PoolRef) -> None:
         count = len(self._store.instances(pool=self._store.pool(ref).ref))

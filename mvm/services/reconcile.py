@@ -24,20 +24,23 @@ from mvm.domain.actions import (
     scope,
 )  # fmt: skip
 from mvm.domain.desired import DesiredState, parse
-from mvm.domain.ids import JobId, NodeId
+from mvm.domain.ids import JobId, NodeId, TenantId
 from mvm.domain.instance import InFlight
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Verb
-from mvm.domain.planner import Observed, as_parameters
+from mvm.domain.planner import Observed, Outcome, as_parameters, decide
 from mvm.domain.plans import Plan
 from mvm.domain.pool import WorkerPool
+from mvm.domain.remarks import Cause, Remark, told
 from mvm.domain.room import Room
 from mvm.domain.scaling import PoolNeed, scale
-from mvm.errors import QuotaExceeded
+from mvm.errors import QuotaExceeded, Unreachable
 from mvm.ports.clock import Clock
+from mvm.ports.host import HostMemory
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
+from mvm.services.disk_room import DiskRoom
 from mvm.services.health import GuestHealth
 from mvm.services.jobs import Asked, Jobs
 from mvm.services.lifecycle import Lifecycle
@@ -52,14 +55,16 @@ _LOCK_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """What one pass asked for: the jobs' ids, and what kept it from asking for more."""
+    """What one pass asked for: the jobs' ids, and what kept it from asking for more, as remarks and in words."""
 
     jobs: tuple[JobId, ...] = ()
     note: str | None = None
+    remarks: tuple[Remark, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {"jobs": list(self.jobs), "note": self.note}
+        obstacles = [remark.to_dict() for remark in self.remarks]
+        return {"jobs": list(self.jobs), "note": self.note, "obstacles": obstacles}
 
 
 class Reconcile:
@@ -70,7 +75,7 @@ class Reconcile:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, lifecycle: Lifecycle, locks: Locks, clock: Clock,
-        node_id: NodeId, health: GuestHealth,
+        node_id: NodeId, health: GuestHealth, room: DiskRoom, memory: HostMemory, uplink: bool,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -80,23 +85,41 @@ class Reconcile:
         self._clock = clock
         self._node_id = node_id
         self._health = health
+        self._room = room
+        self._memory = memory
+        self._uplink = uplink
 
     def desired(self) -> DesiredState:
         """The document that was accepted last; one that asks for nothing if there was none."""
         document = self._store.desired()
         return parse(document) if document is not None else DesiredState(self._node_id)
 
-    def observe(self) -> Observed:
+    def observe(self, desired: DesiredState) -> Observed:
         """What there is. Jobs that wait in a queue count as in flight."""
-        return self._observe(self._registry.open_jobs(self._node_id))
+        return self._observe(self._registry.open_jobs(self._node_id), desired)
 
-    def _observe(self, open_jobs: Sequence[Job]) -> Observed:
+    def outlook(self, tenant: TenantId) -> Outcome:
+        """What the next pass would do for one tenant, and what keeps its pools from their counts."""
+        desired = self.desired()
+        own = replace(desired, tenants=tuple(each for each in desired.tenants if each.id == tenant))
+        try:
+            open_jobs = self._registry.open_jobs(self._node_id)
+        except Unreachable:
+            open_jobs = []
+        mine = [job for job in open_jobs if job.subject.split("/")[0] == tenant]
+        return decide(own, self._observe(mine, own, tenant))
+
+    def _observe(self, open_jobs: Sequence[Job], desired: DesiredState, tenant: TenantId | None = None) -> Observed:
         queued = {job.subject: InFlight(job.job_id, _VERBS[job.verb]) for job in open_jobs if job.verb in _VERBS}
-        instances = self._store.instances()
+        instances = self._store.instances(tenant=tenant)
+        tenants = tuple(each for each in self._store.tenants() if tenant in (None, each.id))
+        known = {each.id for each in tenants}
+        new = [wanted for wanted in desired.tenants if wanted.id not in known]
+        reserved, net_ids = self._registry.networks() if new else ((), frozenset[int]())
         return Observed(
             now=self._clock.now(),
-            tenants=tuple(self._store.tenants()),
-            pools=tuple(self._store.pools()),
+            tenants=tenants,
+            pools=tuple(self._store.pools(tenant)),
             instances=tuple(replace(i, in_flight=i.in_flight or queued.get(str(i.ref))) for i in instances),
             jobs=frozenset(
                 (job.verb, job.subject) for job in open_jobs if job.verb.value.startswith(("tenant.", "pool."))
@@ -104,6 +127,11 @@ class Reconcile:
             unhealthy=frozenset(self._health.ill(instances)),
             sleepless=sleepless(self._store, instances),
             unproven=self._health.unproven(instances),
+            uplink=self._uplink,
+            host_mib=self._memory.left().total_mib,
+            can_build=self._room.has_room_to_build(),
+            reserved=tuple(reserved),
+            net_ids=net_ids,
         )
 
     def sweep(self, context: JobContext) -> Mapping[str, Any]:
@@ -111,14 +139,16 @@ class Reconcile:
 
         With ``params.expect`` it is only done when it is the plan with that fingerprint. What earlier passes asked for
         and is not done yet is told as ``under_way``: whoever waits until nothing is left to do waits for that too, and
-        for the health checks with which a rollout goes on (``rolling``, see `scaling.Scaled`).
+        for the health checks with which a rollout goes on (``rolling``, see `scaling.Scaled`). ``obstacles`` are what
+        keeps pools from their counts, each with its cause (`domain.remarks`); ``remarks`` the same in words, and
+        ``blocked`` those of what the document asks for and cannot be done now.
         """
         desired = self.desired()
         if context.job.params.get("prune"):
             desired = replace(desired, prune_unknown_tenants=True, prune_unknown_pools=True)
         with self._locks.hold("reconcile", deadline_s=_LOCK_S):
             open_jobs = self._registry.open_jobs(self._node_id)
-            plan = Plan.make(replace(desired, generation=None), self._observe(open_jobs))
+            plan = Plan.make(replace(desired, generation=None), self._observe(open_jobs, desired))
             if expect := context.job.params.get("expect"):
                 plan.check_current(expect)
             now = ready(plan.actions)
@@ -134,7 +164,9 @@ class Reconcile:
             "changed": bool(asked), "bulk": group.job_id if group else None, "jobs": len(asked),
             "waiting": len(plan.actions) - len(now),
             "under_way": [j.job_id for j in open_jobs if j.verb is JobVerb.BULK and j.reason is Reason.RECONCILE],
-            "remarks": [f"{subject}: {remark}" for subject, remark in (*notes, *plan.remarks)],
+            "remarks": [str(remark) for remark in (*notes, *plan.news)],
+            "obstacles": [remark.to_dict() for remark in (*notes, *plan.remarks)],
+            "blocked": [str(remark) for remark in (*notes, *plan.remarks) if _is_blocked(remark, desired)],
             "rolling": plan.rolling,
             "pools": sorted({str(scope(action)) for action in now}),
         }  # fmt: skip
@@ -153,18 +185,22 @@ class Reconcile:
         if pool.desired is None:
             return Submitted()
         with self._locks.hold("reconcile", deadline_s=_LOCK_S):
-            observed, tenant = self.observe(), self._store.tenant(pool.ref.tenant)
+            tenant = self._store.tenant(pool.ref.tenant)
+            observed = self._observe(self._registry.open_jobs(self._node_id), DesiredState(self._node_id))
             shapes = {each.ref: each.resources for each in observed.pools if each.ref.tenant == tenant.id}
             room = Room.of(
-                tenant.quota, tenant.network, shapes, [i for i in observed.instances if i.ref.tenant == tenant.id]
+                tenant.quota,
+                tenant.network,
+                shapes,
+                [i for i in observed.instances if i.ref.tenant == tenant.id],
+                host_mib=observed.host_mib,
             )
-            need = PoolNeed(pool.ref, pool.desired, pool.resources, pool.revision)
-            there = [
-                replace(i, manual_override_until=None) for i in observed.instances if i.ref.pool_ref == pool.ref
-            ]  # a person has spoken since
+            need = PoolNeed(pool.ref, pool.desired, pool.resources, pool.revision, scaled_at=pool.scaled_at)
+            there = [i for i in observed.instances if i.ref.pool_ref == pool.ref]
             scaled = scale(need, there, room, now=observed.now, sleepless=observed.sleepless)
             if scaled.actions and pool.revision is None:
-                return Submitted(note=f"no image yet: mvm pool build {pool.ref}")
+                remark = Remark(pool.ref, Cause.NO_IMAGE, pool.desired.total)
+                return Submitted(note=remark.text, remarks=(remark,))
             asked, notes = self._asked(scaled.actions, job)
             jobs = [
                 self._jobs.submit(
@@ -172,8 +208,9 @@ class Reconcile:
                 ).job_id
                 for each in asked
             ]  # fmt: skip
-        note = "; ".join([*(text for _, text in notes), *scaled.remarks, *self._overruled(pool)])
-        return Submitted(tuple(jobs), note or None)
+        news = (*notes, *told(scaled.remarks))
+        note = "; ".join([*(remark.text for remark in news), *self._overruled(pool)])
+        return Submitted(tuple(jobs), note or None, news)
 
     def _overruled(self, pool: WorkerPool) -> Iterator[str]:
         """Where the document has other counts than a person has just given."""
@@ -181,10 +218,10 @@ class Reconcile:
             if wanted.desired and wanted.desired != pool.desired:
                 yield f"the node's desired state asks for {wanted.desired}, and the next pass goes back to that"
 
-    def _asked(self, actions: Iterable[Action], job: Job) -> tuple[list[Asked], list[tuple[str, str]]]:
+    def _asked(self, actions: Iterable[Action], job: Job) -> tuple[list[Asked], list[Remark]]:
         """The jobs that do `actions`. Instances to be created are written down by now, so that they are counted."""
         asked: list[Asked] = []
-        notes: list[tuple[str, str]] = []
+        notes: list[Remark] = []
         for action in actions:
             if not isinstance(action, Create):
                 asked.append(job_for(action))
@@ -192,11 +229,18 @@ class Reconcile:
             try:
                 created = self._lifecycle.add(action.pool, action.count, job)
             except QuotaExceeded as error:
-                notes.append((str(action.pool), error.message))
+                limit = error.fields.get("field")
+                notes.append(Remark(action.pool, Cause.QUOTA, action.count, limit=str(limit) if limit else None))
                 log.warning("cannot create", pool=str(action.pool), error=error.message)
                 continue
             asked += [Asked(JobVerb.INSTANCE_START, str(instance.ref)) for instance in created]
         return asked, notes
+
+
+def _is_blocked(remark: Remark, desired: DesiredState) -> bool:
+    """Whether it keeps something from being done that the document asks for."""
+    listed = {tenant.id for tenant in desired.tenants} | {p.ref for tenant in desired.tenants for p in tenant.pools}
+    return remark.cause.blocks and remark.subject in listed
 
 
 def job_for(action: Action) -> Asked:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mvm.domain.addressing import parse_net_id, parse_subnet
 from mvm.domain.ids import TenantId
+from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import InvalidInput, NotAllowed, NotFound
+from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
+from mvm.services.membership import known_to_all
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
 from mvm.services.secrets import TenantSecrets
@@ -21,8 +25,11 @@ from mvm.services.views import tenant_view
 class Tenants:
     """The registry gives a tenant its network; the node keeps a copy."""
 
-    def __init__(self, store: NodeStore, registry: Registry, networks: Networks, secrets: TenantSecrets) -> None:
+    def __init__(
+        self, store: NodeStore, registry: Registry, locks: Locks, networks: Networks, secrets: TenantSecrets
+    ) -> None:
         self._store = store
+        self._locks = locks
         self._registry = registry
         self._networks = networks
         self._secrets = secrets
@@ -45,12 +52,39 @@ class Tenants:
                 _quota(Quota(), params.get("quota") or {}),
                 job.submitted_at,
             )
-        self._forget_namesake(tenant_id)
-        context.step("create bridge", 1, 2)
-        self._networks.open(known.network)
-        with context.ending(**tenant_view(self._store, known)):
-            self._store.put_tenant(known)
+        with context.undoing(partial(self._undo_create, known, job)):
+            self._forget_namesake(tenant_id)
+            context.step("create bridge", 1, 2)
+            self._networks.open(known.network)
+            with context.ending(**tenant_view(self._store, known)):
+                self._store.put_tenant(known)
         return {}
+
+    def undo_create(self, context: JobContext) -> None:
+        """What a create has reserved that will not be done to its end is given back, unless the tenant is there."""
+        known = self._registry.tenant(TenantId(context.job.subject))
+        if known is not None:
+            self._undo_create(known, context.job)
+
+    def _undo_create(self, known: Tenant, job: Job) -> None:
+        """A tenant exists for all or for none. One that `job` did not reserve, but adopt, stays where it is."""
+        try:
+            self._store.tenant(known.id)
+        except NotFound:
+            if known.created_at == job.submitted_at:
+                self._registry.withdraw_tenant(known)
+            self._networks.close(known.network)
+
+    def withdraw_ghosts(self) -> list[TenantId]:
+        """Tenants that a job of this node has reserved and could neither make nor give back are given back now."""
+        here = {tenant.id for tenant in self._store.tenants()}
+        found = []
+        for ghost in self._registry.networks()[0]:
+            job = self._store.last_job(ghost.id) if ghost.id not in here else None
+            if job is not None and _left_by(job, ghost):
+                self._undo_create(ghost, job)
+                found.append(ghost.id)
+        return found
 
     def update(self, context: JobContext) -> Mapping[str, Any]:
         """Change the quota; what runs already is left alone, even above a lowered limit."""
@@ -76,13 +110,20 @@ class Tenants:
             return {"tenant_id": str(tenant_id)}
         self._check_empty(tenant)
         context.step("remove bridge", 0, 1)
-        self._networks.close(tenant.network)
-        self._registry.remove_tenant(tenant.id, context.job.node_id)
-        with context.ending(tenant_id=str(tenant.id)):
-            self._check_empty(tenant)
-            self._secrets.forget(tenant.id)  # not before it is certain that the tenant goes
-            self._store.delete_tenant(tenant.id)
+        with context.undoing(partial(self._undo_destroy, tenant)):
+            self._networks.close(tenant.network)
+            with known_to_all(self._locks):
+                self._registry.remove_tenant(tenant.id, context.job.node_id)
+                with context.ending(tenant_id=str(tenant.id)):
+                    self._check_empty(tenant)
+                    self._secrets.forget(tenant.id)  # not before it is certain that the tenant goes
+                    self._store.delete_tenant(tenant.id)
         return {}
+
+    def _undo_destroy(self, tenant: Tenant) -> None:
+        """What is still there is there for all."""
+        self._registry.restore([self._store.tenant(tenant.id)], {}, frozenset())
+        self._networks.open(tenant.network)
 
     def _forget_namesake(self, tenant_id: TenantId) -> None:
         """A new tenant begins without secrets, whatever a former one of its name left behind."""
@@ -100,6 +141,11 @@ class Tenants:
                 hint=f"destroy them first: mvm instance destroy {pools[0].ref} --all; mvm pool destroy {pools[0].ref}",
                 subject=str(tenant.id), pools=len(pools), instances=instances,
             )  # fmt: skip
+
+
+def _left_by(job: Job, ghost: Tenant) -> bool:
+    ended = job.state.final and job.state is not JobState.SUCCEEDED
+    return ended and job.verb is JobVerb.TENANT_CREATE and ghost.created_at == job.submitted_at
 
 
 def _adopts(params: Mapping[str, Any], known: Tenant) -> bool:

@@ -170,10 +170,16 @@ class NodeView:
         return [tenant_view(self._store, tenant) for tenant in self._store.tenants()]
 
     def pools(self, tenant: TenantId | None) -> list[dict[str, Any]]:
-        """All pools, or one tenant's; an unknown tenant is an error, not an empty list."""
-        if tenant is not None:
-            self._store.tenant(tenant)
-        return [pool_view(self._store, pool) for pool in self._store.pools(tenant)]
+        """All pools, or one tenant's; an unknown tenant is an error, not an empty list.
+
+        Those of one tenant with what keeps each from its counts (``obstacles``).
+        """
+        rows = [pool_view(self._store, pool) for pool in self._store.pools(tenant)]
+        if tenant is None:
+            return rows
+        self._store.tenant(tenant)
+        obstacles = self._insight.obstacles(tenant)
+        return [{**row, "obstacles": obstacles.get(row["ref"], [])} for row in rows]
 
     def instances(self, tenant: TenantId | None, pool: PoolRef | None, status: Status | None) -> list[dict[str, Any]]:
         """Instances, filtered; an unknown tenant or pool is an error, not an empty list."""

@@ -20,6 +20,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from mvm.domain.job import Job, JobVerb
 from mvm.domain.lifecycle import Status
+from mvm.domain.remarks import Cause
 
 JOBS = Counter("mvm_jobs_total", "Jobs ended, by verb and final state.", ["verb", "state"])
 JOB_SECONDS = Histogram(
@@ -33,6 +34,12 @@ SWEEP_FINDINGS = Counter(
 ORPHANS = Gauge("mvm_orphans", "What no record owns, by kind.", ["kind"], multiprocess_mode="mostrecent")
 MISSING = Gauge("mvm_missing", "What is recorded and not there.", multiprocess_mode="mostrecent")
 ILL_GUESTS = Gauge("mvm_ill_guests", "Running guests that are not well.", multiprocess_mode="mostrecent")
+SHORT = Gauge(
+    "mvm_short_instances",
+    "Instances that are not where their pools' counts want them, by cause.",
+    ["cause"],
+    multiprocess_mode="mostrecent",
+)
 DISK_FREE = Gauge("mvm_disk_free_bytes", "Free space.", multiprocess_mode="mostrecent")
 DISK_USED = Gauge("mvm_disk_used_bytes", "What is stored, by kind.", ["kind"], multiprocess_mode="mostrecent")
 AGENT_REQUESTS = Counter("mvm_agent_requests_total", "Requests to the agent.", ["method", "outcome"])
@@ -62,6 +69,13 @@ def _observe_sweep(verb: JobVerb, result: Mapping[str, Any]) -> None:
         MISSING.set(len(result["missing"]))
     if "failing" in result:
         ILL_GUESTS.set(sum(each["ill"] for each in result["failing"]))
+    if "obstacles" in result:
+        short = Counts({cause: 0 for cause in Cause if cause.counts})
+        for each in result["obstacles"]:
+            short[Cause(each["cause"])] += each["count"]
+        for cause in Cause:
+            if cause.counts:
+                SHORT.labels(cause.value).set(short[cause])
     if "free_bytes" in result:
         DISK_FREE.set(result["free_bytes"])
         for kind, count in result["kinds"].items():

@@ -25,12 +25,14 @@ from mvm.domain.actions import (
     scope,
 )  # fmt: skip
 from mvm.domain.desired import DesiredPool, DesiredState, DesiredTenant
+from mvm.domain.egress import NO_EGRESS, Egress, EgressPolicy
 from mvm.domain.ids import PoolId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb
-from mvm.domain.planner import check_possible, decide, plan
-from mvm.domain.pool import DesiredCounts, InstanceResources, SeccompPolicy, SleepPolicy
+from mvm.domain.planner import Outcome, check_possible, decide, plan
+from mvm.domain.pool import DesiredCounts, InstanceResources, SeccompPolicy, SleepPolicy, WorkerPool
+from mvm.domain.remarks import Cause, Remark
 from mvm.domain.room import Room
 from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import NotAllowed
@@ -259,10 +261,9 @@ def test_a_rollout_halts_when_a_new_one_is_not_well() -> None:
         there.begin(ready(plan(state, there.observed())))
         there.settle()
     assert sum(i.status is S.RUNNING and i.revision == REVISION for i in there.of(WEB)) == 3
-    told = decide(state, there.observed()).remarks
-    assert told == (
-        (str(WEB), f"3 keep another revision: {instance_ref(0).instance} with the new revision is not well"),
-    )
+    why = f"{instance_ref(0).instance} with the new revision is not well"
+    news = decide(state, there.observed()).news
+    assert news == (Remark(WEB, Cause.NOT_WELL, 3, (instance_ref(0),), detail=why),)
 
 
 def test_one_that_is_not_well_is_stopped_and_started_again() -> None:
@@ -300,7 +301,8 @@ def test_what_is_not_pruned_after_all_is_kept_up(pinned: bool) -> None:
     outcome = decide(state, there.observed())
     assert outcome.actions == (Request(down.ref, V.START, S.STOPPED, Why.TOO_FEW),)
     why = "it is pinned" if pinned else f"a person has changed {held.ref}"
-    assert outcome.remarks == ((str(WEB), f"not asked for, and stays: {why}"),)
+    stays = Remark(WEB, Cause.NOT_PRUNED, detail=why)
+    assert [remark for remark in outcome.news if remark.cause is not Cause.HELD] == [stays]
 
 
 def test_more_than_the_quota_is_not_planned_and_told() -> None:
@@ -310,7 +312,88 @@ def test_more_than_the_quota_is_not_planned_and_told() -> None:
     state = replace(STATE, tenants=(replace(TENANT, quota=quota),))
     outcome = decide(state, there.observed())
     assert outcome.actions == (Create(WEB, 1),)
-    assert outcome.remarks == ((str(WEB), "1 more cannot start: no room in the tenant's quota"),)
+    assert outcome.news == (Remark(WEB, Cause.QUOTA, 1, limit="max_running"),)
+    assert str(outcome.news[0]) == "acme/web: 1 more cannot be had: no room in the tenant's quota (max_running)"
+
+
+@given(worlds())
+def test_a_pool_that_is_not_at_its_counts_says_why(world: World) -> None:
+    for _ in range(6):
+        outcome = decide(world.desired, world.observed())
+        named = {remark.subject for remark in outcome.remarks if remark.cause.counts}
+        listed = {pool.ref: pool for tenant in world.desired.tenants for pool in tenant.pools}
+        for ref in (listed.keys() | world.pools.keys()) - named:
+            known = world.pools.get(ref)
+            counts = (listed[ref].desired if ref in listed else None) or (known.desired if known else None)
+            there = world.of(ref)
+            assert counts is None or _is_as_it_should(counts, there, known), f"{ref} has no reason"
+        world.begin(ready(outcome.actions))
+        world.settle()
+
+
+def _is_as_it_should(counts: DesiredCounts, there: list[Instance], known: WorkerPool | None) -> bool:
+    up = sum(i.status in UP and i.lands_on in UP for i in there)
+    pruned = known is not None and any(i.lands_on is S.DESTROYED for i in there)
+    return up == counts.total or pruned
+
+
+NAT = EgressPolicy(Egress.NAT)
+
+
+def test_what_a_pool_needs_of_the_node_is_looked_at_before_it_is_made() -> None:
+    there = World(STATE, {ACME: Tenant(ACME, network(1), Quota(), START)})
+    outside = with_pool(egress=NAT)
+    nothing = replace(there.observed(), uplink=False)
+    blocked = decide(outside, nothing)
+    assert blocked == Outcome((), (Remark(WEB, Cause.NO_UPLINK, 2, detail="not created"),))
+    assert blocked.news[0].text.startswith("not created: its egress needs an uplink")
+    assert plan(outside, there.observed())[0] == CreatePool(outside.tenants[0].pools[0])
+    assert plan(STATE, nothing) == plan(STATE, there.observed()), "others go on"
+
+
+def test_an_egress_that_cannot_be_had_keeps_nothing_else_back() -> None:
+    state = with_pool(egress=NAT, pinned=True)
+    seen = replace(world(state).observed(), uplink=False)
+    seen = replace(seen, pools=(replace(seen.pools[0], pinned=False, egress=NO_EGRESS),))
+    outcome = decide(state, seen)
+    assert outcome.actions == (UpdatePool(WEB, (Change("pinned", False, True),)),)
+    assert outcome.remarks == (Remark(WEB, Cause.NO_UPLINK, detail="its egress is not changed"),)
+
+
+def test_a_shape_that_the_host_or_the_quota_has_no_room_for() -> None:
+    state = with_pool(resources=InstanceResources(mem_mib=2048))
+    there = World(state, {ACME: Tenant(ACME, network(1), Quota(), START)})
+    there.pools[WEB] = observed_pool(state.tenants[0].pools[0], REVISION)
+    outcome = decide(state, replace(there.observed(), host_mib=1024))
+    assert outcome == Outcome((), (Remark(WEB, Cause.HOST, 2),))
+    small = replace(state, tenants=(replace(state.tenants[0], quota=Quota(max_mem_mib=1024)),))
+    del there.pools[WEB]
+    there.tenants[ACME] = Tenant(ACME, network(1), Quota(max_mem_mib=1024), START)
+    assert decide(small, there.observed()) == Outcome((), (Remark(WEB, Cause.POOL_QUOTA, 2, limit="max_mem_mib"),))
+
+
+def test_no_image_is_built_on_a_full_disk() -> None:
+    there = world()
+    there.pools[WEB] = replace(there.pools[WEB], revision=None, built=None)
+    there.instances.clear()
+    outcome = decide(STATE, replace(there.observed(), can_build=False))
+    assert outcome == Outcome((), (Remark(WEB, Cause.DISK, 2, detail="its image is not built"),))
+    newer = decide(with_pool(source=SOURCES[1]), replace(world().observed(), can_build=False))
+    assert [type(action) for action in newer.actions] == [UpdatePool]
+    assert newer.remarks == (Remark(WEB, Cause.DISK, detail="its image is not built"),)
+
+
+def test_a_tenant_whose_network_is_not_to_be_had_is_not_made() -> None:
+    empty, other = World(STATE).observed(), Tenant(TenantId("other"), network(1), Quota(), START)
+    for seen, why in (
+        (replace(empty, reserved=(other,)), "tenant other has 10.240.1.0/24"),
+        (replace(empty, net_ids=frozenset({1})), "net id 1 was given before, and none is given twice"),
+    ):
+        blocked = tuple(Remark(subject, Cause.NETWORK, n, detail=why) for subject, n in ((ACME, 0), (WEB, 2)))
+        assert decide(STATE, seen) == Outcome((), blocked)
+    mine = Tenant(ACME, network(1), Quota(), START)
+    adopted = replace(empty, reserved=(mine,), net_ids=frozenset({1}))
+    assert plan(STATE, adopted)[0] == CreateTenant(TENANT)
 
 
 def test_what_cannot_be_had_is_told_at_once() -> None:

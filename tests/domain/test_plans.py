@@ -24,7 +24,7 @@ def test_a_plan_can_be_told_whatever_is_in_it(any_world: World) -> None:
     plan = Plan.make(any_world.desired, any_world.observed())
     told = plan.to_dict()
     assert len(told["actions"]) == len(plan.actions)
-    assert (plan.to_text() == "nothing to do") == (not plan.actions and not plan.remarks)
+    assert (plan.to_text() == "nothing to do") == (not plan.actions and not plan.news)
     assert plan == Plan.make(any_world.desired, any_world.observed())
 
 

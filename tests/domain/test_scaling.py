@@ -15,8 +15,9 @@ from mvm.domain.ids import Revision
 from mvm.domain.instance import InFlight, Instance
 from mvm.domain.lifecycle import Status, Verb, landing
 from mvm.domain.pool import DesiredCounts, InstanceResources
+from mvm.domain.remarks import Cause, Remark, told
 from mvm.domain.room import Room, usage_of
-from mvm.domain.scaling import PoolNeed, proving, scale
+from mvm.domain.scaling import PoolNeed, at_counts, proving, scale
 from mvm.domain.tenant import Quota
 from tests.support import make
 from tests.support.fleets import UP, counts
@@ -241,6 +242,66 @@ def test_one_with_a_job_counts_where_it_is_and_where_it_will_land() -> None:
     assert (used.running, used.warm, used.vcpus) == (2, 1, 2)
 
 
+@given(pools(), counts, st.booleans(), st.booleans(), st.integers(0, 4), st.sets(st.integers(0, 11)))
+def test_a_pool_that_is_not_at_its_counts_says_why(
+    observed: list[Instance], wanted: DesiredCounts, pinned: bool, critical: bool, most: int, held: set[int]
+) -> None:
+    observed = [
+        replace(each, manual_override_until=START + timedelta(1)) if n in held else each
+        for n, each in enumerate(observed)
+    ]
+    quota = Quota(max_running=most, max_warm=most // 2, max_instances_per_pool=6)
+    room = Room.of(quota, NETWORK, {WEB: SHAPE}, observed)
+    scaled = scale(replace(need(pinned=pinned, critical=critical), counts=wanted), observed, room, now=START)
+    causes = [remark for remark in scaled.remarks if remark.cause.counts]
+    there = [each for each in observed if each.lands_on is not S.DESTROYED]
+    if not critical and at_counts(wanted, there):
+        return
+    up = sum(each.status in UP and each.lands_on in UP for each in there)
+    assert sum(remark.count for remark in causes) >= max(0, wanted.total - up)
+    if up != wanted.total:
+        assert causes
+    assert all(remark.count > 0 for remark in causes)
+
+
+def test_whoever_scales_a_pool_ends_what_others_have_said_before() -> None:
+    spoke = START - timedelta(seconds=9)
+    held = replace(
+        instance(1, S.STOPPED), manual_override_at=spoke, manual_override_until=START + timedelta(seconds=591)
+    )
+    room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [held])
+    scaled = scale(need(1), [held], room, now=START)
+    assert scaled.actions == ()
+    assert scaled.remarks == (Remark(WEB, Cause.HELD, 1, (held.ref,), held.manual_override_until),)
+    assert decide(need(1, scaled_at=spoke), [held]) == (start(held),)
+    assert decide(need(1, scaled_at=spoke - timedelta(seconds=1)), [held]) == ()
+    older = replace(held, manual_override_at=None)  # written before that was written down
+    assert decide(need(1, scaled_at=spoke), [older]) == (start(older),)
+
+
+def test_what_lacks_is_named() -> None:
+    stopped = instance(1, S.STOPPED)
+    for quota, host_mib, remark in (
+        (Quota(max_running=0), None, Remark(WEB, Cause.QUOTA, 2, limit="max_running")),
+        (Quota(max_mem_mib=255), None, Remark(WEB, Cause.QUOTA, 2, limit="max_mem_mib")),
+        (Quota(max_instances_per_pool=1), None, Remark(WEB, Cause.QUOTA, 1, limit="max_instances_per_pool")),
+        (Quota(), 255, Remark(WEB, Cause.HOST, 2)),
+    ):
+        room = Room.of(quota, NETWORK, {WEB: SHAPE}, [stopped], host_mib=host_mib)
+        assert told(scale(need(2), [stopped], room, now=START).remarks) == (remark,)
+    small = TenantNetwork(1, parse_subnet("10.240.0.0/29"))
+    there = [instance(n, S.RUNNING) for n in range(len(small.offsets))]
+    room = Room.of(Quota(), small, {WEB: SHAPE}, there)
+    assert scale(need(len(there) + 2), there, room, now=START).remarks == (Remark(WEB, Cause.SUBNET, 2),)
+
+
+def test_a_full_max_warm_is_named() -> None:
+    running = [instance(n, S.RUNNING) for n in range(3)]
+    room = Room.of(Quota(max_warm=1), NETWORK, {WEB: SHAPE}, running)
+    scaled = scale(need(1, 2), running, room, now=START)
+    assert told(scaled.remarks) == (Remark(WEB, Cause.QUOTA, 1, limit="max_warm"),)
+
+
 def test_a_held_one_takes_a_place_and_is_left_alone() -> None:
     held = replace(instance(1, S.STOPPED), manual_override_until=START + timedelta(seconds=1))
     running = instance(2, S.RUNNING)
@@ -286,7 +347,9 @@ def test_it_is_told_when_a_critical_one_is_stopped() -> None:
     stopped, running = instance(1, S.STOPPED), instance(2, S.RUNNING)
     room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [stopped, running])
     scaled = scale(need(2, critical=True), [stopped, running], room, now=START)
-    assert (scaled.actions, scaled.remarks) == ((), ("1 are stopped, and stay: the pool is critical",))
+    assert scaled.actions == ()
+    assert scaled.remarks == (Remark(WEB, Cause.CRITICAL, 1, (stopped.ref,), detail="are stopped"),)
+    assert str(scaled.remarks[0]) == "acme/web: 1 are stopped, and stay: the pool is critical"
 
 
 def test_a_revision_comes_with_the_next_start_unless_it_is_rolled() -> None:
@@ -306,8 +369,9 @@ def test_a_rollout_waits_until_a_new_one_has_passed_a_health_check() -> None:
     room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, there)
     waits = scale(need(3, max_unavailable=1), there, room, now=START, unproven={there[2].ref})
     assert (waits.actions, waits.rolling) == ((), 2)
-    assert waits.remarks == (
-        f"2 keep another revision until {there[2].ref.instance} with the new one has passed a health check",
+    assert waits.remarks == (Remark(WEB, Cause.HEALTH_CHECK, 2, (there[2].ref,)),)
+    assert waits.remarks[0].text == (
+        f"2 keep another revision until {there[2].ref.instance} with the new one has passed a health check"
     )
     goes_on = scale(need(3, max_unavailable=1), there, room, now=START)
     assert (goes_on.actions, goes_on.rolling) == ((stop(old[1], Why.ROLLOUT),), 0)
@@ -328,4 +392,5 @@ def test_a_rollout_waits_while_one_with_the_new_revision_is_not_well() -> None:
     room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [old, new])
     scaled = scale(need(2, max_unavailable=2), [old, new], room, now=START, unhealthy={new.ref})
     assert scaled.actions == (stop(new, Why.UNHEALTHY),)
-    assert scaled.remarks == (f"1 keep another revision: {new.ref.instance} with the new revision is not well",)
+    why = f"{new.ref.instance} with the new revision is not well"
+    assert told(scaled.remarks) == (Remark(WEB, Cause.NOT_WELL, 1, (new.ref,), detail=why),)

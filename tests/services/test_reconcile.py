@@ -16,6 +16,7 @@ from mvm.domain.ids import JobId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
+from mvm.errors import Failed
 from mvm.services.jobs import Asked
 from tests.services.conftest import NODE, Node
 from tests.support.command_line import ADDRESS, DEAD, CommandLine
@@ -104,13 +105,11 @@ def test_what_another_pass_asked_for_is_waited_for(mvm: CommandLine, node: Node,
 
 
 def test_what_another_pass_asked_for_in_vain_is_told(mvm: CommandLine, node: Node, file: Path) -> None:
-    node.ok(JobVerb.TENANT_CREATE, "gone", net_id=7)
-    node.ok(JobVerb.TENANT_DESTROY, "gone")  # net ids are never given twice
+    node.host.fail("network.ensure_bridge", Failed("network.failed", "no bridge"))
     _, job = node.services.view.desired_apply(file.read_bytes(), prune=False, expect=None, actor="another")
     node.services.runner.run(job)
     result = mvm("agent", "reconcile", "--desired", str(file))
-    assert result.exit_code == 4
-    assert "error[tenant.net_id_used]" in result.stderr
+    assert (result.exit_code, "error[network.failed]" in result.stderr) == (1, True)
 
 
 def test_counts_images_and_rules_change(mvm: CommandLine, node: Node, file: Path) -> None:
@@ -335,12 +334,25 @@ def test_a_crash_ends_what_a_person_has_said(mvm: CommandLine, node: Node, file:
 
 
 def test_a_failed_job_ends_the_waiting_and_is_told(mvm: CommandLine, node: Node, file: Path) -> None:
+    node.host.fail("network.ensure_bridge", Failed("network.failed", "no bridge"))
+    result = mvm("agent", "reconcile", "--desired", str(file))
+    assert (result.exit_code, "error[network.failed]" in result.stderr) == (1, True)
+    assert node.services.store.pools() == []
+    mvm.ok("agent", "reconcile", "--desired", str(file))
+    assert statuses(node) == {"running": 2}, "its net id was not used up"
+
+
+def test_what_cannot_be_done_is_blocked_and_fails_no_job(mvm: CommandLine, node: Node, file: Path) -> None:
     node.ok(JobVerb.TENANT_CREATE, "gone", net_id=7)
     node.ok(JobVerb.TENANT_DESTROY, "gone")  # net ids are never given twice
-    result = mvm("agent", "reconcile", "--desired", str(file))
-    assert result.exit_code == 4
-    assert "error[tenant.net_id_used]" in result.stderr
-    assert node.services.store.pools() == []
+    words = ("agent", "reconcile", "--desired", str(file))
+    assert "! acme: not created: net id 7 was given before" in mvm.ok(*words, "--plan")
+    told = mvm.fails(4, "desired.blocked", *words)
+    assert "acme: not created: net id 7 was given before" in told.stderr
+    for _ in range(3):
+        swept = node.sweep(JobVerb.SWEEP_RECONCILE)
+        assert (swept["changed"], {each["cause"] for each in swept["obstacles"]}) == (False, {"network"})
+    assert node.services.jobs.list(state=JobState.FAILED) == []
 
 
 @pytest.mark.parametrize(

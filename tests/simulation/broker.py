@@ -19,7 +19,7 @@ _CALLS = (
     "heartbeat", "nodes", "live_nodes", "reserve_tenant", "restore", "tenant", "put_tenant", "remove_tenant",
     "place_pool", "unplace_pool", "pool_node", "record", "job", "jobs", "children", "open_jobs", "update",
     "next_children", "held_children", "request_cancel", "cancel_requested", "expired_jobs", "expire",
-    "claim_sweep", "release_sweep",
+    "claim_sweep", "release_sweep", "networks", "withdraw_tenant",
 )  # fmt: skip
 
 

@@ -216,6 +216,10 @@ def _agreement(world: World) -> Iterator[str]:
     for pool in world.store._pools:
         if world.registry._pools.get(pool) != NODE:
             yield f"stores disagree: the registry does not know where {pool} is"
+    for tenant_id in world.registry._tenants.keys() - world.store._tenants.keys():
+        yield f"stores disagree: only the registry knows {tenant_id}"
+    for pool in world.registry._pools.keys() - world.store._pools.keys():
+        yield f"stores disagree: only the registry knows {pool}"
 
 
 def _trails(world: World) -> Iterator[str]:
@@ -227,7 +231,8 @@ def _trails(world: World) -> Iterator[str]:
 
 def _plan(world: World) -> Iterator[str]:
     reconcile = world.services("worker").view._desired._reconcile
-    outcome = decide(reconcile.desired(), reconcile.observe())
+    desired = reconcile.desired()
+    outcome = decide(desired, reconcile.observe(desired))
     if outcome.actions:
         yield f"not converged: {'; '.join(map(str, outcome.actions[:3]))}"
     if outcome.rolling:

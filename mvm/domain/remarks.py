@@ -1,0 +1,176 @@
+"""What keeps a pool or a tenant from what is asked of it, as values. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from mvm.domain.ids import InstanceRef, PoolRef, TenantId
+
+_SHOWN = 20  # instances that a remark names in its JSON form
+
+
+class Cause(StrEnum):
+    """The kind of a remark. Programs go by this; the words for people may change."""
+
+    UNDER_WAY = "under_way"
+    """Jobs that are queued or run."""
+
+    NEXT_PASS = "next_pass"
+    """The next pass asks for it."""
+
+    HELD = "held"
+    """A person has changed instances, which stay as they are for a while."""
+
+    QUOTA = "quota"
+    """The tenant's quota has no room."""
+
+    POOL_QUOTA = "pool_quota"
+    """The tenant's quota has no room for a pool, or is smaller than one instance of it."""
+
+    SUBNET = "subnet"
+    """The tenant's subnet has no free address."""
+
+    HOST = "host"
+    """The host is smaller than one instance."""
+
+    DISK = "disk"
+    """The disk is too full to build or to put to sleep."""
+
+    NO_IMAGE = "no_image"
+    """The pool has no image yet, and nobody has asked for one."""
+
+    NO_UPLINK = "no_uplink"
+    """The pool's egress policy needs an uplink, which the node has not."""
+
+    NETWORK = "network"
+    """The net id or the subnet of a tenant to be made was given to another one."""
+
+    FAILED = "failed"
+    """What was asked for last has failed; it is asked for again after a pause."""
+
+    PINNED = "pinned"
+    """The pool is pinned: what is too much stays."""
+
+    CRITICAL = "critical"
+    """The pool is critical: what was stopped is not started, what is too much stays."""
+
+    SLEEPLESS = "sleepless"
+    """Instances cannot sleep in the run that they are in."""
+
+    HEALTH_CHECK = "health_check"
+    """A rollout waits until a new instance has passed a health check."""
+
+    NOT_WELL = "not_well"
+    """A rollout has halted: an instance with the new revision is not well."""
+
+    NOT_PRUNED = "not_pruned"
+    """The pool is not asked for, and may not be destroyed."""
+
+    RESTART = "restart"
+    """A new image will restart instances."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is only that work takes its time; that is no news where it is watched."""
+        return self in (Cause.UNDER_WAY, Cause.NEXT_PASS)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether what is asked for cannot be done now, and will be once something else has changed."""
+        return self in _BLOCKS
+
+    @property
+    def counts(self) -> bool:
+        """Whether it keeps a pool from the counts that are asked for."""
+        return self not in _NOT_OF_COUNTS
+
+
+_BLOCKS = (
+    Cause.QUOTA,
+    Cause.POOL_QUOTA,
+    Cause.SUBNET,
+    Cause.HOST,
+    Cause.DISK,
+    Cause.NO_UPLINK,
+    Cause.NETWORK,
+    Cause.FAILED,
+)
+_NOT_OF_COUNTS = (Cause.HEALTH_CHECK, Cause.NOT_WELL, Cause.NOT_PRUNED, Cause.RESTART)
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One cause, and what it is about.
+
+    `count` is how many instances it concerns, `refs` are those of them that are known by name. `limit` names a quota,
+    `until` when it ends by itself, `detail` is a clause for people where the cause alone does not tell enough.
+    """
+
+    subject: TenantId | PoolRef
+    cause: Cause
+    count: int = 0
+    refs: tuple[InstanceRef, ...] = ()
+    until: datetime | None = None
+    limit: str | None = None
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; ``text`` is for people."""
+        return {
+            "subject": str(self.subject),
+            "cause": self.cause.value,
+            "count": self.count,
+            "instances": [str(ref) for ref in self.refs[:_SHOWN]],
+            "until": self.until.isoformat() if self.until else None,
+            "limit": self.limit,
+            "text": self.text,
+        }
+
+    @property
+    def text(self) -> str:
+        """A clause for people."""
+        if self.cause is Cause.UNDER_WAY and not self.refs:
+            return "a job is under way"
+        return _TEXTS[self.cause].format(
+            count=self.count,
+            first=self.refs[0].instance if self.refs else "one",
+            until=f" until {self.until:%H:%M:%S} UTC" if self.until else "",
+            limit=self.limit or "quota",
+            detail=self.detail,
+            pool=self.subject,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.text}"
+
+
+_TEXTS = {
+    Cause.UNDER_WAY: "{count} have a job under way",
+    Cause.NEXT_PASS: "{count} are asked for by the next pass",
+    Cause.HELD: "{count} stay as a person left them{until} ({first} first); to end that: mvm pool scale {pool}",
+    Cause.QUOTA: "{count} more cannot be had: no room in the tenant's quota ({limit})",
+    Cause.POOL_QUOTA: "not created: no room in the tenant's quota ({limit})",
+    Cause.SUBNET: "{count} more cannot be created: the tenant's subnet has no free address",
+    Cause.HOST: "{count} more cannot start: this host has less memory than one of them needs",
+    Cause.DISK: "{detail}: the disk is low; see: mvm disk report",
+    Cause.NO_IMAGE: "no image yet: mvm pool build {pool}",
+    Cause.NO_UPLINK: "{detail}: its egress needs an uplink, and this node has none (MVM_UPLINK)",
+    Cause.NETWORK: "not created: {detail}",
+    Cause.FAILED: "{detail}; it is asked for again{until}",
+    Cause.PINNED: "{count} too many are up, and stay: the pool is pinned",
+    Cause.CRITICAL: "{count} {detail}, and stay: the pool is critical",
+    Cause.SLEEPLESS: "{count} cannot sleep, and stay up: the template they were cloned from is gone",
+    Cause.HEALTH_CHECK: "{count} keep another revision until {first} with the new one has passed a health check",
+    Cause.NOT_WELL: "{count} keep another revision: {detail}",
+    Cause.NOT_PRUNED: "not asked for, and stays: {detail}",
+    Cause.RESTART: "{count} restart with the new image, {detail}; what they have in memory is lost",
+}
+
+
+def told(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
+    """Those that are news: not that work takes its time."""
+    return tuple(remark for remark in remarks if not remark.cause.passes)
