@@ -8,12 +8,18 @@
     ├── NotAllowed        exit 4   not in this state, or it already exists
     ├── QuotaExceeded     exit 5   quota or capacity
     ├── Unreachable       exit 6   retryable: Redis, an agent or a guest did not answer
+    │   └── GuestGone     exit 6   a guest's VMM does not run
     ├── TimedOut          exit 6   retryable
+    │   ├── GuestSilent   exit 6   a guest said nothing that was an answer
     │   └── Overdue       exit 6   a job's own deadline; another try would take as long
     ├── Forbidden         exit 7
     └── Failed            exit 1   the operation was tried and did not succeed
+        ├── GuestRefused  exit 1   a guest answered, and not as it should
         ├── Cancelled     exit 1
         └── Fenced        exit 1   somebody else has taken over what this job worked on
+
+The three of guests are `GuestFault` as well: a guest's word, or want of one, which never decides whether the host may
+act.
 
 A class says what *kind* of failure it is (exit code, whether trying again can help); `code` is the
 stable name of the failure, such as ``instance.not_found``. Foreign exceptions are translated at the edge
@@ -128,6 +134,22 @@ class Fenced(Failed):
     """Another worker has taken over: whoever meets this acts no more, and undoes nothing."""
 
     kind = "fenced"
+
+
+class GuestFault(MvmError):
+    """Something went wrong on the guest's side of its channel. Guests say what they like; see `mvm.ports.guest`."""
+
+
+class GuestGone(GuestFault, Unreachable):
+    """There is no VMM, so no guest."""
+
+
+class GuestSilent(GuestFault, TimedOut):
+    """No answer came within the deadline, whatever else may have come."""
+
+
+class GuestRefused(GuestFault, Failed):
+    """The guest said no, or something that is no answer at all."""
 
 
 _KINDS: dict[str, type[MvmError]] = {

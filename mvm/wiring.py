@@ -284,7 +284,7 @@ def build_node(
     marks = Watermarks(low=settings.disk_low_mib << 20, reserve=settings.disk_reserve_mib << 20)
     room = DiskRoom(p.store, p.storage, p.vmm, marks)
     health = GuestHealth(
-        store=p.store, clock=p.clock, guest=p.guest, network=p.network, storage=p.storage,
+        store=p.store, clock=p.clock, vmm=p.vmm, guest=p.guest, network=p.network, storage=p.storage,
         limit=settings.health_checks, answer_s=settings.health_answer_s,
     )  # fmt: skip
     snapshots = Snapshots(

@@ -6,7 +6,7 @@ from typing import Any
 
 from kombu import Queue
 
-from mvm.domain.job import Lane
+from mvm.domain.job import JobVerb, Lane, lane_of
 from mvm.drivers.celery_queue import PRIORITY_SEPARATOR, PRIORITY_STEPS
 from mvm.ports.queue import node_queue
 from mvm.settings import Settings
@@ -14,6 +14,7 @@ from mvm.settings import Settings
 
 def celery_settings(settings: Settings, role: str) -> dict[str, Any]:
     """Of the worker ``main`` or ``urgent`` of the node."""
+    queues = {lane: node_queue(settings.node, lane) for lane in (Lane.NORMAL, Lane.URGENT)}
     return {
         "broker_url": settings.broker,
         # Delivery: the job's record is the truth, so a message is only ever a reminder.
@@ -26,8 +27,15 @@ def celery_settings(settings: Settings, role: str) -> dict[str, Any]:
         "worker_enable_remote_control": True,
         # Threads, because a job waits for other processes; deadlines and cancelling are the operation's own.
         "worker_pool": "threads",
-        "task_queues": [Queue(node_queue(settings.node, lane)) for lane in (Lane.NORMAL, Lane.URGENT)],
+        "task_queues": [Queue(name, routing_key=name) for name in queues.values()],
         "task_create_missing_queues": False,
+        "task_default_queue": queues[Lane.NORMAL],
+        "task_default_routing_key": queues[Lane.NORMAL],
+        "task_routes": {
+            verb.task_name: {"queue": queues[lane], "routing_key": queues[lane]}
+            for verb in JobVerb
+            for lane in (lane_of(verb, bulk=False),)
+        },
         # Flower sees every job.
         "worker_send_task_events": True,
         "task_track_started": True,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 import structlog
 from celery import signals
 
-from mvm.errors import MvmError
+from mvm.drivers.locks import FileLocks
+from mvm.errors import MvmError, NotAllowed, TimedOut
 from mvm.telemetry.metrics import show_instances
 from workers.app import role, settings
-from workers.base import services
+from workers.base import cancel, services
 
 log = structlog.get_logger("mvm.node")
 _leaving = threading.Event()
+_kept = ExitStack()  # until the process ends
+_PREDECESSOR_S = 3.0  # in which one that was told to end may still be at it
 
 
 @signals.setup_logging.connect
@@ -22,6 +26,26 @@ def _logging(**_: Any) -> None:
     from mvm.telemetry.logging import configure
 
     configure(settings)
+
+
+@signals.worker_init.connect
+def _alone(**_: Any) -> None:
+    """There is one worker of each role: a second one would take over what the first has in flight."""
+    try:
+        _kept.enter_context(FileLocks(settings.layout.locks).hold(f"worker {role}", deadline_s=_PREDECESSOR_S))
+    except TimedOut:
+        error = NotAllowed(
+            "worker.already_running", f"the {role} worker of node {settings.node} runs already", hint="see: mvm status"
+        )
+        log.error("not started", code=error.code, error=error.message)
+        raise SystemExit(str(error)) from None
+
+
+@signals.task_revoked.connect
+def _revoked(request: Any = None, **_: Any) -> None:
+    """Celery has thrown its message away: so that nobody sends it again, its job ends."""
+    if request is not None and request.id:
+        cancel(request.id)
 
 
 @signals.worker_ready.connect

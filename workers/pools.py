@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mvm.domain.job import JobVerb
-from workers.app import app
-from workers.base import JobTask
+from workers.base import job_task
 
-
-@app.task(base=JobTask, bind=True, name=JobVerb.POOL_CREATE.task_name)
-def create(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
-
-
-@app.task(base=JobTask, bind=True, name=JobVerb.POOL_UPDATE.task_name)
-def update(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
-
-
-@app.task(base=JobTask, bind=True, name=JobVerb.POOL_BUILD.task_name)
-def build(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
-
-
-@app.task(base=JobTask, bind=True, name=JobVerb.POOL_SCALE.task_name)
-def scale(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
-
-
-@app.task(base=JobTask, bind=True, name=JobVerb.POOL_DESTROY.task_name)
-def destroy(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
+create = job_task(JobVerb.POOL_CREATE)
+update = job_task(JobVerb.POOL_UPDATE)
+build = job_task(JobVerb.POOL_BUILD)
+scale = job_task(JobVerb.POOL_SCALE)
+destroy = job_task(JobVerb.POOL_DESTROY)

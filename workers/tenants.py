@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mvm.domain.job import JobVerb
-from workers.app import app
-from workers.base import JobTask
+from workers.base import job_task
 
-
-@app.task(base=JobTask, bind=True, name=JobVerb.TENANT_CREATE.task_name)
-def create(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
-
-
-@app.task(base=JobTask, bind=True, name=JobVerb.TENANT_UPDATE.task_name)
-def update(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
-
-
-@app.task(base=JobTask, bind=True, name=JobVerb.TENANT_DESTROY.task_name)
-def destroy(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
-
-
-@app.task(base=JobTask, bind=True, name=JobVerb.TENANT_SECRETS.task_name)
-def secrets(self: JobTask, **job: Any) -> str:
-    """See the service."""
-    return self.run_job(job)
+create = job_task(JobVerb.TENANT_CREATE)
+update = job_task(JobVerb.TENANT_UPDATE)
+destroy = job_task(JobVerb.TENANT_DESTROY)
+secrets = job_task(JobVerb.TENANT_SECRETS)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 import click
 
-from mvm.errors import InvalidInput, MvmError
+from mvm.errors import Failed, InvalidInput, MvmError
 
 
 def show_error(error: MvmError) -> None:
@@ -44,12 +47,31 @@ def report(failure: BaseException, *, output: str, debug: bool) -> int:
     if debug:
         traceback.print_exception(failure)
     error = _translate(failure)
-    show_error(error)
+    with suppress(OSError):  # nowhere to say it: the exit code tells
+        show_error(error)
     if output != "table":
         from mvm.cli.render import emit
 
-        emit({"error": error_object(error)}, output)
+        with suppress(OSError):
+            emit({"error": error_object(error)}, output)
+    if isinstance(failure, OSError):
+        _drop_unwritten()
     return error.exit_code
+
+
+def _drop_unwritten() -> None:
+    """What a stream could not write is tried once more as the process ends, which then tells of it in its own way."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _turn_to_nowhere(stream)
+
+
+def _turn_to_nowhere(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _translate(failure: BaseException) -> MvmError:
@@ -69,5 +91,16 @@ def _translate(failure: BaseException) -> MvmError:
         from mvm.cli.fleet import no_permission
 
         return no_permission(failure.filename)
+    if isinstance(failure, OSError):
+        return _of_system(failure)
     name = type(failure).__name__
     return MvmError("internal", f"{name}: {failure}", hint="this is a bug; --debug shows where")
+
+
+def _of_system(failure: OSError) -> MvmError:
+    """What the operating system refused: no defect of ours."""
+    where = f"{failure.filename}: " if failure.filename else ""
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failed("disk.full", f"{where}there is no space left to write to", hint="free some space on its disk")
+    said = failure.strerror or str(failure)
+    return Failed("io.failed", f"{where}{said}", hint="--debug shows what was being done")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -81,4 +82,17 @@ def cli(ctx: click.Context, state_dir: str | None) -> None:
 
 def main() -> None:
     """The entry point."""
-    cli(prog_name="mvm")
+    _prepare_streams()
+    try:
+        cli(prog_name="mvm")
+    except OSError as error:  # before there is a subcommand: a help text that cannot be written
+        words = sys.argv[1:]
+        sys.exit(_report(error, output_in(words), "--debug" in words))
+
+
+def _prepare_streams() -> None:
+    """Whatever stdout is, closed or of a poor character set: results are written to it as well as can be."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        setattr(sys, name, stream)
+        stream.reconfigure(errors="backslashreplace")

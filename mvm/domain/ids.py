@@ -72,14 +72,14 @@ class InstanceId(_Name):
 
 
 class JobId(_Name):
-    """``j-<12 hex: milliseconds since 1970>-<10 hex: random>``: sorts by the time it was made.
+    """``j-<12 hex: milliseconds since 1970>-<10 hex: random>``, or the UUID of a task that was called by Celery's ways.
 
     It is the Celery task id and the idempotency key of the operation.
     """
 
     __slots__ = ()
-    rule = re.compile(r"j-[0-9a-f]{12}-[0-9a-f]{10}")
-    what, allowed = "job", "a job's id as printed, such as j-0193583f6c2a-9f3b7c21d4"
+    rule = re.compile(r"j-[0-9a-f]{12}-[0-9a-f]{10}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+    what, allowed = "job", "a job's id as printed, such as j-0193583f6c2a-9f3b7c21d4, or a UUID in lower case"
 
     @classmethod
     def make(cls, now_ms: int, random: bytes) -> JobId:

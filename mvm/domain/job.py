@@ -116,6 +116,7 @@ class Job:
     `attempt` counts the tries begun, of `attempts` that it has; `deaths` how often a worker died in it. Each try that
     failed and each death is one of `setbacks` (``at, code, message``). It is tried again at `retry_at`; the try under
     way ends at `deadline_at`; what nobody has taken at `expires_at` is dropped. `retry_of` is the job it repeats.
+    `canvas` is what Celery has joined to its task (`mvm.domain.canvas`).
     """
 
     job_id: JobId
@@ -143,6 +144,7 @@ class Job:
     deadline_at: datetime | None = None
     expires_at: datetime | None = None
     retry_of: JobId | None = None
+    canvas: Mapping[str, Any] | None = None
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -182,6 +184,7 @@ class Job:
             "deadline_at": _iso(self.deadline_at),
             "expires_at": _iso(self.expires_at),
             "retry_of": self.retry_of,
+            **({"canvas": dict(self.canvas)} if self.canvas else {}),
         }
 
     def to_json(self) -> str:
@@ -220,7 +223,13 @@ class Job:
             deadline_at=_time(data.get("deadline_at")),
             expires_at=_time(data.get("expires_at")),
             retry_of=JobId(data["retry_of"]) if data.get("retry_of") else None,
+            canvas=data.get("canvas"),
         )
+
+
+def by_age(job: Job) -> tuple[datetime, JobId]:
+    """Sorts jobs by the time at which they were asked for; ids of Celery's do not."""
+    return job.submitted_at, job.job_id
 
 
 def _iso(when: datetime | None) -> str | None:

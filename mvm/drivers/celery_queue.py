@@ -12,12 +12,14 @@ import json
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, Lane
 from mvm.drivers.redis_link import RedisLink
+from mvm.errors import InvalidInput
 from mvm.ports.queue import node_queue
 
 # kombu keeps one list per priority step; 0 is the highest and has no suffix.
@@ -25,6 +27,11 @@ PRIORITY_STEPS = (0, 3, 6, 9)
 PRIORITY_SEPARATOR = "\x06\x16"
 _PRIORITY = {Lane.URGENT: 0, Lane.NORMAL: 3, Lane.BULK: 9}
 _BATCH = 500
+
+
+def priority_of(lane: Lane) -> int:
+    """Of messages: 0 overtakes all others."""
+    return _PRIORITY[lane]
 
 
 def queue_key(job: Job) -> str:
@@ -37,46 +44,63 @@ def queue_key(job: Job) -> str:
 def task_message(job: Job) -> dict[str, Any]:
     """The envelope of `job`, ready to be dumped as JSON."""
     kwargs = task_kwargs(job)
-    body: tuple[list[Any], dict[str, Any], dict[str, None]] = (
-        [],
-        kwargs,
-        {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
-    )
+    canvas = job.canvas or {}
+    following = {name: canvas.get(name) for name in ("callbacks", "errbacks", "chain", "chord")}
+    body: tuple[list[Any], dict[str, Any], dict[str, Any]] = ([], kwargs, following)
+    headers: dict[str, Any] = {
+        "lang": "py",
+        "task": job.verb.task_name,
+        "id": job.job_id,
+        "shadow": None,
+        "eta": job.retry_at.isoformat() if job.retry_at else None,
+        "expires": None,  # ours: a worker that drops a message for its age drops what is sent again, too
+        "group": canvas.get("group"),
+        "group_index": canvas.get("group_index"),
+        "retries": job.attempt,
+        "timelimit": [None, None],
+        "root_id": canvas.get("root_id") or job.parent or job.job_id,
+        "parent_id": canvas.get("parent_id") or job.parent,
+        "argsrepr": "()",
+        "kwargsrepr": readable(kwargs),
+        "origin": f"{os.getpid()}@{socket.gethostname()}",
+        "ignore_result": job.canvas is None,
+        "replaced_task_nesting": 0,
+        "stamped_headers": None,
+        "stamps": {},
+    }
+    properties = {
+        "correlation_id": job.job_id,
+        "reply_to": "",
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": node_queue(job.node_id, job.lane)},
+        "priority": _PRIORITY[job.lane],
+        "body_encoding": "base64",
+        "delivery_tag": secrets.token_hex(16),
+    }
+    _announce("before_task_publish", body, headers, declare=[], properties=properties, retry_policy={})
     return {
         "body": base64.b64encode(json.dumps(body).encode()).decode(),
         "content-encoding": "utf-8",
         "content-type": "application/json",
-        "headers": {
-            "lang": "py",
-            "task": job.verb.task_name,
-            "id": job.job_id,
-            "shadow": None,
-            "eta": job.retry_at.isoformat() if job.retry_at else None,
-            "expires": None,  # ours: a worker that drops a message for its age drops what is sent again, too
-            "group": None,
-            "group_index": None,
-            "retries": 0,
-            "timelimit": [None, None],
-            "root_id": job.job_id,
-            "parent_id": None,
-            "argsrepr": "()",
-            "kwargsrepr": readable(kwargs),
-            "origin": f"{os.getpid()}@{socket.gethostname()}",
-            "ignore_result": True,
-            "replaced_task_nesting": 0,
-            "stamped_headers": None,
-            "stamps": {},
-        },
-        "properties": {
-            "correlation_id": job.job_id,
-            "reply_to": "",
-            "delivery_mode": 2,
-            "delivery_info": {"exchange": "", "routing_key": node_queue(job.node_id, job.lane)},
-            "priority": _PRIORITY[job.lane],
-            "body_encoding": "base64",
-            "delivery_tag": secrets.token_hex(16),
-        },
+        "headers": headers,
+        "properties": properties,
     }
+
+
+def _announce(name: str, body: Any, headers: dict[str, Any], **more: Any) -> None:
+    """Celery's signal `name`, for those who listen to it in this process: they may add to the headers."""
+    if not _heard(name):
+        return
+    queue = node_queue(body[1]["node"], Lane(body[1]["lane"]))
+    getattr(sys.modules["celery.signals"], name).send(
+        sender=headers["task"], body=body, exchange="", routing_key=queue, headers=headers, **more
+    )
+
+
+def _heard(name: str) -> bool:
+    """Whether anybody listens to this signal; where nobody has imported Celery's, nobody does."""
+    signals = sys.modules.get("celery.signals")
+    return signals is not None and bool(getattr(signals, name).receivers)
 
 
 def task_kwargs(job: Job) -> dict[str, Any]:
@@ -110,9 +134,12 @@ class CeleryQueue:
 
     def send(self, jobs: Sequence[Job]) -> None:
         """See ports/queue.py."""
-        pushes = [("LPUSH", queue_key(job), json.dumps(task_message(job))) for job in jobs]
-        for start in range(0, len(pushes), _BATCH):
-            self._link.pipeline(pushes[start : start + _BATCH])
+        for start in range(0, len(jobs), _BATCH):
+            batch = [(queue_key(job), task_message(job)) for job in jobs[start : start + _BATCH]]
+            self._link.pipeline([("LPUSH", key, json.dumps(message)) for key, message in batch])
+            if _heard("after_task_publish"):
+                for _, message in batch:
+                    _announce("after_task_publish", json.loads(base64.b64decode(message["body"])), message["headers"])
 
     def queued(self, node: NodeId) -> frozenset[JobId]:
         """See ports/queue.py."""
@@ -131,4 +158,14 @@ class CeleryQueue:
         lists = self._link.pipeline([("LRANGE", key, 0, -1) for key in keys])
         for key, raws in zip(keys, lists, strict=True):
             for raw in raws:
-                yield key, raw, JobId(json.loads(raw)["headers"]["id"])
+                job_id = _job_of(raw)
+                if job_id is not None:
+                    yield key, raw, job_id
+
+
+def _job_of(raw: bytes) -> JobId | None:
+    """The job that a message is about; None for a foreign one, which its worker will set aside."""
+    try:
+        return JobId(json.loads(raw)["headers"]["id"])
+    except (ValueError, LookupError, TypeError, RecursionError, InvalidInput):
+        return None

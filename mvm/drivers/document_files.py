@@ -9,6 +9,10 @@ from mvm.domain.document import MAX_BYTES, check_size, decode_json, decode_text,
 from mvm.errors import NotFound
 
 _DEEPEST = 50
+_TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp")
+)
+"""What JSON has, and dates, which are kept as text."""
 
 
 def read_document(path: Path) -> Any:
@@ -32,6 +36,17 @@ def decode_yaml(content: bytes) -> Any:
     class Loader(yaml.CSafeLoader):
         """Keeps what JSON has not, dates, as text, and remembers names that are given twice."""
 
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            """One value. A tag may be written by hand, and promise what the text does not hold."""
+            if node.tag not in _TAGS:
+                raise yaml.constructor.ConstructorError(None, None, f"JSON has no {node.tag}", node.start_mark)
+            try:
+                return super().construct_object(node, deep)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"this is no {node.tag}, or too long", node.start_mark
+                ) from None
+
     def mapping(loader: Any, node: Any) -> dict[str, Any]:
         read = loader.construct_object
         return pairs([(str(read(name)), read(value, deep=True)) for name, value in node.value])
@@ -49,8 +64,6 @@ def decode_yaml(content: bytes) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise malformed("not YAML", " ".join(str(error).split())[:300]) from None
-    except ValueError:
-        raise malformed("not YAML", "a number is too long") from None
 
 
 def _as_text(loader: Any, node: Any) -> Any:

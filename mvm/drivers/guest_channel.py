@@ -18,13 +18,15 @@ from mvm.domain.commands import ExecPart, ExecResult, collected
 from mvm.domain.ids import InstanceRef
 from mvm.drivers import guest_commands
 from mvm.drivers.instance_sockets import Connection, remaining
-from mvm.errors import Failed, InvalidInput, TimedOut, Unreachable
+from mvm.errors import GuestGone, GuestRefused, GuestSilent, InvalidInput
 from mvm.ports.guest import GuestHello, GuestIdentity, GuestStatus, Worker
 
 _PLAIN = (string.ascii_letters + "+-./:;=@^_,~").encode()  # they mean themselves, also after an octal
 _CLOCK_S, _CLOCK_TRIES = 0.01, 4
 _HUGE = 1e18
-_LONGEST_REPLY = 4 << 20  # bytes
+# How much a guest may say in one call, with what was left over from replies that nobody waited for. Each line and each
+# read is work, however short it is.
+_MOST_BYTES, _MOST_READS, _MOST_LINES = 64 << 10, 2048, 256
 
 
 class UnixGuestChannel:
@@ -128,6 +130,7 @@ class _Call:
         self._directory = directory
         self._ports = ports
         self._end = time.monotonic() + deadline_s
+        self._heard = self._reads = 0
 
     def __enter__(self) -> _Call:
         try:
@@ -212,45 +215,54 @@ class _Call:
                 _, found, rest = said.partition(token)
                 if found and rest:
                     return rest[:1]
-                if len(said) > _LONGEST_REPLY:
-                    raise self.refused("a reply without end")
+                said = said[-len(token) :]
         except TimeoutError:
             raise self._silent() from None
         except ConnectionError:
             pass
         raise self._gone()
 
-    def refused(self, words: str, missing: Sequence[str] = ()) -> Failed:
+    def refused(self, words: str, missing: Sequence[str] = ()) -> GuestRefused:
         """The error for a guest that answered, but not as it should."""
-        return Failed(
+        return GuestRefused(
             "guest.refused", f"the guest of {self._ref} refused: {words[:500]}",
             hint="its console may tell more: mvm instance logs", subject=str(self._ref), missing=list(missing),
         )  # fmt: skip
 
     def _lines(self) -> Iterator[str]:
-        """Complete lines as they arrive, until the VMM closes the socket."""
+        """Complete lines as they arrive, until the VMM closes the socket; of empty ones nothing is said."""
         pieces: list[bytes] = []
+        seen = 0
         while data := self._receive():
-            if sum(map(len, pieces)) > _LONGEST_REPLY:
-                raise self.refused("a reply without end")
-            *complete, rest = data.split(b"\n")
+            *complete, rest = data.split(b"\n", _MOST_LINES)
             for line in complete:
-                yield b"".join((*pieces, line)).decode("ascii", "replace")
+                whole = b"".join((*pieces, line))
                 pieces.clear()
+                seen += 1
+                if whole:
+                    yield whole.decode("ascii", "replace")
+            if seen > _MOST_LINES or b"\n" in rest:
+                raise self.refused("more lines than it was asked for")
             pieces.append(rest)
 
     def _receive(self) -> bytes:
+        """What comes next. All that comes in one call is bounded: in bytes, and in the reads that it takes."""
         self._connection.socket.settimeout(self.left())
-        return self._connection.socket.recv(1 << 18)
+        data = self._connection.socket.recv(1 << 16)
+        self._heard += len(data)
+        self._reads += 1
+        if self._heard > _MOST_BYTES or self._reads > _MOST_READS:
+            raise self.refused("a reply without end")
+        return data
 
-    def _gone(self) -> Unreachable:
-        return Unreachable(
+    def _gone(self) -> GuestGone:
+        return GuestGone(
             "guest.gone", f"the VMM of {self._ref} does not run", hint="mvm instance info tells its status",
             subject=str(self._ref),
         )  # fmt: skip
 
-    def _silent(self) -> TimedOut:
-        return TimedOut(
+    def _silent(self) -> GuestSilent:
+        return GuestSilent(
             "guest.silent", f"the guest of {self._ref} did not answer in time",
             hint="its console may tell why: mvm instance logs", subject=str(self._ref),
         )  # fmt: skip

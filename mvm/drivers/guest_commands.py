@@ -18,7 +18,7 @@ from mvm import guest
 from mvm.domain.commands import ExecEnd, ExecOutput, ExecPart
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.instance_sockets import Connection, NoTurn
-from mvm.errors import Failed, InvalidInput, MvmError, TimedOut, Unreachable
+from mvm.errors import GuestGone, GuestRefused, GuestSilent, InvalidInput, MvmError, TimedOut
 
 _IDLE_S = 0.2  # so long a part may take; how soon somebody who has gone is noticed
 _OLD_GRACE_S = 5.0  # for an older guest to end a late command and to send what it wrote
@@ -171,8 +171,8 @@ class _Run:
         timed_out = exit_code == guest.DEADLINE_EXIT and time.monotonic() >= self._end
         yield ExecEnd(exit_code, truncated == b"1", timed_out)
 
-    def _refused(self, words: str) -> Failed:
-        return Failed(
+    def _refused(self, words: str) -> GuestRefused:
+        return GuestRefused(
             "guest.refused", f"the guest of {self._ref} refused: {words[:500]}",
             hint="its console may tell more: mvm instance logs", subject=str(self._ref),
         )  # fmt: skip
@@ -183,14 +183,14 @@ class _Run:
             hint="wait for one of them to end, or end one: Ctrl-C", subject=str(self._ref),
         )  # fmt: skip
 
-    def _gone(self) -> Unreachable:
-        return Unreachable(
+    def _gone(self) -> GuestGone:
+        return GuestGone(
             "guest.gone", f"the VMM of {self._ref} does not run", hint="mvm instance info tells its status",
             subject=str(self._ref),
         )  # fmt: skip
 
-    def _silent(self) -> TimedOut:
-        return TimedOut(
+    def _silent(self) -> GuestSilent:
+        return GuestSilent(
             "guest.silent", f"the guest of {self._ref} did not answer in time",
             hint="its console may tell why: mvm instance logs", subject=str(self._ref),
         )  # fmt: skip

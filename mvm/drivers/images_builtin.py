@@ -22,7 +22,7 @@ from mvm.drivers.builtin import cpio, ext4, kernel, recipe
 from mvm.drivers.builtin.debs import Package, Packages
 from mvm.drivers.revisions import BUILD_LOCK
 from mvm.errors import Failed
-from mvm.ports.images import ProgressReport
+from mvm.ports.images import Admission, ProgressReport, admitted
 from mvm.ports.shell import Shell
 
 _FORMAT = 1
@@ -38,7 +38,7 @@ class BuiltinImages:
         self._shell = shell
         self._packages = Packages(fetch or shell, layout.package_cache)
 
-    def build(self, source: ImageSource, report: ProgressReport) -> Revision:
+    def build(self, source: ImageSource, report: ProgressReport, admit: Admission = admitted) -> Revision:
         """Build; see the port."""
         with _errors(), self._turn() as images:
             report("find packages")
@@ -49,6 +49,7 @@ class BuiltinImages:
             if existing:
                 report("already built")
                 return existing
+            admit()
             missing = self._packages.missing(list(packages.values()))
             if missing:
                 report(f"download {sum(package.size for package in missing) / 1e6:.0f} MB of packages")

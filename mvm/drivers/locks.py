@@ -6,6 +6,7 @@ stopped all the while, takes the lock over. Its file then is another one.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ class FileLocks:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(fd, path):
-                    os.pwrite(fd, f"{os.getpid():<10}".encode(), 0)
+                    _sign(fd)
                     return fd
             except BlockingIOError:
                 os.close(fd)
@@ -139,6 +140,18 @@ class _Watch:
         except (OSError, ValueError):
             return None
         return (inode, pid) if stat.rpartition(b") ")[2][:1] == b"T" else None
+
+
+def _sign(fd: int) -> None:
+    """Write down who holds the lock, for whoever waits for it while its holder is stopped.
+
+    On a full disk it is held without: what only reads needs no room.
+    """
+    try:
+        os.pwrite(fd, f"{os.getpid():<10}".encode(), 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _is_at(fd: int, path: Path) -> bool:

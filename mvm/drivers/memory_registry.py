@@ -13,10 +13,10 @@ from time import monotonic
 
 from mvm.domain.addressing import allocate
 from mvm.domain.ids import JobId, NodeId, PoolRef, TenantId
-from mvm.domain.job import Job, JobState, JobVerb, Progress
+from mvm.domain.job import Job, JobState, JobVerb, Progress, by_age
 from mvm.domain.refusals import job_not_found, tenant_exists
 from mvm.domain.tenant import Quota, Tenant
-from mvm.errors import Cancelled, Failed, NotAllowed, TimedOut
+from mvm.errors import Cancelled, Failed, MvmError, NotAllowed, TimedOut
 from mvm.ports.clock import Clock
 from mvm.ports.registry import NodeRecord
 
@@ -51,6 +51,7 @@ class MemoryRegistry:
         self._jobs: dict[JobId, Job] = {}
         self._bulks: dict[JobId, _Bulk] = {}
         self._cancels: set[JobId] = set()
+        self._refused: dict[str, MvmError] = {}
         self._followers: list[deque[Job]] = []
         self._sweeps: dict[tuple[str, NodeId], _Sweep] = {}
 
@@ -164,7 +165,7 @@ class MemoryRegistry:
     def jobs(self, *, state: JobState | None = None, subject: str | None = None, limit: int = 200) -> Sequence[Job]:
         """See ports/registry.py."""
         with self._changed:
-            newest = sorted(self._jobs.values(), key=lambda job: job.job_id, reverse=True)
+            newest = sorted(self._jobs.values(), key=by_age, reverse=True)
         found = [
             job for job in newest
             if (state is None or job.state is state)
@@ -182,7 +183,7 @@ class MemoryRegistry:
         """See ports/registry.py."""
         with self._changed:
             found = [job for job in self._jobs.values() if job.node_id == node and not job.state.final]
-        return sorted(found, key=lambda job: job.job_id)
+        return sorted(found, key=by_age)
 
     def update(self, job: Job) -> Job | None:
         """See ports/registry.py."""
@@ -277,7 +278,7 @@ class MemoryRegistry:
         """See ports/registry.py."""
         with self._changed:
             queued = [job for job in self._jobs.values() if job.state is JobState.QUEUED]
-            return sorted((j for j in queued if j.expires_at and j.expires_at <= now), key=lambda job: job.job_id)
+            return sorted((j for j in queued if j.expires_at and j.expires_at <= now), key=by_age)
 
     def expire(self, job: Job) -> None:
         """See ports/registry.py."""
@@ -286,6 +287,16 @@ class MemoryRegistry:
             if known is None or known.state is JobState.QUEUED:
                 self._cancels.add(job.job_id)
                 self.update(job)
+
+    def refuse(self, task_id: str, error: MvmError) -> None:
+        """See ports/registry.py."""
+        with self._changed:
+            self._refused[task_id] = error
+
+    def refusal(self, task_id: str) -> MvmError | None:
+        """See ports/registry.py."""
+        with self._changed:
+            return self._refused.get(task_id)
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:
         """See ports/registry.py."""

@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Lock
 
+from mvm.domain.job import Lane
 from mvm.drivers import netns
 from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.supervisor import PartState
 from mvm.errors import MvmError
+from mvm.ports.queue import node_queue
 from mvm.settings import Settings
 
 _ANSWER_S = 2.0
@@ -84,18 +86,24 @@ class Probes:
             from celery import Celery
             from kombu.exceptions import OperationalError
         node = f"{name}@{self._settings.node}"
+        queue = node_queue(self._settings.node, Lane.URGENT if name == "urgent" else Lane.NORMAL)
         app = Celery("mvm-probe", broker=self._settings.broker, set_as_current=False)
         app.conf.update(broker_connection_max_retries=0, broker_transport_options={"max_retries": 0})
         try:
             with self._inside(self._namespace), app.connection_for_write() as connection:
                 replies = app.control.broadcast(
-                    "ping", destination=[node], reply=True, limit=1, timeout=_PONG_S, connection=connection
+                    "active_queues", destination=[node], reply=True, limit=1, timeout=_PONG_S, connection=connection
                 )
         except OperationalError as error:
             return f"broker: {error}"
         finally:
             app.close()
-        return None if any(node in reply for reply in replies or []) else f"{node} does not answer pings"
+        taken = next((reply[node] for reply in replies or [] if node in reply), None)
+        if taken is None:
+            return f"{node} does not answer"
+        if any(each["name"] == queue for each in taken):
+            return None
+        return f"takes nothing from its queue: celery -A workers control add_consumer {queue} -d {node}"
 
     def _beat(self, state: PartState | None) -> str | None:
         """Beat answers nobody; it touches a file with every tick."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from mvm.domain.addressing import allocate
 from mvm.domain.ids import JobId, NodeId, PoolRef, TenantId
-from mvm.domain.job import Job, JobState, JobVerb
+from mvm.domain.job import Job, JobState, JobVerb, by_age
 from mvm.domain.refusals import job_not_found, tenant_exists
 from mvm.domain.tenant import Quota, Tenant
 from mvm.drivers.redis_link import RedisLink
@@ -26,7 +26,7 @@ from mvm.drivers.redis_scripts import (
     UPDATE_JOB,
     WITHDRAW_TENANT,
 )
-from mvm.errors import Failed, NotAllowed, TimedOut
+from mvm.errors import Failed, MvmError, NotAllowed, TimedOut, error_from_dict
 from mvm.ports.registry import NodeRecord
 
 _KEEP_JOB_S = 7 * 86400
@@ -183,7 +183,7 @@ class RedisRegistry:
             ids = self._link.command("ZREVRANGE", "mvm:jobs", start, start + _PAGE - 1)
             found += self._matching(self._get(ids), state, subject)
             if len(found) >= limit or len(ids) < _PAGE:
-                return sorted(found, key=lambda job: job.job_id, reverse=True)[:limit]
+                return sorted(found, key=by_age, reverse=True)[:limit]
         raise AssertionError("unreachable: the pages end")
 
     @staticmethod
@@ -201,7 +201,7 @@ class RedisRegistry:
 
     def open_jobs(self, node: NodeId) -> Sequence[Job]:
         """See ports/registry.py."""
-        return self._get(sorted(self._link.command("SMEMBERS", f"mvm:open:{node}")))
+        return sorted(self._get(self._link.command("SMEMBERS", f"mvm:open:{node}")), key=by_age)
 
     def _get(self, ids: Sequence[bytes]) -> list[Job]:
         if not ids:
@@ -268,6 +268,15 @@ class RedisRegistry:
     def expire(self, job: Job) -> None:
         """See ports/registry.py."""
         self._updated(_update(job, only_queued=True))
+
+    def refuse(self, task_id: str, error: MvmError) -> None:
+        """See ports/registry.py."""
+        self._link.command("SET", f"mvm:refused:{task_id}", json.dumps(error.to_dict()), "EX", _KEEP_JOB_S)
+
+    def refusal(self, task_id: str) -> MvmError | None:
+        """See ports/registry.py."""
+        raw = self._link.command("GET", f"mvm:refused:{task_id}")
+        return error_from_dict(json.loads(raw)) if raw else None
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:
         """See ports/registry.py."""

@@ -12,6 +12,7 @@
 ``mvm:bulk:<id>``           hash of a bulk job: total, done, failed, parallel
 ``mvm:bulk:<id>:children``  its children in order; ``:held`` those not yet sent
 ``mvm:cancel:<id>``         somebody asked the job to end
+``mvm:refused:<task id>``    the error of a Celery task that never became a job
 ``mvm:sweep:<verb>:<node>`` the sweep that is queued or running
 ``mvm:tick:<verb>:<node>``  the period that had a sweep last
 ==========================  =======================================================================

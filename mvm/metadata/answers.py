@@ -11,6 +11,9 @@ from mvm.domain.metadata import MAX_TTL_S, TOKEN_PATH, Self, proves, read, token
 _TTL = ("x-aws-ec2-metadata-token-ttl-seconds", "x-metadata-token-ttl-seconds")
 _TOKEN = ("x-aws-ec2-metadata-token", "x-metadata-token")
 _BY_WAY_OF = "x-forwarded-for"
+_ADDRESS = "169.254.169.254"
+HOSTS = frozenset({_ADDRESS, f"{_ADDRESS}:80"})
+"""What the service is called. Another name is one that somebody's DNS server made to lead here (DNS rebinding)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class Answers:
         """The answer for `guest`; `headers` have lower-case names. None is an asker that nobody knows."""
         if guest is None:
             return Answer(403, "there is no metadata for you\n")
+        if headers.get("host", _ADDRESS) not in HOSTS:  # there is none in HTTP/1.0
+            return Answer(421, f"ask http://{_ADDRESS}/\n")
         path = target.partition("?")[0]
         if method == "PUT" and path == TOKEN_PATH:
             return self._token(guest, headers)

@@ -158,6 +158,7 @@ class _Conversation:
                     raise h11.RemoteProtocolError("no bodies here", error_status_hint=413)
                 self._http.receive_data(await asyncio.get_running_loop().sock_recv(self._sock, _PIECE))
             elif isinstance(event, h11.Request):
+                _check_framing(event)
                 request = event
             elif isinstance(event, h11.Data):
                 raise h11.RemoteProtocolError("no bodies here", error_status_hint=413)
@@ -176,3 +177,10 @@ class _Conversation:
         pieces.append(self._http.send(h11.EndOfMessage()))
         async with asyncio.timeout(REQUEST_S):
             await asyncio.get_running_loop().sock_sendall(self._sock, b"".join(filter(None, pieces)))
+
+
+def _check_framing(request: h11.Request) -> None:
+    """Raises `h11.RemoteProtocolError` when it is told twice where the request ends: somebody reads it otherwise."""
+    names = {name for name, _ in request.headers}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        raise h11.RemoteProtocolError("Content-Length beside Transfer-Encoding", error_status_hint=400)

@@ -71,9 +71,14 @@ class GuestStatus:
 class GuestChannel(Protocol):
     """Talks to the agent in the guest of one instance through its directory.
 
-    Every call has a deadline in seconds. Raises `TimedOut` (``guest.silent``) when the guest does not answer in
-    time and `Unreachable` (``guest.gone``) when its VMM has ended or was never started. One caller speaks at a
-    time; others wait their turn within their deadline.
+    Every call has a deadline in seconds. Raises `GuestSilent` (``guest.silent``) when the guest does not answer in
+    time, `GuestGone` (``guest.gone``) when its VMM has ended or was never started, and `GuestRefused`
+    (``guest.refused``) when what it says is no answer. One caller speaks at a time; others wait their turn within
+    their deadline.
+
+    Who answers may be anybody: a tenant's root replaces the agent as it likes. So whatever comes ends in an answer or
+    one of these three, it costs the caller a bounded amount of work, and what the host does to the VMM never hangs on
+    it.
     """
 
     def hello(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> GuestHello:
@@ -83,7 +88,7 @@ class GuestChannel(Protocol):
     def configure(self, ref: InstanceRef, directory: Path, identity: GuestIdentity, *, deadline_s: float) -> None:
         """Give the guest its identity; returns once it has acknowledged all of it.
 
-        Raises `Failed` (``guest.refused``) with the guest's words when it could not; ``missing`` in its fields lists
+        Raises `GuestRefused` with the guest's words when it could not; ``missing`` in its fields lists
         the parts that were not acknowledged.
         """
         ...
@@ -101,7 +106,7 @@ class GuestChannel(Protocol):
         secrets let go as `drop_secrets` does.
 
         Workloads are told by an executable ``/etc/mvm/sleep``, if the image has one, which may take its time.
-        Raises `Failed` (``guest.refused``) when that fails.
+        Raises `GuestRefused` when that fails.
         """
         ...
 
@@ -117,7 +122,7 @@ class GuestChannel(Protocol):
     def drop_secrets(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
         """The guest overwrites what it has in memory of its disk of secrets, and unmounts it; may be repeated.
 
-        Raises `Failed` (``guest.refused``), and nothing has changed, while a process has a file open there.
+        Raises `GuestRefused`, and nothing has changed, while a process has a file open there.
         """
         ...
 

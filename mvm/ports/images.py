@@ -12,6 +12,14 @@ ProgressReport = Callable[[str], None]
 """Told the name of what is being done now, such as ``download kernel``."""
 
 
+Admission = Callable[[], None]
+"""Asked before anything large is written; raises what forbids it."""
+
+
+def admitted() -> None:
+    """Everything is."""
+
+
 class ImageBuilder(Protocol):
     """Builds a source to a revision under the node's image directory.
 
@@ -20,6 +28,6 @@ class ImageBuilder(Protocol):
     failed build leaves nothing. Raises `Failed`: ``disk.full``, ``image.fetch_failed``, ``image.build_failed``.
     """
 
-    def build(self, source: ImageSource, report: ProgressReport) -> Revision:
-        """Build; when the result exists already it is kept."""
+    def build(self, source: ImageSource, report: ProgressReport, admit: Admission = admitted) -> Revision:
+        """Build; when the result exists already it is kept, and `admit` is not asked."""
         ...

@@ -7,11 +7,24 @@ from typing import Protocol
 
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, Lane
+from mvm.errors import InvalidInput
 
 
 def node_queue(node: NodeId, lane: Lane = Lane.NORMAL) -> str:
     """The queue of a node's worker, or of its urgent worker."""
     return f"node.{node}.urgent" if lane is Lane.URGENT else f"node.{node}"
+
+
+def queue_owner(queue: str) -> tuple[NodeId, Lane | None] | None:
+    """The inverse: a queue's node and lane, None where it leaves that open; None for another queue."""
+    kind, _, rest = queue.partition(".")
+    node, _, lane = rest.partition(".")
+    try:
+        if kind == "node" and lane in ("", Lane.URGENT):
+            return NodeId(node), Lane.URGENT if lane else None
+    except InvalidInput:
+        pass
+    return None
 
 
 class JobQueue(Protocol):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from mvm.domain.ids import JobId, NodeId, PoolRef, TenantId
 from mvm.domain.job import Job, JobState
 from mvm.domain.tenant import Quota, Tenant
+from mvm.errors import MvmError
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,14 @@ class Registry(Protocol):
 
         Nothing happens if it is not queued any more.
         """
+        ...
+
+    def refuse(self, task_id: str, error: MvmError) -> None:
+        """The Celery task of this id never becomes a job, and `error` is why: for whoever waits for its result."""
+        ...
+
+    def refusal(self, task_id: str) -> MvmError | None:
+        """Why a task never became a job, if that was told within a week."""
         ...
 
     def follow(self, job_ids: Sequence[JobId], *, deadline_s: float | None) -> Iterator[Job]:

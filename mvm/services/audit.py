@@ -170,11 +170,9 @@ class Audit:
         if half:
             self._note_recovery(tenant, half)
         pending = self._store.pending_audit(tenant)
-        last = next((line.decode(errors="replace") for line in trail.tail(1)), None)
-        # Whoever appended some of them may have been killed before it dropped them.
-        done = pending.index(last) + 1 if last in pending else 0
-        if pending[done:]:
-            trail.append(pending[done:])
+        left = _not_in(trail, pending)
+        if left:
+            trail.append(left)
         self._store.drop_audit(tenant, len(pending))
 
     def _note_recovery(self, tenant: TenantId, half: bytes) -> None:
@@ -208,7 +206,7 @@ class Audit:
         """The last `count` entries, and those that came since they were counted; and the number of the last."""
         self.complete()
         with self._trails.hold(tenant) as trail:
-            waiting = [line.encode() for line in self._store.pending_audit(tenant)]
+            waiting = [line.encode() for line in _not_in(trail, self._store.pending_audit(tenant))]
             head = self._store.audit_head(tenant) or START
             if after:
                 count = max(count, head.seq - after)
@@ -223,7 +221,8 @@ class Audit:
         self.complete()
         with self._trails.hold(tenant) as trail:
             head = self._store.audit_head(tenant)
-            waiting = [line for line in self._store.pending_audit(tenant) if head and _number(line) <= head.seq]
+            pending = _not_in(trail, self._store.pending_audit(tenant))
+            waiting = [line for line in pending if head and _number(line) <= head.seq]
             files = [(_PENDING, "".join(f"{line}\n" for line in waiting).encode())] if waiting else []
             verdict = verify(chain(trail.files(), files), head)
         return {
@@ -243,6 +242,13 @@ class Audit:
                 if trail.tail(1) or trail.half():
                     return
             self._store.tenant(tenant)
+
+
+def _not_in(trail: AuditTrail, pending: Sequence[str]) -> Sequence[str]:
+    """Those of `pending` that are not in `trail`: whoever appended some may not have come to drop them."""
+    last = next((line.decode(errors="replace") for line in trail.tail(1)), None)
+    done = pending.index(last) + 1 if last in pending else 0
+    return pending[done:]
 
 
 def _damaged(line: bytes) -> dict[str, Any]:

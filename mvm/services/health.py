@@ -14,12 +14,13 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.scaling import proving
-from mvm.errors import MvmError, Unreachable
+from mvm.errors import GuestGone, MvmError
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
 from mvm.ports.network import HostNetwork
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore, Note
+from mvm.ports.vmm import Presence, VmmDriver
 from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.health")
@@ -32,10 +33,11 @@ class GuestHealth:
     """A guest is ill once `limit` checks in a row have failed. What to do about it is reconcile's business."""
 
     def __init__(
-        self, *, store: NodeStore, clock: Clock, guest: GuestChannel, network: HostNetwork, storage: NodeStorage,
-        limit: int, answer_s: float,
+        self, *, store: NodeStore, clock: Clock, vmm: VmmDriver, guest: GuestChannel, network: HostNetwork,
+        storage: NodeStorage, limit: int, answer_s: float,
     ) -> None:  # fmt: skip
         self._store = store
+        self._vmm = vmm
         self._clock = clock
         self._guest = guest
         self._network = network
@@ -97,9 +99,9 @@ class GuestHealth:
     def _why(self, instance: Instance) -> str | None:
         try:
             self._guest.ping(instance.ref, self._storage.directory(instance.ref), deadline_s=self._answer_s)
-        except Unreachable:  # its VMM has ended: the stale-PID sweep's business
-            return None
         except MvmError as error:
+            if isinstance(error, GuestGone) and self._vmm.observe(instance.ref, instance.process) is Presence.ABSENT:
+                return None  # the stale-PID sweep's business
             return f"its agent does not answer ({error.code})"
         return None
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from mvm.domain.ids import JobId, NodeId
+from mvm.domain.ids import JobId, NodeId, PoolRef
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason, lane_of
 from mvm.domain.refusals import job_not_found
 from mvm.domain.tries import expired
@@ -67,6 +67,33 @@ class Jobs:
         self._registry.record([job])
         self._send([job])
         return job
+
+    def accept(self, job: Job) -> Job:
+        """Record `job`, which others send, unless it is known; returns what is known of it."""
+        known = self._registry.job(job.job_id)
+        if known is None:
+            self._registry.record([job])
+        return known or job
+
+    def not_sent(self, job: Job, error: MvmError) -> None:
+        """`job` was recorded and cannot be sent: say so where people look."""
+        self._registry.update(job.with_(state=JobState.FAILED, error=error.to_dict(), finished_at=self._clock.now()))
+
+    def home(self, pool: PoolRef) -> NodeId | None:
+        """The node that has the pool."""
+        return self._registry.pool_node(pool)
+
+    def refuse(self, task_id: str, error: MvmError) -> None:
+        """See `Registry.refuse`."""
+        self._registry.refuse(task_id, error)
+
+    def refusal(self, task_id: str) -> MvmError | None:
+        """See `Registry.refusal`."""
+        return self._registry.refusal(task_id)
+
+    def find(self, job_id: JobId) -> Job | None:
+        """One job, if it is known."""
+        return self._registry.job(job_id)
 
     def submit_bulk(
         self, verb: JobVerb, subjects: Sequence[str], node_of: Callable[[str], NodeId], *,
@@ -159,10 +186,8 @@ class Jobs:
         try:
             self._queue.send(jobs)
         except MvmError as error:
-            for job in jobs:  # recorded but never sent: say so where people look
-                self._registry.update(
-                    job.with_(state=JobState.FAILED, error=error.to_dict(), finished_at=self._clock.now())
-                )
+            for job in jobs:
+                self.not_sent(job, error)
             raise
 
     def send_lost(self, node: NodeId, *, older_than_s: float) -> Sequence[Job]:

@@ -16,7 +16,7 @@ from mvm.domain.ids import InstanceId, InstanceRef, PoolRef
 from mvm.domain.instance import InFlight, Instance
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status, Verb, landing
-from mvm.errors import Cancelled, Fenced, InvalidInput, MvmError, NotFound
+from mvm.errors import Cancelled, Fenced, GuestFault, InvalidInput, MvmError, NotFound
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.store import NodeStore, Note
@@ -187,7 +187,7 @@ class Lifecycle:
             raise
         except MvmError as error:
             context.check_lease()
-            if error.code.startswith("guest."):
+            if isinstance(error, GuestFault):
                 self._store.save_instance(replace(instance, status=Status.RUNNING, last_started_at=self._clock.now()))
             else:
                 self._microvms.warm(instance)

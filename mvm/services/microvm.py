@@ -22,7 +22,7 @@ from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import out_of_memory
 from mvm.domain.snapshot import SnapshotManifest
-from mvm.errors import Cancelled, Failed, MvmError, NotAllowed, TimedOut, Unreachable
+from mvm.errors import Cancelled, Failed, GuestFault, MvmError, NotAllowed, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel, GuestIdentity
@@ -302,7 +302,7 @@ class MicroVms:
     def shut_down(self, instance: Instance) -> bool:
         """Ask the guest to power off; whether it did so within the grace time. A warm one runs again for it.
 
-        What does not run again, or does not answer, is for the caller to end.
+        What does not run again, or answers anything else, is for the caller to end.
         """
         if instance.process is None:
             return False
@@ -311,7 +311,8 @@ class MicroVms:
             return False
         try:
             self._guest.shutdown(instance.ref, self._storage.directory(instance.ref), deadline_s=min(_GUEST_S, grace_s))
-        except (TimedOut, Unreachable):
+        except GuestFault as fault:
+            log.warning("guest does not shut down", instance=str(instance.ref), code=fault.code, why=fault.message)
             return False
         return self._vmm.wait_gone(instance.process, deadline_s=grace_s)
 

@@ -157,8 +157,7 @@ class Pools:
         # Pools of one source share the work: the second finds the revision there.
         with self._locks.hold(f"build {pool.source.flake_ref} {pool.source.profile}", deadline_s=_BUILD_WAIT_S):
             for _ in range(_BUILD_TRIES):
-                self._room.admit_build()
-                revision = self._images.build(pool.source, context.step)
+                revision = self._images.build(pool.source, context.step, self._room.admit_build)
                 with self._locks.hold(IMAGES_LOCK, deadline_s=LOCK_S):
                     if revision in self._storage.revisions():  # else it was cleaned away just now
                         return self._built(pool, revision)

@@ -8,7 +8,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
 from mvm.domain.recovery import Act, settled
-from mvm.errors import Failed, NotFound, TimedOut
+from mvm.errors import Failed, NotFound, TimedOut, Unreachable
 from mvm.ports.locks import Locks
 from mvm.ports.store import NodeStore
 from mvm.ports.vmm import Presence, VmmDriver
@@ -87,7 +87,7 @@ class Recovery:
         elif act is Act.RESUME:
             try:
                 self._microvms.resume(instance)
-            except (TimedOut, Failed) as error:  # it runs; that its guest is silent is another's business
+            except (Failed, TimedOut, Unreachable) as error:  # that guest or VMM is silent is another's business
                 log.warning("guest not told the time", instance=str(instance.ref), code=error.code)
         why = f"{instance.in_flight.verb} was left in the middle [job.left]"
         return instance.moved(status, process=instance.process if status.has_vmm else None, last_error=why)

@@ -17,7 +17,7 @@ from mvm.domain.ids import InstanceRef, JobId, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.secrets import Secrets, parse
-from mvm.errors import Failed, MvmError, NotAllowed, NotFound, TimedOut
+from mvm.errors import Failed, GuestRefused, MvmError, NotAllowed, NotFound, TimedOut
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
 from mvm.ports.locks import Locks
@@ -156,7 +156,7 @@ class TenantSecrets:
             return
         try:
             self._guest.drop_secrets(ref, directory, deadline_s=_GUEST_S)
-        except Failed as error:
+        except GuestRefused as error:
             raise Failed(
                 "secrets.busy", f"the guest of {ref} keeps its secrets: {error.message}",
                 hint="a process in it has a file open, or works, below /run/secrets", subject=str(ref),

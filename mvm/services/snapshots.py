@@ -16,7 +16,18 @@ from mvm.domain.instance import Instance, ProcessIdentity
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import StartMode, WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
-from mvm.errors import Failed, MvmError, NotAllowed, NotFound, QuotaExceeded, TimedOut, Unreachable
+from mvm.errors import (
+    Failed,
+    GuestFault,
+    GuestGone,
+    GuestSilent,
+    MvmError,
+    NotAllowed,
+    NotFound,
+    QuotaExceeded,
+    TimedOut,
+    Unreachable,
+)
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel
 from mvm.ports.locks import Locks
@@ -196,7 +207,7 @@ class Snapshots:
             if paused:
                 self._driver().pause(instance.ref, _process(instance))
             elif context.job.step == _SAVING:  # it stood still meanwhile
-                with suppress(TimedOut, Failed):
+                with suppress(GuestFault):
                     self._tell_time(instance, secrets=False)
 
     def _save(self, instance: Instance, process: ProcessIdentity, pool: WorkerPool, spec: BootSpec) -> SnapshotManifest:
@@ -210,8 +221,10 @@ class Snapshots:
             self._guest.prepare_sleep(
                 instance.ref, self._storage.directory(instance.ref), deadline_s=self._sleep_deadline_s
             )
-        except (TimedOut, Failed) as error:
-            self._met(instance, error.message if isinstance(error, TimedOut) else None)
+        except GuestFault as error:
+            self._met(instance, error.message if isinstance(error, GuestSilent) else None)
+            if isinstance(error, GuestGone) and not force:
+                raise
             if not force:
                 raise Failed(
                     "guest.not_ready", f"the guest of {instance.ref} did not get ready to sleep: {error.message}",
@@ -242,14 +255,13 @@ class Snapshots:
         context.step("tell the time", 2, 3)
         try:
             self._tell_time(replace(instance, process=process), secrets=spec.secrets is not None)
-        except (TimedOut, Failed):
+        except GuestFault:
+            if self._vmm.observe(instance.ref, process) is Presence.ABSENT:
+                self.forget(instance.ref)
+                raise
             if spec.secrets is not None:
                 self._take_secrets_back(instance, process)
             self._save(instance, process, pool, spec)
-            raise
-        except Unreachable:
-            if self._vmm.observe(instance.ref, process) is Presence.ABSENT:
-                self.forget(instance.ref)
             raise
         return process
 
@@ -259,7 +271,7 @@ class Snapshots:
         try:
             self._vmm.put_secrets(ref, process, None)
             self._guest.drop_secrets(ref, self._storage.directory(ref), deadline_s=_GUEST_S)
-        except (TimedOut, Failed) as error:
+        except (GuestFault, TimedOut, Failed) as error:
             log.warning("asleep, perhaps with secrets in its memory", instance=str(ref), why=error.message)
 
     def kept(self, ref: InstanceRef) -> bool:

@@ -43,6 +43,7 @@ SHORT = Gauge(
 DISK_FREE = Gauge("mvm_disk_free_bytes", "Free space.", multiprocess_mode="mostrecent")
 DISK_USED = Gauge("mvm_disk_used_bytes", "What is stored, by kind.", ["kind"], multiprocess_mode="mostrecent")
 AGENT_REQUESTS = Counter("mvm_agent_requests_total", "Requests to the agent.", ["method", "outcome"])
+FOREIGN_MESSAGES = Counter("mvm_foreign_messages_total", "Messages in a queue that were none of ours.", ["why"])
 
 _FINDINGS = ("stopped", "removed", "repaired", "sent_again", "asked", "pools")
 _ORPHANS = ("process", "tap", "bridge", "directory", "files", "cgroup", "snapshot", "stranger")

@@ -72,7 +72,7 @@ class Guest:
             return answer
 
     def ask(self, method: str, path: str, *headers: str) -> tuple[int, str]:
-        lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", *headers, "", ""]
+        lines = [f"{method} {path} HTTP/1.1", "Host: 169.254.169.254", "Connection: close", *headers, "", ""]
         head, _, body = self.raw("\r\n".join(lines).encode()).decode().partition("\r\n\r\n")
         return (int(head.split()[1]) if head else 0), body
 
@@ -235,10 +235,29 @@ def test_headers_without_end_are_refused(guests: tuple[Guest, Guest, Guest]) -> 
         (b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b"413"),
         (b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n", b"413"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", b"400"),
+        (
+            (
+                b"PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.169.254\r\n"
+                b"X-aws-ec2-metadata-token-ttl-seconds: 60\r\n"
+                b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+            ),
+            b"400",
+        ),
     ],
 )
 def test_what_is_no_request_is_refused(guests: tuple[Guest, Guest, Guest], request_: bytes, status: bytes) -> None:
     assert guests[0].raw(request_).startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.parametrize("name", ["evil.example", "169.254.169.254.evil.example", "localhost", "10.240.1.1", "[::1]"])
+def test_another_name_that_leads_here_is_refused(guests: tuple[Guest, Guest, Guest], name: str) -> None:
+    """A page in a guest's browser reaches every address, by a name of its own (DNS rebinding), and can set headers."""
+    request = f"PUT /latest/api/token HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n{TTL}\r\n\r\n"
+    assert guests[0].raw(request.encode()).startswith(b"HTTP/1.1 421 ")
+
+
+def test_who_speaks_http_1_0_names_no_host(guests: tuple[Guest, Guest, Guest]) -> None:
+    assert guests[0].raw(f"PUT /latest/api/token HTTP/1.0\r\n{TTL}\r\n\r\n".encode()).startswith(b"HTTP/1.1 200 ")
 
 
 def test_one_connection_serves_several_requests(guests: tuple[Guest, Guest, Guest]) -> None:
@@ -246,7 +265,8 @@ def test_one_connection_serves_several_requests(guests: tuple[Guest, Guest, Gues
     shown = guest.token()
     with guest.connect() as sock:
         for _ in range(3):
-            sock.sendall(f"GET /latest/meta-data/tenant HTTP/1.1\r\nHost: x\r\n{TOKEN}: {shown}\r\n\r\n".encode())
+            asked = f"GET /latest/meta-data/tenant HTTP/1.1\r\nHost: {ADDRESS[0]}:80\r\n{TOKEN}: {shown}\r\n\r\n"
+            sock.sendall(asked.encode())
             assert sock.recv(65536).endswith(b"\r\n\r\nt1")
 
 

@@ -12,7 +12,7 @@ from mvm.metadata.answers import Answers
 from mvm.metadata.server import BURST, PER_BRIDGE, PER_GUEST, Server
 
 _GUESTS = BURST // PER_GUEST
-_REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+_REQUEST = b"GET / HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n\r\n"
 _DEADLINE_S = 4.0  # the server's own for a request is 5 s
 
 

@@ -10,7 +10,7 @@ from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import TRANSITIONS, Status, Verb
 from mvm.domain.recovery import Act, Rest, settled
 from mvm.domain.tries import DEADLINES, TryPolicy, parse_deadlines
-from mvm.errors import Cancelled, Failed, InvalidInput, MvmError, Overdue, QuotaExceeded, TimedOut, Unreachable
+from mvm.errors import Cancelled, Failed, GuestSilent, InvalidInput, MvmError, Overdue, QuotaExceeded, Unreachable
 from mvm.settings import load_settings
 from tests.support.make import START, job
 
@@ -33,7 +33,7 @@ def test_each_pause_is_twice_the_last_at_most_and_by_luck_half_of_that() -> None
     [
         Failed("disk.full", ""), QuotaExceeded("quota.exceeded", ""), InvalidInput("x.y", ""), MvmError("internal", ""),
         Cancelled("job.cancelled", ""), Overdue("job.deadline", ""), Unreachable("vmm.gone", ""),
-        TimedOut("guest.silent", ""),
+        GuestSilent("guest.silent", ""),
     ],
 )  # fmt: skip
 def test_what_would_end_the_same_way_is_not_tried_again(error: MvmError) -> None:

@@ -13,7 +13,7 @@ from mvm.domain.ids import InstanceRef, NodeId, PoolRef
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import SeccompPolicy
-from mvm.errors import Failed, TimedOut, Unreachable
+from mvm.errors import Failed, GuestSilent, Unreachable
 from mvm.ports.guest import GuestHello
 from mvm.services.jobs import Jobs
 from tests.services.conftest import NODE, Node
@@ -164,7 +164,7 @@ def test_a_hanging_boot_is_retried_once(node: Node) -> None:
 def test_a_template_whose_guest_hangs_is_made_once_more(node: Node, point: str) -> None:
     node.pool()
     first, second = node.create(2)
-    silent = TimedOut("guest.silent", "no answer")
+    silent = GuestSilent("guest.silent", "no answer")
     node.host.fail(point, silent, times=2)
     node.fails("guest.silent", V.INSTANCE_START, first)
     assert not node.host.leaks()

@@ -12,7 +12,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, MvmError, NotFound, TimedOut
+from mvm.errors import Failed, GuestRefused, MvmError, NotFound, TimedOut
 from tests.services.conftest import Node
 from tests.services.test_sleep import running
 
@@ -121,7 +121,7 @@ def test_a_stop_that_could_not_drop_the_snapshot_leaves_it_fit_to_wake(
 
 
 def test_a_forced_start_that_fails_and_cannot_be_undone_leaves_nothing_to_wake_from(node: Node, asleep: str) -> None:
-    node.host.fail("guest.configure", Failed("guest.refused", "no"))
+    node.host.fail("guest.configure", GuestRefused("guest.refused", "no"))
     node.host.fail("network.remove_taps", Failed("network.failed", "the kernel said no"))
     node.fails("network.failed", V.INSTANCE_START, asleep, force=True)
     node.sweep(V.SWEEP_STALE_PIDS)

@@ -9,7 +9,7 @@ import pytest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, Unreachable
+from mvm.errors import GuestRefused
 from tests.services.conftest import Node
 
 V = JobVerb
@@ -110,10 +110,12 @@ def test_a_guest_without_its_interface_is_not_well(node: Node) -> None:
 def test_those_that_are_not_running_and_those_that_are_gone_are_not_asked(node: Node) -> None:
     one, two = running(node)
     node.ok(V.INSTANCE_WARM, one)
-    node.host.fail("guest.ping", Unreachable("guest.gone", "gone"))
     node.clock.advance(10)
+    node.host.kill_process(InstanceRef.parse(two))
     assert node.sweep(V.SWEEP_HEALTH) == {"changed": False, "checked": 1, "failing": []}
-    node.host.fail("guest.ping", Failed("guest.refused", "what?"))
+    node.ok(V.INSTANCE_STOP, two)
+    node.ok(V.INSTANCE_START, two)
+    node.host.fail("guest.ping", GuestRefused("guest.refused", "what?"))
     assert [each["ref"] for each in check(node)] == [two]
 
 
@@ -156,7 +158,7 @@ def test_a_warm_guest_that_says_no_is_well(node: Node) -> None:
     node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
     assert explain(node, ref)["health"]["failed_checks"] == 1
     hang(node, ref, hung=False)
-    node.host.fail("guest.prepare_sleep", Failed("guest.refused", "busy"))
+    node.host.fail("guest.prepare_sleep", GuestRefused("guest.refused", "busy"))
     node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
     assert explain(node, ref)["health"] is None
 

@@ -15,7 +15,7 @@ from mvm.domain.addressing import TenantNetwork
 from mvm.domain.isolation import calls
 from mvm.domain.lifecycle import Status
 from mvm.domain.probes import Party, Stand
-from mvm.errors import TimedOut
+from mvm.errors import GuestSilent
 from mvm.ports.guest import ExecResult
 from mvm.services.network_proof import NetworkProof
 
@@ -89,7 +89,7 @@ def test_what_never_answers_is_blocked() -> None:
 
 
 def silent(tried: list[str], turn: int) -> list[str]:
-    raise TimedOut("guest.silent", "it says nothing")
+    raise GuestSilent("guest.silent", "it says nothing")
 
 
 def halfway(tried: list[str], turn: int) -> list[str]:

@@ -398,6 +398,14 @@ def test_files_that_hold_no_document(mvm: CommandLine, tmp_path: Path) -> None:
     assert str(MAX_BYTES) in mvm.fails(2, "desired.too_large", *words).stderr
 
 
+PROMISES = (
+    "x: !!bool 'zz'", "x: !!int zz", "x: !!int ''", "x: !!float zz", "x: !!binary 'a'", "x: !!set {a, b}",
+    "x: !!omap [a: 1]", "x: !!pairs [a: 1]", "x: !!map 5", "x: !!seq 5", "x: !!str [a]", "x: !!int [1]", "x: !what 5",
+    "x: " + "9" * 5000, "x: !!int 1:" + "9" * 5000, "!!bool z: 1", "x: !!null [1]",
+)  # fmt: skip
+"""YAML whose tags promise what the text does not hold, and what JSON has not."""
+
+
 def test_yaml_is_a_document_too(mvm: CommandLine, node: Node, tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     path.write_text("""
@@ -413,7 +421,7 @@ tenants:
     assert statuses(node) == {"running": 1}
     for text, what in (
         ("a: &x [1]\nb: *x", "an alias in line 2"), ("a: [", "not YAML"), ("a: !!python/name:os.system ''", "not YAML"),
-        ("[" * 5000, "not YAML"),
+        ("[" * 5000, "not YAML"), *((text, "not YAML") for text in PROMISES),
     ):  # fmt: skip
         path.write_text(text)
         assert what in mvm.fails(2, "desired.malformed", "agent", "reconcile", "--desired", str(path)).stderr

@@ -12,7 +12,7 @@ import pytest
 
 from mvm.domain.ids import InstanceRef, TenantId
 from mvm.domain.job import JobVerb
-from mvm.errors import Failed, InvalidInput, NotFound, TimedOut
+from mvm.errors import Failed, GuestRefused, GuestSilent, InvalidInput, NotFound
 from tests.services.conftest import Node
 from tests.support.command_line import CommandLine
 
@@ -115,13 +115,13 @@ def test_a_guest_that_slept_with_old_secrets_wakes_with_new_ones(node: Node, for
     put(node, A="1")
     (ref,) = running(node)
     if force:
-        node.host.fail("guest.prepare_sleep", Failed("guest.refused", "a file is open below /run/secrets"))
+        node.host.fail("guest.prepare_sleep", GuestRefused("guest.refused", "a file is open below /run/secrets"))
     node.ok(V.INSTANCE_SLEEP, ref, force=force)
     put(node, A="2")
     node.ok(V.INSTANCE_WAKE, ref)
     assert seen(node, ref) == digest(A="2")
     put(node, A="3")
-    node.host.fail("guest.drop_secrets", Failed("guest.refused", "still open"), times=2)
+    node.host.fail("guest.drop_secrets", GuestRefused("guest.refused", "still open"), times=2)
     node.fails("secrets.not_delivered", V.TENANT_SECRETS, "acme")
     node.sweep(V.SWEEP_STALE_PIDS)
     assert seen(node, ref) == digest(A="2")
@@ -138,13 +138,13 @@ def test_a_wake_that_is_not_answered_sleeps_anew_without_secrets(node: Node, mon
 
     def late(*args: Any, **named: Any) -> None:
         wake(*args, **named)
-        raise TimedOut("guest.silent", "its answer came too late")
+        raise GuestSilent("guest.silent", "its answer came too late")
 
     for dropped in (True, False):
         with monkeypatch.context() as patch:
             patch.setattr(node.host.guest, "wake", late)
             if not dropped:
-                node.host.fail("guest.drop_secrets", TimedOut("guest.silent", "nor does it now"))
+                node.host.fail("guest.drop_secrets", GuestSilent("guest.silent", "nor does it now"))
             node.fails("guest.silent", V.INSTANCE_WAKE, ref)
         kept = [each.machine for each in node.host.saved.values()]
         (saved,) = [machine for machine in kept if machine.spec.ref == InstanceRef.parse(ref)]
@@ -170,7 +170,7 @@ def test_a_guest_that_keeps_its_secrets_is_named_and_asked_again(node: Node) -> 
     put(node, A="1")
     busy, other = sorted(running(node, 2))
     put(node, A="2")
-    node.host.fail("guest.drop_secrets", Failed("guest.refused", "secrets: Device or resource busy"))
+    node.host.fail("guest.drop_secrets", GuestRefused("guest.refused", "secrets: Device or resource busy"))
     job = node.fails("secrets.not_delivered", V.TENANT_SECRETS, "acme")
     assert job.error is not None
     assert list(job.error["fields"]["failed"]) == [busy]

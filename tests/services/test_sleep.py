@@ -9,7 +9,7 @@ import pytest
 from mvm.domain.ids import InstanceRef, PoolRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, NotFound, TimedOut
+from mvm.errors import Failed, GuestRefused, GuestSilent, NotFound
 from mvm.ports.store import Note
 from tests.services.conftest import Node
 
@@ -66,7 +66,7 @@ def test_a_damaged_template_is_made_anew_unless_somebody_sleeps_on_it(node: Node
 def test_a_clone_that_does_not_acknowledge_is_destroyed(node: Node) -> None:
     node.pool()
     (ref,) = node.create()
-    node.host.fail("guest.configure", Failed("guest.refused", "no clock", missing=["clock"]))
+    node.host.fail("guest.configure", GuestRefused("guest.refused", "no clock", missing=["clock"]))
     job = node.fails("guest.refused", V.INSTANCE_START, ref)
     assert job.error is not None
     assert job.error["fields"]["missing"] == ["clock"]
@@ -111,7 +111,7 @@ def test_a_stopped_instance_cannot_sleep(node: Node) -> None:
 
 def test_a_guest_that_does_not_get_ready_is_not_put_to_sleep_unless_forced(node: Node) -> None:
     (ref,) = running(node)
-    node.host.fail("guest.prepare_sleep", TimedOut("guest.silent", "no answer"), times=2)
+    node.host.fail("guest.prepare_sleep", GuestSilent("guest.silent", "no answer"), times=2)
     job = node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
     assert job.error is not None
     assert "--force" in job.error["hint"]
@@ -317,7 +317,7 @@ def test_an_urgent_wake_does_not_answer_from_what_a_killed_worker_left(
 def test_a_warm_guest_is_asked_too_before_it_sleeps(node: Node) -> None:
     (ref,) = running(node)
     node.ok(V.INSTANCE_WARM, ref)
-    node.host.fail("guest.prepare_sleep", TimedOut("guest.silent", "no answer"))
+    node.host.fail("guest.prepare_sleep", GuestSilent("guest.silent", "no answer"))
     node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
     assert node.instance(ref).status is Status.WARM
     process = node.instance(ref).process
@@ -339,7 +339,7 @@ def test_quota_of_warm_ones(node: Node) -> None:
 def test_a_wake_whose_guest_does_not_answer_sleeps_anew_and_can_be_woken(node: Node) -> None:
     (ref,) = running(node)
     node.ok(V.INSTANCE_SLEEP, ref)
-    node.host.fail("guest.wake", TimedOut("guest.silent", "it did not answer in time"))
+    node.host.fail("guest.wake", GuestSilent("guest.silent", "it did not answer in time"))
     node.fails("guest.silent", V.INSTANCE_WAKE, ref)
     assert node.instance(ref).status is Status.SLEEPING
     assert not node.host.vmm.processes()

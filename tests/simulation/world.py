@@ -15,7 +15,7 @@ from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.scaling import proving
 from mvm.domain.tenant import Quota
-from mvm.errors import Failed, MvmError, TimedOut
+from mvm.errors import Failed, GuestRefused, GuestSilent, MvmError
 from mvm.ports.guest import Worker
 from mvm.ports.host import MemoryLeft
 from mvm.services.jobs import Jobs
@@ -55,15 +55,16 @@ _INSTANCE = (V.INSTANCE_START, V.INSTANCE_STOP, V.INSTANCE_WARM, V.INSTANCE_SLEE
 _SCALING = (V.POOL_SCALE, V.NODE_RECONCILE, V.SWEEP_RECONCILE)
 _STARTABLE = (Status.CREATED, Status.READY, Status.STOPPED)
 _POOLED = ("create", "scale", "scale exactly", "bulk", "build", "update", "quota", "rotate", "tenant", "pool", "clean")
+_SILENT, _REFUSED = GuestSilent("guest.silent", "no answer"), GuestRefused("guest.refused", "it says no")
 _FAULTS: Sequence[tuple[str, MvmError]] = (
-    *((f"guest.{name}", TimedOut("guest.silent", "no answer")) for name in ("hello", "configure", "wake", "settle")),
-    *((f"guest.{name}", Failed("guest.refused", "it says no")) for name in ("prepare_sleep", "shutdown", "configure")),
+    *((f"guest.{name}", _SILENT) for name in ("hello", "configure", "wake", "settle")),
+    *((f"guest.{name}", _REFUSED) for name in ("prepare_sleep", "shutdown", "configure")),
     *((f"vmm.{name}", Failed("vmm.failed", "it does not")) for name in ("boot", "clone", "restore", "save", "resume")),
     ("vmm.clone", Failed("snapshot.damaged", "memory differs")),
     ("vmm.kill", Failed("vmm.failed", "cannot be ended")), ("network.ensure_tap", Failed("network.failed", "no TAP")),
     ("network.remove_taps", Failed("network.failed", "busy")), ("storage.revision", Failed("revision.damaged", "is")),
     ("storage.fresh_overlay", Failed("storage.failed", "no overlay")), ("images.build", Failed("build.failed", "no")),
-    *((f"guest.{name}", TimedOut("guest.silent", "no answer")) for name in ("ping", "status", "prepare_sleep")),
+    *((f"guest.{name}", _SILENT) for name in ("ping", "status", "prepare_sleep")),
     *((f"storage.{name}", Failed("storage.failed", "cannot")) for name in ("remove_template", "remove_revision")),
     ("packets.change", Failed("firewall.refused", "no such set")), ("vmm.put_secrets", Failed("vmm.failed", "no")),
 )  # fmt: skip

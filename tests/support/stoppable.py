@@ -18,7 +18,7 @@ from mvm.drivers.locks import FileLocks
 from mvm.drivers.memory_queue import MemoryQueue
 from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.drivers.sqlite_store import SqliteStore
-from mvm.errors import TimedOut
+from mvm.errors import GuestSilent
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
 
@@ -47,7 +47,7 @@ def _main() -> None:
         setattr(part, method, real)
         print(f"at {moment}", flush=True)
         if "fail" in sys.stdin.readline():
-            raise TimedOut("guest.silent", "not a word")
+            raise GuestSilent("guest.silent", "not a word")
         return real(*args, **kwargs)
 
     setattr(part, method, stop_here)

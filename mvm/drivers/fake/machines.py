@@ -14,7 +14,7 @@ from mvm.domain.secrets import Secrets
 from mvm.drivers.fake.sh import run_command
 from mvm.drivers.fake.snapshots import FakeSnapshots
 from mvm.drivers.fake.state import Machine, Part, digests, point
-from mvm.errors import TimedOut, Unreachable
+from mvm.errors import GuestGone, GuestSilent
 from mvm.guest import PROTOCOL_VERSION
 from mvm.ports.guest import GuestHello, GuestIdentity, GuestStatus
 from mvm.ports.vmm import BootSpec, Presence
@@ -95,10 +95,10 @@ class FakeGuest(Part):
     def _machine(self, ref: InstanceRef, deadline_s: float) -> Machine:
         machine = self._host.machines.get(ref)
         if machine is None:
-            raise Unreachable("guest.gone", f"{ref} has no VMM that runs", hint=f"see: mvm instance logs {ref}")
+            raise GuestGone("guest.gone", f"{ref} has no VMM that runs", hint=f"see: mvm instance logs {ref}")
         if machine.hung or machine.paused:
             self._host.pass_time(deadline_s)
-            raise TimedOut(
+            raise GuestSilent(
                 "guest.silent", f"the guest of {ref} did not answer within {deadline_s:g} s",
                 hint=f"see: mvm instance logs {ref}",
             )  # fmt: skip

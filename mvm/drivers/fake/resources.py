@@ -15,7 +15,7 @@ from mvm.drivers.fake.state import POINTS, Part, point
 from mvm.errors import Failed, NotAllowed, TimedOut
 from mvm.ports.cgroup import GroupLimits
 from mvm.ports.host import MemoryLeft
-from mvm.ports.images import ProgressReport
+from mvm.ports.images import Admission, ProgressReport, admitted
 from mvm.ports.network import BridgeState
 
 BRIDGE_PORTS = 1023
@@ -167,11 +167,16 @@ class FakeImages(Part):
     """ports/images.py: the revision is the hash of the source's name, and of what the host's `archive` has now."""
 
     @point("images.build")
-    def build(self, source: ImageSource, report: ProgressReport) -> Revision:
+    def build(self, source: ImageSource, report: ProgressReport, admit: Admission = admitted) -> Revision:
         """See ports/images.py."""
+        report("find packages")
+        revision = Revision(sha256(f"{source.flake_ref} {source.profile}{self._host.archive}".encode()).hexdigest())
+        if revision in self._host.revisions:
+            report("already built")
+            return revision
+        admit()
         for step in ("download packages", "build kernel", "build rootfs"):
             report(step)
-        revision = Revision(sha256(f"{source.flake_ref} {source.profile}{self._host.archive}".encode()).hexdigest())
         self._host.revisions.add(revision)
         return revision
 
