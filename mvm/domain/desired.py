@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from ipaddress import IPv4Network
@@ -10,7 +11,7 @@ from typing import Any
 
 from mvm.domain.addressing import FIRST_OFFSET, TenantNetwork
 from mvm.domain.desired_schema import SCHEMA
-from mvm.domain.document import Problem, join, refuse_all
+from mvm.domain.document import Problem, Problems, TooMany, join, read_whole, refuse_all
 from mvm.domain.egress import NO_EGRESS, EgressPolicy
 from mvm.domain.ids import NodeId, PoolRef, TenantId
 from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, SleepPolicy
@@ -74,10 +75,11 @@ def parse(value: Any) -> DesiredState:
     Raises one error that tells everything that is wrong: `InvalidInput` (``desired.invalid``), or `QuotaExceeded`
     (``desired.over_quota``) when it is only that tenants ask for more than their quota gives.
     """
-    problems: list[Problem] = []
-    read = SCHEMA.read(value, "$", problems)
+    problems = Problems()
+    read = read_whole(SCHEMA, value, problems)
     tenants = _items(read, "tenants")
-    _check_tenants(tenants, problems)
+    with suppress(TooMany):
+        _check_tenants(tenants, problems)
     refuse_all(problems)
     return DesiredState(
         node_id=read["node_id"], tenants=tuple(_tenant(each) for _, each in tenants), generation=read["generation"],

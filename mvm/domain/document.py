@@ -18,9 +18,11 @@ from typing import Any, Final, NamedTuple, Protocol
 from mvm.errors import InvalidInput, MvmError, QuotaExceeded
 
 MAX_BYTES = 16 << 20
+MAX_VALUES = 500_000  # objects, arrays and what they hold; one takes up to a hundred times its text in memory
+_BEFORE_VALUES = (b"{", b"[", b",")  # each value but one follows one of them
 _SHOWN = 60  # characters of a value, in a message
-_TOLD = 100  # problems in an error's message; its fields have `_KEPT`
-_KEPT = 1000
+_TOLD = 100  # problems in an error's message; its fields have all
+_MOST = 1000  # after so many nobody reads on
 _GUESSED = 20  # unknown fields of one object for which the nearest known one is looked for
 
 
@@ -45,6 +47,20 @@ class Problem(NamedTuple):
         return f"{self.path}: {self.message}"
 
 
+class TooMany(Exception):
+    """`Problems` is full."""
+
+
+class Problems(list[Problem]):
+    """What is wrong, as far as anybody will read it; raises `TooMany` with the last that it takes."""
+
+    def append(self, problem: Problem) -> None:
+        """Note one more."""
+        super().append(problem)
+        if len(self) >= _MOST:
+            raise TooMany
+
+
 class _Pairs(dict[str, Any]):
     """A JSON object that remembers which names it had more than once."""
 
@@ -53,11 +69,13 @@ class _Pairs(dict[str, Any]):
 
 def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these fields."""
-    made = _Pairs(items)
-    if len(made) < len(items):
-        counts = Counter(name for name, _ in items)
-        made.repeated = tuple(name for name, count in counts.items() if count > 1)
-    return made
+    made = dict(items)
+    if len(made) == len(items):
+        return made
+    counts = Counter(name for name, _ in items)
+    marked = _Pairs(made)
+    marked.repeated = tuple(name for name, count in counts.items() if count > 1)
+    return marked
 
 
 def check_size(size: int) -> None:
@@ -77,15 +95,31 @@ def decode_text(content: bytes) -> str:
         raise malformed("not UTF-8", f"byte {error.start} cannot be read") from None
 
 
+def check_values(count: int, most: int = MAX_VALUES) -> None:
+    """Raises `InvalidInput` for a document of so many values."""
+    if count > most:
+        hint = f"allowed: {most}" + ("; as JSON more are" if most < MAX_VALUES else "")
+        raise InvalidInput("desired.too_large", f"the desired state has more than {most} values", hint=hint)
+
+
 def decode_json(content: bytes) -> Any:
-    """The JSON value in `content`; raises `InvalidInput` when there is none."""
+    """The JSON value in `content`; raises `InvalidInput` when there is none, or it is too large to be read."""
     text = decode_text(content)
+    check_values(sum(content.count(each) for each in _BEFORE_VALUES))
     try:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise malformed("not JSON", f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError):  # digits without end, brackets without end
         raise malformed("not JSON", "a number is too long, or brackets are nested too deeply") from None
+
+
+def read_whole(kind: Kind, value: Any, problems: Problems) -> Any:
+    """What `kind` reads from `value`; `BAD` when there were too many problems to go on."""
+    try:
+        return kind.read(value, "$", problems)
+    except TooMany:
+        return BAD
 
 
 def malformed(what: str, why: str) -> InvalidInput:
@@ -318,9 +352,11 @@ def refuse_all(problems: list[Problem]) -> None:
     kind: type[MvmError] = QuotaExceeded if over else InvalidInput
     count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
     more = [f"and {len(problems) - _TOLD} more"] if len(problems) > _TOLD else []
+    if len(problems) >= _MOST:
+        count, more = f"{_MOST} errors and perhaps more", [f"and {_MOST - _TOLD} more, if not more than that"]
     raise kind(
         "desired.over_quota" if over else "desired.invalid",
         "\n  ".join([f"the desired state has {count}:", *map(str, problems[:_TOLD]), *more]),
         hint="nothing was changed; see: docs/desired-state.md",
-        errors=[{"path": problem.path, "message": problem.message} for problem in problems[:_KEPT]],
+        errors=[{"path": problem.path, "message": problem.message} for problem in problems[:_MOST]],
     )  # fmt: skip

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mvm.domain.document import MAX_BYTES, check_size, decode_json, decode_text, malformed, pairs
+from mvm.domain.document import MAX_BYTES, check_size, check_values, decode_json, decode_text, malformed, pairs
 from mvm.errors import NotFound
 
 _DEEPEST = 50
+MAX_YAML_VALUES = 100_000  # reading one takes tens of times as long as reading JSON
 _TAGS = frozenset(
     f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp")
 )
@@ -55,7 +56,8 @@ def decode_yaml(content: bytes) -> Any:
     Loader.add_constructor("tag:yaml.org,2002:timestamp", _as_text)
     text, depth = decode_text(content), 0
     try:
-        for event in yaml.parse(text, Loader):
+        for count, event in enumerate(yaml.parse(text, Loader)):
+            check_values(count, MAX_YAML_VALUES)
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise malformed("not YAML", "it is nested too deeply")
