@@ -46,6 +46,8 @@ _OVERHEAD_MIB = 160  # of QEMU itself: 64 for translated code, about 40 for the 
 _SPARE_CPUS = 0.5  # for its main loop beside the guest's CPUs
 _THREADS = 96  # QEMU's pool for its disks has up to 64
 
+_NULL = os.makedev(1, 3)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -122,6 +124,8 @@ def _sight(cage: Cage, binary: Path) -> Iterator[Call]:
         target = "usr/lib" if link == "lib" else "usr/lib/x86_64-linux-gnu"
         yield Call(f"link {link}", _SYMLINK, (text(target), text(f"{_AT}/{link}")))
     yield Call("make /dev", _MKDIR, (text(f"{_AT}/dev"), 0o755))
+    # By opening it QEMU finds out whether the kernel has the locks that it puts on its disks; else it takes none.
+    yield Call("make /dev/null", _MKNOD, (text(f"{_AT}/dev/null"), 0o020666, _NULL))
     for name, number in cage.devices.items():
         path = text(f"{_AT}/dev/{name}")
         yield Call(f"make /dev/{name}", _MKNOD, (path, 0o020600, number))
