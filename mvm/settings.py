@@ -5,6 +5,7 @@ Commands that only talk to a running stack read the small connection file that `
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tomllib
@@ -17,10 +18,11 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mvm.domain.firewall import TENANT_FLOWS, Plan, parse_host_ports
+from mvm.domain.identity import Identity, Place
 from mvm.domain.ids import NodeId, node_id_from_hostname
-from mvm.domain.layout import DEFAULT_STATE_DIR, StateLayout
+from mvm.domain.layout import DEFAULT_STATE_DIR, MAX_ROOT_BYTES, StateLayout
 from mvm.domain.tries import TryPolicy, parse_deadlines
-from mvm.errors import InvalidInput
+from mvm.errors import Failed, InvalidInput
 
 
 class _TomlFile(PydanticBaseSettingsSource):
@@ -97,8 +99,10 @@ class Settings(BaseSettings):
 
     @field_validator("state_dir")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.absolute()
+    def _one_spelling(cls, value: Path) -> Path:
+        """Without links, for one may be turned elsewhere while a stack runs; unless only the link is short enough."""
+        path = os.path.realpath(value)
+        return Path(path) if len(os.fsencode(path)) <= MAX_ROOT_BYTES else value.absolute()
 
     @classmethod
     def settings_customise_sources(
@@ -156,7 +160,7 @@ class Settings(BaseSettings):
 
     @property
     def node(self) -> NodeId:
-        """This node's id; the host's short name unless set."""
+        """This node's id; unless set, and for a state directory that has none yet, the host's short name."""
         return NodeId(self.node_id) if self.node_id else node_id_from_hostname(socket.gethostname())
 
     @property
@@ -186,7 +190,9 @@ class Settings(BaseSettings):
 def load_settings(**overrides: object) -> Settings:
     """Read the environment and the file named by ``MVM_CONFIG``; `overrides` (command-line flags) win.
 
-    Raises `InvalidInput` (``settings.invalid``) that names the setting.
+    What is set nowhere and the state directory remembers is as it was: the node's id, and its network namespace.
+
+    Raises `InvalidInput` (``settings.invalid``) that names the setting, and as `remembered` does.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
@@ -204,4 +210,33 @@ def load_settings(**overrides: object) -> Settings:
             hint=f"set by MVM_{name.upper()} or in the file named by MVM_CONFIG", field=name,
         ) from None  # fmt: skip
     _ = settings.node  # an unusable id is refused here, not later
-    return settings
+    known = remembered(settings.layout)
+    if known is None:
+        return settings
+    return settings.model_copy(
+        update={"node_id": settings.node_id or str(known.node_id), "netns": settings.netns or known.netns}
+    )
+
+
+def remembered(layout: StateLayout) -> Identity | None:
+    """The identity that a state directory has where it lies now; None when it has none, or none that we may read.
+
+    Raises `Failed` (``state.damaged``).
+    """
+    try:
+        data = json.loads(layout.identity.read_text())
+        return Identity.from_dict(data).at(place_of(layout), layout.default_netns)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, InvalidInput) as error:
+        raise Failed(
+            "state.damaged", f"{layout.identity} cannot be read: {error}",
+            hint="restore it from a backup; where no microVM of it runs, remove it and it is made anew",
+            path=str(layout.identity),
+        ) from None  # fmt: skip
+
+
+def place_of(layout: StateLayout) -> Place:
+    """Where the state directory lies."""
+    found = layout.root.stat()
+    return Place(found.st_dev, found.st_ino)

@@ -166,12 +166,14 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.audit_log import FileAuditLog
     from mvm.drivers.celery_queue import CeleryQueue
     from mvm.drivers.clock import SystemClock
+    from mvm.drivers.identity import check_node, mark
     from mvm.drivers.locks import FileLocks
     from mvm.drivers.redis_link import RedisLink
     from mvm.drivers.redis_registry import RedisRegistry
     from mvm.drivers.secret_files import SecretFiles
     from mvm.drivers.sqlite_store import SqliteStore
 
+    check_node(settings)
     layout = settings.layout
     store = SqliteStore(layout.database)
     registry = RedisRegistry(RedisLink(settings.redis, code="registry.unreachable"))
@@ -194,12 +196,11 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.linux_network import LinuxNetwork
     from mvm.drivers.netns import of_parent
     from mvm.drivers.nftables import Nftables
-    from mvm.drivers.qemu.argv import marker
     from mvm.drivers.qemu.driver import QemuDriver
     from mvm.drivers.shell import LocalShell
     from mvm.drivers.veth_probes import VethProbes
 
-    shell, cgroups = LocalShell(), LinuxCgroups(marker(layout.root))
+    shell, cgroups = LocalShell(), LinuxCgroups(mark(layout))
     return NodePorts(
         store,
         registry,

@@ -75,10 +75,13 @@ def certs() -> None:
 @pass_fleet
 def init(fleet: Fleet, output: str, ca: Path | None) -> None:
     """Make the certificates that are missing or about to expire."""
+    from mvm.drivers.identity import check_node
     from mvm.drivers.quic.certs import init as make
     from mvm.settings import load_settings
 
-    for note in make(fleet.layout, load_settings(state_dir=fleet.layout.root).node, ca=ca):
+    settings = load_settings(state_dir=fleet.layout.root)
+    check_node(settings)
+    for note in make(fleet.layout, settings.node, ca=ca):
         click.echo(f"note: {note}", err=True)
     _show(fleet, output)
 

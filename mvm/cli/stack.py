@@ -56,7 +56,7 @@ def up(
         try:
             facts = {
                 name: without_passwords(value) if isinstance(value, str) else value
-                for name, value in connection(settings).items()
+                for name, value in connection(stack.settings).items()
             }
             with suppress(BrokenPipeError):
                 show_one(facts, output_of(ctx))

@@ -29,11 +29,12 @@ def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None])
     try:
         facts = json.loads(settings.layout.connection.read_text())
     except FileNotFoundError:
-        if not stack.instances_remain():
+        if not (left := stack.remaining()):
             return
         raise Unreachable(
-            "stack.down", "the stack is not running, so nothing can stop instances", hint="mvm up --detach, then again"
-        ) from None
+            "stack.down", f"the stack is not running, so nothing can stop what runs on: {left[0]}",
+            hint="mvm up --detach, then again",
+        ) from None  # fmt: skip
     client = open_client(facts, settings.layout)
     stack.stop_part("beat")  # its reconcile would start again what stops here
     node = NodeId(facts["node_id"])

@@ -11,6 +11,10 @@ from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 STATE_VERSION = 2
 """Of everything that is kept: the store, the registry, settings. See `mvm.domain.migration`."""
 DEFAULT_STATE_DIR = Path("/var/lib/mvm")
+_UNIX_PATH_MAX = 107  # sockaddr_un holds 108 bytes with the closing zero
+_LONGEST_SOCKET = "run/supervisor.sock.4194304"  # supervisord binds this, with its pid, and renames it
+MAX_ROOT_BYTES = _UNIX_PATH_MAX - len(_LONGEST_SOCKET) - 1
+"""The longest path of a state directory below which every Unix socket has room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,11 @@ class StateLayout:
     def version(self) -> Path:
         """Holds `STATE_VERSION` as text."""
         return self.root / "VERSION"
+
+    @property
+    def identity(self) -> Path:
+        """Who the directory is and whose, as JSON: see `mvm.domain.identity`."""
+        return self.root / "identity.json"
 
     @property
     def database(self) -> Path:
@@ -38,6 +47,11 @@ class StateLayout:
     def connection(self) -> Path:
         """What a command needs to reach the running stack, as JSON: written by ``mvm up``."""
         return self.run / "connection.json"
+
+    @property
+    def settings(self) -> Path:
+        """The settings that the stack was last started with, as JSON."""
+        return self.run / "settings.json"
 
     @property
     def redis_socket(self) -> Path:
@@ -156,7 +170,10 @@ class StateLayout:
 
     @property
     def default_netns(self) -> str:
-        """``mvm`` for the default state directory, else ``mvm-`` and 8 hex digits of its path's hash."""
+        """``mvm`` for the default state directory, else ``mvm-`` and 8 hex digits of its path's hash.
+
+        The one that the directory remembers goes before it.
+        """
         if self.root == DEFAULT_STATE_DIR:
             return "mvm"
         return "mvm-" + sha256(str(self.root).encode()).hexdigest()[:8]

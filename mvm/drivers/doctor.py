@@ -123,8 +123,8 @@ def _disk(settings: Settings) -> Check:
 
 def _isolation(settings: Settings, shell: Shell) -> list[Check]:
     from mvm.drivers.cgroups import CONTROLLERS, LinuxCgroups
+    from mvm.drivers.identity import mark
     from mvm.drivers.isolation import trial
-    from mvm.drivers.qemu.argv import marker
 
     if os.geteuid() != 0:
         return [Check("cage", "warn", "not tried: that needs root", "run mvm doctor as root")]
@@ -134,7 +134,7 @@ def _isolation(settings: Settings, shell: Shell) -> list[Check]:
         Check("cage", "fail", why, hint) if why else
         Check("cage", "ok", "QEMU ran as a user of its own, in namespaces and a root of its own, with filtered calls")
     ]  # fmt: skip
-    cgroups = LinuxCgroups(marker(settings.layout.root))
+    cgroups = LinuxCgroups(mark(settings.layout))
     kinds, missing = cgroups.kinds(), cgroups.missing()
     cgroups.close()
     for name in CONTROLLERS:

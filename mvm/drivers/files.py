@@ -22,6 +22,19 @@ def closing_fd(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """`path` holds `data`, 0600, and does so on the disk; at no moment is it anything between before and after."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)
+    with closing_fd(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
+        os.fsync(directory)
+
+
 def punch(fd: int, length: int) -> None:
     """Give back the blocks of the first `length` bytes; they read as zeros. Where that cannot be, empty the file."""
     if length > 0 and _libc.fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_long(0), ctypes.c_long(length)):

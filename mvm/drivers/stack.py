@@ -17,10 +17,9 @@ from typing import Any
 
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import settings_of
-from mvm.drivers import isolation, netns, redis_files, state_dir, supervisor
+from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.probes import WORKERS, Probes, agent_address
-from mvm.drivers.qemu.argv import marker
 from mvm.drivers.supervisor import Program, Supervisor
 from mvm.drivers.upgrade import upgrade
 from mvm.errors import Failed, Forbidden, MvmError, NotAllowed, Unreachable
@@ -102,12 +101,14 @@ def running_settings(settings: Settings) -> Settings:
     """
     found = state_dir.check_version(settings.layout)
     try:
-        saved = json.loads(_saved(settings.layout).read_text())
-        return Settings(**settings_of(saved, found or STATE_VERSION, tuple(Settings.model_fields)))
+        saved = json.loads(settings.layout.settings.read_text())
     except FileNotFoundError:
         return settings
     except PermissionError:
         raise state_dir.denied(settings.layout.root) from None
+    known = settings_of(saved, found or STATE_VERSION, tuple(Settings.model_fields))
+    known["netns"] = known.get("netns") or identity.default_netns(settings.layout)
+    return Settings(**known | {"state_dir": settings.state_dir})
 
 
 class Stack:
@@ -122,6 +123,11 @@ class Stack:
         self._supervisor = Supervisor(settings.layout, shell)
         self._probes = Probes(settings)
         self._external = ("redis",) if settings.redis_url else ()
+
+    @property
+    def settings(self) -> Settings:
+        """What it is started with: those that were given, and what the state directory remembers."""
+        return self._settings
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -148,6 +154,12 @@ class Stack:
         from mvm.drivers.quic import certs
 
         state_dir.prepare(self._layout)
+        with state_dir.held(self._layout):
+            known = identity.settle(self._settings)
+        self._settings = self._settings.model_copy(
+            update={"node_id": str(known.node_id), "netns": self._settings.netns or known.netns}
+        )
+        self._probes = Probes(self._settings)
         for note in certs.init(self._layout, self._settings.node):
             report(f"WARNING: {note}")
         self._layout.metrics.mkdir(mode=0o700, exist_ok=True)
@@ -156,10 +168,15 @@ class Stack:
         """Write down for commands how to reach the stack."""
         _write(self._layout.connection, connection(self._settings))
 
-    def instances_remain(self) -> bool:
-        """Whether something runs on in the namespace that we made."""
-        mark = _namespace_mark(self._layout)
-        return mark.exists() and netns.exists(mark.read_text().strip()) and _is_used(mark.read_text().strip())
+    def remaining(self) -> Sequence[str]:
+        """What shows that an instance has a VMM, a line each; empty when none has."""
+        return self._left_by(self._settings)
+
+    def _left_by(self, former: Settings) -> Sequence[str]:
+        """What remains of the instances of a stack with these settings."""
+        if former.driver == "fake":
+            return remains.recorded_up(self._layout)
+        return remains.remaining(self._layout, self._made_namespace() or former.namespace)
 
     def up(self, report: Report) -> None:
         """Start everything and return once every part has answered; what was begun is undone on failure.
@@ -174,6 +191,7 @@ class Stack:
         with state_dir.held(self._layout):
             if self._supervisor.running():
                 raise supervisor.already_up(self._layout)
+            self._check_reach()
             self._supervisor.stop()  # what is left of one that was killed
             self._check_ports()
             self._check_isolation(report)
@@ -231,7 +249,7 @@ class Stack:
         for stale in (self._layout.metrics, self._layout.redis_socket):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
         self._layout.metrics.mkdir(mode=0o700)
-        _write(_saved(self._layout), self._settings.model_dump(mode="json"))
+        _write(self._layout.settings, self._settings.model_dump(mode="json"))
         report("starting " + ", ".join(p.name for p in self._programs))
         environment = {
             **self._settings.environment(),
@@ -241,22 +259,40 @@ class Stack:
         path = netns.path_of(namespace) if namespace else None
         self._supervisor.start(self._programs, environment, netns=path)
 
+    def _check_reach(self) -> None:
+        """What runs on stays within reach: in another network namespace, or by another driver, nobody would find it."""
+        former = running_settings(self._settings)
+        home = self._made_namespace() or former.namespace
+        moves = former.driver == "qemu" and home != self._settings.namespace
+        if (former.driver == self._settings.driver and not moves) or not (left := self._left_by(former)):
+            return
+        if former.driver != self._settings.driver:
+            raise NotAllowed(
+                "stack.other_driver", f"instances of this state directory run on, by driver {former.driver}: {left[0]}",
+                hint=f"use --driver {former.driver}, or stop them first", driver=former.driver,
+            )  # fmt: skip
+        where = f"network namespace {home}" if home else "the host's network namespace"
+        raise NotAllowed(
+            "stack.other_netns", f"instances of this state directory run on in {where}: {left[0]}",
+            hint=f"use --netns {home or 'host'}, or stop them first", netns=home,
+        )  # fmt: skip
+
+    def _made_namespace(self) -> str | None:
+        """The network namespace that a stack of this state directory made and that is still there."""
+        mark = _namespace_mark(self._layout)
+        name = mark.read_text().strip() if mark.exists() else ""
+        return name if name and netns.exists(name) else None
+
     def _own_namespace(self, name: str, report: Report) -> None:
         """Write down that the namespace will be ours before it is made, so that a crash leaves none unowned."""
-        mark = _namespace_mark(self._layout)
-        former = mark.read_text().strip() if mark.exists() else ""
-        if former and former != name and netns.exists(former):
-            if _is_used(former):
-                raise NotAllowed(
-                    "stack.other_netns", f"instances of this state directory run in network namespace {former}",
-                    hint=f"use --netns {former}, or stop them first", netns=former,
-                )  # fmt: skip
+        former = self._made_namespace()
+        if former and former != name:
             netns.delete(self._shell, former)
         if not netns.exists(name):
             report(f"creating network namespace {name}")
-            mark.write_text(name)
+            _namespace_mark(self._layout).write_text(name)
         netns.create(self._shell, name)
-        if mark.exists() and mark.read_text().strip() == name:  # also one that an older mvm made
+        if self._made_namespace() == name:  # also one that an older mvm made
             with netns.entered(netns.path_of(name)):
                 netns.keep_bridged_frames_from_ip()
 
@@ -306,7 +342,7 @@ class Stack:
         """Loud where guests would not be kept apart as well as they can be; an error where that is required."""
         if self._settings.driver == "fake":
             return
-        missing = isolation.lacking(self._shell, LinuxCgroups(marker(self._layout.root)))
+        missing = isolation.lacking(self._shell, LinuxCgroups(identity.mark(self._layout)))
         if self._settings.require_isolation:
             isolation.check(missing)
         for name, why in missing.items():
@@ -327,31 +363,14 @@ class Stack:
             report("stopping the stack")
         self._layout.connection.unlink(missing_ok=True)
         self._supervisor.stop()
-        mark = _namespace_mark(self._layout)
-        if mark.exists():
-            name = mark.read_text().strip()
-            if netns.exists(name) and _is_used(name):
-                report(f"instances run on; network namespace {name} stays")
-                return
+        name = self._made_namespace()
+        if self.remaining():
+            report(f"instances run on; network namespace {name} stays" if name else "instances run on")
+            return
+        if name:
             netns.delete(self._shell, name)
-            mark.unlink()
-        LinuxCgroups(marker(self._layout.root)).close()
-
-
-def _is_used(namespace: str) -> bool:
-    """Whether any process lives in it."""
-    wanted = netns.path_of(namespace).stat()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                found = (entry / "ns/net").stat()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            except PermissionError:  # of a stronger user: none that we started
-                continue
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
-    return False
+        _namespace_mark(self._layout).unlink(missing_ok=True)
+        LinuxCgroups(identity.mark(self._layout)).close()
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
@@ -360,10 +379,6 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(value, file, indent=2)
     draft.rename(path)
-
-
-def _saved(layout: StateLayout) -> Path:
-    return layout.run / "settings.json"
 
 
 def _namespace_mark(layout: StateLayout) -> Path:

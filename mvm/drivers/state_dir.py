@@ -98,7 +98,7 @@ def denied(path: Path) -> Forbidden:
 
 
 def _own_names(layout: StateLayout) -> frozenset[str]:
-    paths = (layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key, layout.images,
+    paths = (layout.identity, layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key, layout.images,
              layout.package_cache, layout.instances, layout.locks, layout.secrets, layout.known_nodes)  # fmt: skip
     return frozenset(path.relative_to(layout.root).parts[0] for path in paths)
 

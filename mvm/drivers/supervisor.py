@@ -20,12 +20,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, cast
 
-from mvm.domain.layout import StateLayout
+from mvm.domain.layout import MAX_ROOT_BYTES, StateLayout
 from mvm.errors import Failed, InvalidInput, NotAllowed, TimedOut, Unreachable
 from mvm.ports.shell import Shell
 
-_UNIX_PATH_MAX = 107  # sockaddr_un holds 108 bytes with the closing zero
-_LONGEST_SOCKET = "run/supervisor.sock.4194304"  # supervisord binds this, with its pid, and renames it
 _START_S = 20.0
 _MORE_S = 10.0  # beyond what supervisord itself allows its parts
 
@@ -56,12 +54,12 @@ class PartState:
 
 def check_path(layout: StateLayout) -> None:
     """Raises `InvalidInput` (``settings.state_dir_too_long``) when a Unix socket would not fit below it."""
-    room = _UNIX_PATH_MAX - len(_LONGEST_SOCKET) - 1
     length = len(os.fsencode(layout.root))
-    if length > room:
+    if length > MAX_ROOT_BYTES:
         raise InvalidInput(
             "settings.state_dir_too_long", f"the state directory's path has {length} bytes: Unix sockets would not fit",
-            hint=f"allowed: at most {room} bytes, such as /var/lib/mvm", field="state_dir", value=str(layout.root),
+            hint=f"allowed: at most {MAX_ROOT_BYTES} bytes, such as /var/lib/mvm", field="state_dir",
+            value=str(layout.root),
         )  # fmt: skip
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from mvm.domain.identity import id_of_path, mark_of
 from mvm.domain.ids import InstanceRef
 from mvm.domain.pool import SeccompPolicy
 from mvm.drivers import processes
 from mvm.drivers.cgroups import LinuxCgroups
-from mvm.drivers.qemu import argv, cage
+from mvm.drivers.qemu import cage
 from mvm.drivers.qemu.driver import QemuDriver
 from mvm.errors import Failed, MvmError, Unreachable
 from mvm.ports.cgroup import GroupLimits
@@ -154,7 +155,7 @@ def test_a_vmm_that_wants_more_memory_than_it_may_have_is_ended(
 
 @pytest.fixture
 def cgroups(tmp_path: Path) -> Iterator[LinuxCgroups]:
-    made = LinuxCgroups(argv.marker(tmp_path))
+    made = LinuxCgroups(mark_of(id_of_path(tmp_path)))
     yield made
     for ref in made.groups():
         made.remove(ref)

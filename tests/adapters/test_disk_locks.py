@@ -61,10 +61,14 @@ def test_a_second_vmm_on_an_overlay_is_refused(host: QemuHost, holder: BootSpec)
 def test_a_clone_on_a_held_data_disk_does_not_run(host: QemuHost, holder: BootSpec, disk: Path) -> None:
     template = host.template(host.template_spec(90, data_disk_mib=_DATA_MIB))
     second = replace(host.spec(4), data_disk=disk)
+
+    def run() -> None:
+        process = host.vmm.clone(template, second, revision=REVISION)
+        host.vmm.resume(second.ref, process)
+
     try:
         with pytest.raises(MvmError, match='"write" lock'):
-            process = host.vmm.clone(template, second, revision=REVISION)
-            host.vmm.resume(second.ref, process)
+            run()
     finally:
         host.vmm.kill(second.ref, None)
 

@@ -16,7 +16,8 @@ from mvm.domain.layout import StateLayout
 from mvm.drivers import processes
 from mvm.drivers.disk_usage import mounted_within
 from mvm.drivers.file_storage import FileStorage
-from mvm.drivers.qemu.argv import BINARY, marker
+from mvm.drivers.identity import mark
+from mvm.drivers.qemu.argv import BINARY
 from mvm.drivers.qemu.driver import QemuDriver
 from mvm.drivers.shell import LocalShell
 from mvm.ports.vmm import Presence
@@ -42,7 +43,7 @@ def pretend(layout: StateLayout) -> Iterator[Pretend]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(ref: InstanceRef, uid: int) -> ProcessIdentity:
-        words = [BINARY, "-c", "read x", "-name", f"guest={marker(layout.root)}:{ref}"]
+        words = [BINARY, "-c", "read x", "-name", f"guest={mark(layout)}:{ref}"]
         started.append(
             subprocess.Popen(words, executable="/bin/sh", user=uid, group=uid, extra_groups=[], cwd="/",
                              stdin=subprocess.PIPE)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from mvm import guest
+from mvm.domain.identity import mark_of
 from mvm.drivers.qemu import argv
 from mvm.ports.vmm import BootSpec, Nic, TemplateSpec
 from tests.support.make import instance_ref
 
 ONE = instance_ref(1)
-MARK = argv.marker(Path("/var/lib/mvm"))
+MARK = mark_of("0123456789ab")
 FDS = argv.Descriptors(10, 11, {name: 12 + at for at, name in enumerate(guest.PORTS)}, 20)
 SPEC = BootSpec(
     ref=ONE, directory=Path("/s/i"), kernel=Path("/s/vmlinux"), initramfs=Path("/s/initramfs"),
@@ -96,7 +97,7 @@ def test_a_command_line_tells_whose_it_is() -> None:
         [argv.BINARY, "-name", "guest=vm"],
         [argv.BINARY, "-name", f"guest={MARK}:acme/web"],
         [argv.BINARY, "-name", f"guest={MARK}:Acme/web/i-00000001"],
-        argv.command(SPEC, FDS, "tcg", 1, argv.marker(Path("/var/lib/other"))),
+        argv.command(SPEC, FDS, "tcg", 1, mark_of("ba9876543210")),
     ],
 )
 def test_other_command_lines_are_nobodys(words: list[str]) -> None:

@@ -19,7 +19,7 @@ from mvm.drivers.stack import Stack, programs, running_settings
 from mvm.drivers.supervisor import Program
 from mvm.errors import Failed, Forbidden, InvalidInput, NotAllowed, Unreachable
 from mvm.settings import Settings, load_settings
-from tests.support.local import free_port, running
+from tests.support.local import free_port
 from tests.support.redis_server import RedisServer
 
 pytestmark = pytest.mark.redis
@@ -35,8 +35,9 @@ def root() -> Iterator[Path]:
 @pytest.fixture
 def settings(root: Path) -> Settings:
     return load_settings(
-        state_dir=root / "s", netns="host", driver="fake", flower_port=free_port(), metrics_port=free_port()
-    )
+        state_dir=root / "s", node_id="n1", netns="host", driver="fake", flower_port=free_port(),
+        metrics_port=free_port(),
+    )  # fmt: skip
 
 
 def quiet(_text: str) -> None:
@@ -193,34 +194,6 @@ def test_an_external_redis_is_asked_from_the_namespace_made_for_the_stack(settin
     finally:
         redis.close()
         stack.down(quiet)
-
-
-@pytest.mark.root
-def test_the_namespace_is_made_and_stays_while_something_runs_in_it(settings: Settings) -> None:
-    settings = load_settings(**{**settings.model_dump(), "netns": ""})
-    name = settings.namespace
-    assert name is not None
-    stack = redis_only(settings)
-    stack.up(quiet)
-    try:
-        pid = stack.status()[0].pid
-        assert Path(f"/proc/{pid}/ns/net").stat().st_ino == netns.path_of(name).stat().st_ino
-        with running(["nsenter", f"--net={netns.path_of(name)}", "sleep", "300"]) as guest:
-            inside = netns.path_of(name).stat().st_ino
-            while Path(f"/proc/{guest.pid}/ns/net").stat().st_ino != inside:
-                assert guest.poll() is None
-            stack.down(quiet)
-            assert netns.exists(name)
-            assert stack.instances_remain()
-            with pytest.raises(NotAllowed) as caught:
-                redis_only(load_settings(**{**settings.model_dump(), "netns": "mvm-t-other"})).up(quiet)
-            assert caught.value.code == "stack.other_netns"
-            stack.up(quiet)
-            guest.kill()
-    finally:
-        stack.down(quiet)
-    assert not netns.exists(name)
-    assert not stack.instances_remain()
 
 
 @pytest.mark.root

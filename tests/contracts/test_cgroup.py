@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mvm.domain.identity import id_of_path, mark_of
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.fake import FakeHost
-from mvm.drivers.qemu.argv import marker
 from mvm.ports.cgroup import Cgroups, GroupLimits
 from tests.support.make import instance_ref
 
@@ -23,7 +23,7 @@ def cgroups(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cgroups]
     if request.param == "fake":
         yield FakeHost().cgroups
         return
-    real = LinuxCgroups(marker(tmp_path))
+    real = LinuxCgroups(mark_of(id_of_path(tmp_path)))
     yield real
     for ref in real.groups():
         real.remove(ref)

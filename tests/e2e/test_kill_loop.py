@@ -23,12 +23,12 @@ from mvm.drivers import netns
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.clock import SystemClock
 from mvm.drivers.guest_channel import UnixGuestChannel
+from mvm.drivers.identity import mark
 from mvm.drivers.linux_network import LinuxNetwork
 from mvm.drivers.memory_queue import MemoryQueue
 from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.drivers.qemu import driver as qemu
 from mvm.drivers.qemu import memory
-from mvm.drivers.qemu.argv import marker
 from mvm.drivers.qemu.driver import QemuDriver
 from mvm.drivers.qemu.qmp import Qmp
 from mvm.drivers.shell import LocalShell
@@ -141,7 +141,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             finally:
                 for ref in opened.driver.processes():
                     opened.driver.kill(ref, None)
-                LinuxCgroups(marker(layout.root)).close()
+                LinuxCgroups(mark(layout)).close()
     finally:
         netns.delete(shell, name)
 

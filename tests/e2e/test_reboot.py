@@ -16,7 +16,7 @@ import pytest
 
 from mvm.drivers import netns
 from mvm.drivers.cgroups import LinuxCgroups
-from mvm.drivers.qemu.argv import marker
+from mvm.drivers.identity import mark
 from mvm.drivers.shell import LocalShell
 from mvm.drivers.supervisor import Supervisor
 from tests.support.stack import Stack, running_stack
@@ -49,7 +49,7 @@ def fail(stack: Stack) -> None:
     name = json.loads(stack.layout.connection.read_text())["netns"]
     if name:
         netns.delete(LocalShell(), name)
-    LinuxCgroups(marker(stack.layout.root)).close()
+    LinuxCgroups(mark(stack.layout)).close()
 
 
 def places(stack: Stack) -> Counter[str]:

@@ -20,11 +20,11 @@ from mvm.domain.addressing import TenantNetwork, parse_subnet
 from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource, SeccompPolicy
+from mvm.drivers import identity as identity_of
 from mvm.drivers import netns
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.images_builtin import BuiltinImages
-from mvm.drivers.qemu import argv
 from mvm.drivers.qemu.driver import QemuDriver
 from mvm.drivers.shell import LocalShell
 from mvm.ports.guest import GuestIdentity
@@ -118,7 +118,7 @@ class QemuHost:
     def __init__(self, layout: StateLayout) -> None:
         self.layout = layout
         self.shell = LocalShell()
-        self.cgroups = LinuxCgroups(argv.marker(layout.root))
+        self.cgroups = LinuxCgroups(identity_of.mark(layout))
         self.vmm = QemuDriver(layout, self.shell, self.cgroups)
         self.guest = UnixGuestChannel()
 

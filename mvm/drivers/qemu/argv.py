@@ -42,11 +42,6 @@ class Descriptors:
     console: Path | None = None
 
 
-def marker(state_dir: Path) -> str:
-    """Tells the VMMs of one state directory from those of others on the same host."""
-    return "mvm-" + sha256(str(state_dir).encode()).hexdigest()[:12]
-
-
 def started_for(words: Sequence[str], mark: str) -> InstanceRef | None:
     """The instance that a command line from `command` with `mark` was made for."""
     if not words or Path(words[0]).name != BINARY or "-name" not in words[:-1]:

@@ -20,7 +20,7 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.domain.refusals import out_of_memory
 from mvm.domain.secrets import Secrets
-from mvm.drivers import files, isolation, processes, secrets_disk, tap
+from mvm.drivers import files, identity, isolation, processes, secrets_disk, tap
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import closing_fd
 from mvm.drivers.instance_sockets import listen
@@ -63,7 +63,7 @@ class QemuVmms:
         self._shell = shell
         self._require_isolation = require_isolation
         self._caged = caged  # not so only to measure what the cage costs
-        self._mark = argv.marker(layout.root)
+        self._mark = identity.mark(layout)
         self._cgroups = cgroups or LinuxCgroups(self._mark)
         self._probe = AcceleratorProbe(shell, layout.run / "accelerator.json")
         self._lock = threading.Lock()

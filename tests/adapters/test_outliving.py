@@ -1,0 +1,267 @@
+"""What a stack that goes down leaves alone, since an instance runs on; and who its state directory is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from mvm.domain.addressing import TenantNetwork, parse_subnet
+from mvm.domain.identity import id_of_path
+from mvm.domain.ids import NodeId
+from mvm.domain.instance import Instance
+from mvm.domain.layout import StateLayout
+from mvm.domain.lifecycle import Status
+from mvm.domain.pool import ImageSource, InstanceResources, WorkerPool
+from mvm.drivers import identity, netns, processes, state_dir, tap
+from mvm.drivers.files import closing_fd
+from mvm.drivers.linux_network import LinuxNetwork
+from mvm.drivers.qemu.argv import BINARY
+from mvm.drivers.shell import LocalShell
+from mvm.drivers.sqlite_store import SqliteStore
+from mvm.drivers.stack import Stack, programs, running_settings
+from mvm.errors import Failed, NotAllowed
+from mvm.settings import Settings, load_settings, remembered
+from tests.support.local import free_port, running
+from tests.support.make import START, WEB, instance_ref
+from tests.support.waiting import until
+
+pytestmark = [pytest.mark.root, pytest.mark.redis]
+
+NETWORK = TenantNetwork(1, parse_subnet("10.240.1.0/24"))
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="mvm-t-"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def settings(root: Path) -> Settings:
+    return load_settings(state_dir=root / "s", flower_port=free_port(), metrics_port=free_port())
+
+
+def quiet(_text: str) -> None:
+    """No progress."""
+
+
+def redis_only(settings: Settings, **changes: str) -> Stack:
+    changed = load_settings(**{**settings.model_dump(), **changes}) if changes else settings
+    return Stack(changed, LocalShell(), [p for p in programs(changed) if p.name == "redis"])
+
+
+# --- signs of an instance
+@contextmanager
+def pretended(mark: str) -> Iterator[int]:
+    """A process that is named as a VMM is, in a network namespace of its own as every one in its cage."""
+    words = [BINARY, "-c", "read x", "-name", f"guest={mark}:{instance_ref(1)}"]
+    with running(["unshare", "--net", "bash", "-c", 'exec -a "$0" sh "$@"', *words], stdin=subprocess.PIPE) as vmm:
+        until(lambda: processes.arguments(vmm.pid) == words, 10, "it runs")
+        yield vmm.pid
+
+
+@contextmanager
+def marked(stack: Stack) -> Iterator[None]:
+    """The store knows nothing of it."""
+    with pretended(identity.mark(stack.settings.layout)):
+        yield
+
+
+@contextmanager
+def recorded(stack: Stack) -> Iterator[None]:
+    """Its command line says nothing, but the store does."""
+    database, ref = stack.settings.layout.database, instance_ref(1)
+    with running(["unshare", "--net", "sleep", "300"]) as vmm, closing(SqliteStore(database)) as store:
+        process = processes.identify(vmm.pid)
+        made = Instance(ref, stack.settings.node, 3, Status.WARM, datetime.now(UTC), process=process)
+        store.insert_instance(made)
+        yield
+        store.delete_instance(ref)
+
+
+@contextmanager
+def held_tap(stack: Stack) -> Iterator[None]:
+    """All that is known is that somebody has a guest's TAP open."""
+    assert stack.settings.namespace is not None
+    with netns.entered(netns.path_of(stack.settings.namespace)):
+        LinuxNetwork(LocalShell()).ensure_tap(NETWORK, 3)
+        card = tap.attach(NETWORK.tap(3))
+    with closing_fd(card):
+        yield
+
+
+Sign = Callable[[Stack], AbstractContextManager[None]]
+
+
+@pytest.mark.parametrize("sign", [marked, recorded, held_tap])
+def test_the_namespace_stays_while_an_instance_runs(settings: Settings, sign: Sign) -> None:
+    name = settings.namespace
+    assert name is not None
+    stack = redis_only(settings)
+    stack.up(quiet)
+    try:
+        inside = netns.path_of(name).stat().st_ino
+        assert Path(f"/proc/{stack.status()[0].pid}/ns/net").stat().st_ino == inside
+        with sign(stack):
+            for _ in range(2):
+                said: list[str] = []
+                stack.down(said.append)
+                assert netns.path_of(name).stat().st_ino == inside
+                assert f"instances run on; network namespace {name} stays" in said
+                assert stack.remaining()
+                stack.up(quiet)
+                assert netns.path_of(name).stat().st_ino == inside
+    finally:
+        stack.down(quiet)
+    assert not netns.exists(name)
+    assert not stack.remaining()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"netns": "mvm-t-other"}, "stack.other_netns"),
+        ({"netns": "host"}, "stack.other_netns"),
+        ({"driver": "fake"}, "stack.other_driver"),
+    ],
+)
+def test_what_runs_on_stays_within_reach(settings: Settings, change: dict[str, str], code: str) -> None:
+    stack = redis_only(settings)
+    stack.up(quiet)
+    try:
+        with marked(stack):
+            stack.down(quiet)
+            with pytest.raises(NotAllowed) as caught:
+                redis_only(settings, **change).up(quiet)
+            assert caught.value.code == code
+            assert settings.namespace is not None
+            assert netns.exists(settings.namespace)
+        other = redis_only(settings, **change)
+        other.up(quiet)  # now that nothing runs on
+        other.down(quiet)
+    finally:
+        stack.down(quiet)
+
+
+def test_the_namespace_goes_though_somebody_looks_into_it(settings: Settings) -> None:
+    name = settings.namespace
+    assert name is not None
+    stack = redis_only(settings)
+    stack.up(quiet)
+    with running(["nsenter", f"--net={netns.path_of(name)}", "sleep", "300"]):
+        stack.down(quiet)
+        assert not netns.exists(name)
+
+
+# --- who the directory is
+def test_it_is_the_same_by_every_path(settings: Settings, root: Path) -> None:
+    stack = redis_only(settings)
+    stack.prepare()
+    known = identity.mark(settings.layout)
+    (root / "link").symlink_to(root / "s")
+    (root / "way").mkdir()
+    (root / "bound").mkdir()
+    LocalShell().run(["mount", "--bind", str(root / "s"), str(root / "bound")])
+    try:
+        for spelling in (root / "link", f"{root}//s", root / "way/../s", root / "bound", root / "way/../link/"):
+            same = load_settings(state_dir=spelling)
+            assert identity.mark(same.layout) == known, spelling
+            assert same.namespace == settings.namespace, spelling
+            assert identity.settle(same).mark == known, spelling
+    finally:
+        LocalShell().run(["umount", str(root / "bound")])
+
+
+def test_two_directories_that_lay_at_one_path_are_two(settings: Settings, root: Path) -> None:
+    redis_only(settings).prepare()
+    first = identity.mark(settings.layout)
+    (root / "s").rename(root / "moved")
+    assert identity.mark(StateLayout(root / "moved")) == first
+    redis_only(settings).prepare()
+    assert identity.mark(settings.layout) != first
+
+
+def test_a_copy_is_another(settings: Settings, root: Path) -> None:
+    redis_only(settings).prepare()
+    with pretended(identity.mark(settings.layout)) as pid:
+        LocalShell().run(["cp", "-a", str(root / "s"), str(root / "copy")])
+        copy = load_settings(state_dir=root / "copy")
+        for _ in range(2):
+            assert identity.mark(copy.layout) != identity.mark(settings.layout)
+            assert copy.namespace != settings.namespace
+            assert not redis_only(copy).remaining(), pid
+            redis_only(copy).prepare()
+        assert redis_only(settings).remaining()
+
+
+@pytest.mark.parametrize("spelled", ["s", "link", "way/../s"])
+def test_what_a_former_version_started_is_found(settings: Settings, root: Path, spelled: str) -> None:
+    """It marked its VMMs, and named its namespace, by the path of the state directory as it was spelled."""
+    (root / "link").symlink_to(root / "s")
+    (root / "way").mkdir()
+    layout = settings.layout
+    state_dir.prepare(layout)
+    former = settings.model_dump(mode="json") | {"state_dir": f"{root}/{spelled}", "netns": "", "node_id": ""}
+    layout.settings.write_text(json.dumps(former))
+    namespace = StateLayout(Path(former["state_dir"])).default_netns
+    netns.create(LocalShell(), namespace)
+    (layout.run / "netns").write_text(namespace)
+    with pretended(f"mvm-{id_of_path(Path(former['state_dir']))}"):
+        assert Stack(running_settings(settings), LocalShell(), []).remaining(), "also for a down by this version"
+        stack = redis_only(load_settings(state_dir=root / "s"))
+        stack.up(quiet)
+        try:
+            assert stack.settings.namespace == namespace
+            assert stack.remaining()
+        finally:
+            stack.down(quiet)
+        assert netns.exists(namespace)
+    stack.down(quiet)
+    assert not netns.exists(namespace)
+
+
+def test_a_damaged_identity_is_no_reason_to_guess(settings: Settings) -> None:
+    redis_only(settings).prepare()
+    settings.layout.identity.write_text("{")
+    with pytest.raises(Failed) as caught:
+        load_settings(state_dir=settings.state_dir)
+    assert caught.value.code == "state.damaged"
+
+
+# --- whose the directory is
+def test_a_node_keeps_its_name(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    redis_only(settings).prepare()
+    named = settings.node
+    monkeypatch.setattr("socket.gethostname", lambda: "quite-another.example")
+    again = load_settings(state_dir=settings.state_dir)
+    assert again.node == named
+    redis_only(again).prepare()
+    certificate = (settings.layout.certs / "node.pem").read_bytes()
+    with pytest.raises(NotAllowed) as caught:
+        redis_only(load_settings(state_dir=settings.state_dir, node_id="renamed")).prepare()
+    assert caught.value.code == "node.renamed"
+    assert (settings.layout.certs / "node.pem").read_bytes() == certificate
+
+
+def test_a_former_versions_node_is_known_by_its_pools(settings: Settings) -> None:
+    state_dir.prepare(settings.layout)
+    node = NodeId("old-name")
+    with closing(SqliteStore(settings.layout.database)) as store:
+        store.put_pool(WorkerPool(WEB, ImageSource("builtin:", "minimal"), InstanceResources(), node, START))
+    with pytest.raises(NotAllowed) as caught:
+        redis_only(settings).prepare()
+    assert caught.value.code == "node.renamed"
+    assert "old-name" in caught.value.hint
+    redis_only(settings, node_id=node).prepare()
+    known = remembered(settings.layout)
+    assert known is not None
+    assert known.node_id == node
