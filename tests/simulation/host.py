@@ -14,7 +14,6 @@ from mvm.domain.firewall import Ruleset
 from mvm.domain.ids import InstanceRef, PoolRef, Revision
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
-from mvm.domain.lifecycle import UP
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.fake.machines import FakeVmm
 from mvm.drivers.fake.resources import FakePackets
@@ -231,7 +230,7 @@ class SimHost(FakeHost):
         if ref not in self.machines or maker is None or maker is current or maker.doomed:
             return
         row = self.world.rows().get(ref)
-        if not maker.done or (row is not None and row.status in UP):
+        if not maker.done or (row is not None and row.has_vmm):
             self.world.breach(f"double start: {ref} is started by {current and current.name}, and was by {maker.name}")
 
     def pass_time(self, seconds: float) -> None:
