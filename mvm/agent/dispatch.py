@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import structlog
 
-from mvm.agent import rooms
+from mvm.agent import places
 from mvm.agent.methods import Call, Method, accept
-from mvm.agent.rooms import Threads
+from mvm.agent.places import Threads
 from mvm.drivers.quic.frames import encode
 from mvm.drivers.quic.identity import Peer
 from mvm.errors import Failed, InvalidInput, MvmError, Unreachable
@@ -104,11 +104,11 @@ class Reply:
 
 
 class Dispatcher:
-    """Accepts requests by the method table and runs them, each in its room."""
+    """Accepts requests by the method table and runs them, each kind in places of its own."""
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
         self._methods = methods
-        self._rooms = {room: Threads(room) for room in rooms.ROOMS}
+        self._threads = {kind: Threads(kind) for kind in places.ALL}
         self.stopping = False
 
     def begin(self, peer: Peer, message: Mapping[str, Any], reply: Reply) -> None:
@@ -117,8 +117,8 @@ class Dispatcher:
             if self.stopping:
                 raise _stopping()
             call = accept(self._methods, peer, message)
-            reply.ends_with_client = call.method.room is rooms.COMMANDS
-            self._rooms[call.method.room].submit(call.tenant, lambda: _run(peer, call, reply))
+            reply.ends_with_client = call.method.takes is places.COMMANDS
+            self._threads[call.method.takes].submit(call.tenant, lambda: _run(peer, call, reply))
         except MvmError as error:
             log.info("agent.request_refused", peer=str(peer), code=error.code)
             metrics.AGENT_REQUESTS.labels("-", "refused").inc()
@@ -126,7 +126,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Let the threads end; those at work are not waited for."""
-        for threads in self._rooms.values():
+        for threads in self._threads.values():
             threads.close()
 
 

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mvm.agent import rooms
+from mvm.agent import places
 from mvm.domain.commands import ExecEnd, ExecPart
 from mvm.domain.ids import InstanceRef, PoolRef, TenantId
 from mvm.domain.job import Job
 from mvm.domain.lifecycle import Status
 from mvm.domain.plans import Plan
 from mvm.domain.secrets import MAX_BYTES
-from mvm.domain.shares import Room
+from mvm.domain.shares import Places
 from mvm.drivers.packed import unpacked
 from mvm.drivers.quic.frames import CHUNK
 from mvm.drivers.quic.identity import Peer, Role
@@ -190,7 +190,7 @@ class _Request(_Params):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row: who may call it, its parameters, the function that yields its answer in parts, and in which room.
+    """One row: who may call it, its parameters, the function that yields its answer in parts, and what places it takes.
 
     The parts of one that is `prompt` leave as they come; those of others may wait for the next.
     """
@@ -198,12 +198,12 @@ class Method:
     roles: frozenset[Role]
     params: type[BaseModel]
     handler: Callable[[Any], Parts]
-    room: Room = rooms.READS
+    takes: Places = places.READS
 
     @property
     def prompt(self) -> bool:
         """Whether somebody waits for each part."""
-        return self.room in (rooms.COMMANDS, rooms.STREAMS)
+        return self.takes in (places.COMMANDS, places.STREAMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +258,11 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         return parts
 
     return {
-        "node.ping": Method(coordinator, _Nothing, one(lambda _: {}), rooms.NODE),
-        "node.info": Method(frozenset(Role), _Nothing, one(lambda _: api.node_info()), rooms.NODE),
-        "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats()), rooms.NODE),
-        "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), rooms.REPORTS),
-        "disk.report": Method(coordinator, _Nothing, lambda _: _disk(api), rooms.REPORTS),
+        "node.ping": Method(coordinator, _Nothing, one(lambda _: {}), places.NODE),
+        "node.info": Method(frozenset(Role), _Nothing, one(lambda _: api.node_info()), places.NODE),
+        "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats()), places.NODE),
+        "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), places.REPORTS),
+        "disk.report": Method(coordinator, _Nothing, lambda _: _disk(api), places.REPORTS),
         "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
         "tenant.set_secrets": Method(
             coordinator,
@@ -275,14 +275,14 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "instance.explain": Method(coordinator, _Instance, one(lambda p: api.explain(InstanceRef.parse(p.ref)))),
         "instance.stats": Method(coordinator, _Instance, one(lambda p: api.stats(InstanceRef.parse(p.ref)))),
         "instance.wake": Method(
-            coordinator, _Wake, one(lambda p: api.wake(InstanceRef.parse(p.ref), p.actor)), rooms.WAKES
+            coordinator, _Wake, one(lambda p: api.wake(InstanceRef.parse(p.ref), p.actor)), places.WAKES
         ),
-        "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), rooms.COMMANDS),
-        "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), rooms.STREAMS),
-        "audit.tail": Method(coordinator, _Tail, lambda p: _tail(api, p), rooms.STREAMS),
-        "desired.plan": Method(coordinator, _Desired, lambda p: _plan(api, p), rooms.REPORTS),
-        "desired.apply": Method(coordinator, _Apply, lambda p: _apply(api, p), rooms.REPORTS),
-        "audit.verify": Method(coordinator, _Tenant, lambda p: _verify(api, p), rooms.REPORTS),
+        "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), places.COMMANDS),
+        "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), places.STREAMS),
+        "audit.tail": Method(coordinator, _Tail, lambda p: _tail(api, p), places.STREAMS),
+        "desired.plan": Method(coordinator, _Desired, lambda p: _plan(api, p), places.REPORTS),
+        "desired.apply": Method(coordinator, _Apply, lambda p: _apply(api, p), places.REPORTS),
+        "audit.verify": Method(coordinator, _Tenant, lambda p: _verify(api, p), places.REPORTS),
     }
 
 

@@ -1,7 +1,7 @@
 """Who may have how much of what all tenants share.
 
-A room has places. One tenant may have `Room.share` of them, and never more than are left for others: so however many
-tenants take all they can, the next one finds places.
+Of some places one tenant may have its share, and never more than are left for others: so however many tenants take all
+they can, the next one finds places.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from enum import Enum
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """A kind of work: how much of it runs at once, one tenant's share of that, and how much of a tenant's may wait.
+class Places:
+    """For a kind of work: how many there are, one tenant's share of them, and how much of a tenant's work may wait.
 
-    What is no tenant's counts as that of one more, which is named "".
+    Without a share whoever comes takes what is free. What is no tenant's counts as that of one more, named "".
     """
 
-    name: str
-    places: int
-    share: int
+    kind: str
+    count: int
+    share: int | None = None
     waiting: int = 0
 
 
@@ -28,14 +28,16 @@ class Refusal(Enum):
     """Why there is no place."""
 
     SHARE = "the tenant has its share"
-    FULL = "the room is full"
+    FULL = "all are taken"
 
 
-def refusal(room: Room, held: Mapping[str, int], tenant: str) -> Refusal | None:
+def refusal(places: Places, held: Mapping[str, int], tenant: str) -> Refusal | None:
     """Why `tenant` may not have one place more while `held` are taken, by tenant; None when it may."""
     own = held.get(tenant, 0)
-    left = room.places - sum(held.values())
-    if own >= room.share:
+    left = places.count - sum(held.values())
+    if places.share is None:
+        return None if left else Refusal.FULL
+    if own >= places.share:
         return Refusal.SHARE
     if own < left:
         return None

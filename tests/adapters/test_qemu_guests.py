@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,12 +22,13 @@ from pathlib import Path
 import pytest
 
 from mvm import guest
-from mvm.domain.commands import ExecEnd
+from mvm.domain.commands import ExecEnd, ExecOutput
 from mvm.drivers.builtin import cpio
 from mvm.drivers.builtin.tree import Tree
 from mvm.errors import Failed, InvalidInput, MvmError, TimedOut, Unreachable
 from mvm.ports.guest import ExecResult
 from mvm.ports.vmm import BootSpec, Presence
+from tests import support
 from tests.support.microvm import (
     ANSWER_S,
     BOOT_S,
@@ -221,6 +223,32 @@ def test_a_client_that_goes_away_takes_its_command_along_and_frees_the_port(host
     for _ in range(2 * len(guest.EXEC)):
         assert execute(host, shared, "echo free").stdout == b"free\n"
     until(lambda: execute(host, shared, "ps | grep -c '[s]leep 602'").stdout == b"0\n", ANSWER_S, "the commands ended")
+
+
+@pytest.fixture
+def older(host: QemuHost, own: BootSpec, tmp_path: Path) -> BootSpec:
+    """A running guest whose agent is that of protocol 4, as older images and snapshots have it."""
+    rootfs = tmp_path / "rootfs.ext4"
+    shutil.copyfile(own.rootfs, rootfs)
+    agent, script = "/usr/lib/mvm/agent", Path(support.__file__).with_name("guest_agent_4.sh")
+    for words in (f"rm {agent}", f"write {script} {agent}", f"sif {agent} mode 0100755"):
+        host.shell.run(["debugfs", "-w", "-R", words, str(rootfs)])
+    spec = replace(own, rootfs=rootfs)
+    host.running(spec)
+    return spec
+
+
+def test_an_older_guest_is_served(host: QemuHost, older: BootSpec) -> None:
+    assert host.guest.hello(older.ref, older.directory, deadline_s=BOOT_S).version == 4
+    assert execute(host, older, "echo out; echo err >&2; exit 3", BOOT_S) == ExecResult(3, b"out\n", b"err\n")
+    cut = list(host.guest.run(older.ref, older.directory, b"head -c 2000000 /dev/zero", deadline_s=BOOT_S))
+    assert sum(len(part.stdout) for part in cut if isinstance(part, ExecOutput)) == MIB
+    assert cut[-1] == ExecEnd(0, truncated=True)
+    late = ExecResult(guest.DEADLINE_EXIT, b"before\n", b"", timed_out=True)
+    assert execute(host, older, "echo before; sleep 605", 2) == late
+    with closing(host.guest.run(older.ref, older.directory, b"sleep 606", deadline_s=600)) as parts:
+        until(lambda: next(parts) and running(host, older, "sleep 606") == 1, BOOT_S, "it runs")
+    until(lambda: running(host, older, "sleep 606") == 0, ANSWER_S, "it has ended")
 
 
 def letters(command: bytes) -> bytes:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mvm.agent.dispatch import UNSENT, Reply
 from mvm.agent.endpoint import Endpoint
-from mvm.agent.rooms import STREAMS
+from mvm.agent.places import STREAMS
 from mvm.drivers.quic import client, frames
 from mvm.drivers.quic.client import QuicAgents
 from mvm.drivers.quic.frames import MAX_FRAME, FrameReader, encode
@@ -293,7 +293,7 @@ def follow(agent: Agent, ref: str) -> Iterator[dict[str, Any]]:
 
 
 def test_who_follows_too_much_is_told_and_nobody_else_is_affected(agent: Agent) -> None:
-    streams = [follow(agent, REF) for _ in range(STREAMS.share)]
+    streams = [follow(agent, REF) for _ in range(STREAMS.share or 0)]
     with pytest.raises(QuotaExceeded) as caught:
         follow(agent, REF)
     assert caught.value.code == "agent.share_used"

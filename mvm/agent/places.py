@@ -1,4 +1,4 @@
-"""Threads for the agent's requests: a room of its own for each kind, so that no kind waits for another.
+"""Threads for the agent's requests: places for each kind, so that no kind waits for another.
 
 What is asked for in a hurry shares nothing with what may last: a node can always be asked how it is and to wake an
 instance, however many follow logs or run commands there.
@@ -11,16 +11,16 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mvm.domain.shares import Refusal, Room, refusal
+from mvm.domain.shares import Places, Refusal, refusal
 from mvm.errors import QuotaExceeded
 
-NODE = Room("node", 4, 4, waiting=64)  # how the node is: an answer of one part, from memory and the store
-WAKES = Room("wakes", 32, 16, waiting=128)
-READS = Room("reads", 8, 8, waiting=128)  # answers from the store, of whatever length
-REPORTS = Room("reports", 8, 8, waiting=8)  # what takes a while and has an end
-COMMANDS = Room("commands", 64, 16)
-STREAMS = Room("streams", 64, 16)  # what goes on until its client goes
-ROOMS = (NODE, WAKES, READS, REPORTS, COMMANDS, STREAMS)
+NODE = Places("node", 4, waiting=64)  # how the node is: an answer of one part, from memory and the store
+WAKES = Places("wakes", 32, 16, waiting=128)
+READS = Places("reads", 8, waiting=128)  # answers from the store, of whatever length
+REPORTS = Places("reports", 8, waiting=8)  # what takes a while and has an end
+COMMANDS = Places("commands", 64, 32)  # these and the next: fewer than connections may be
+STREAMS = Places("streams", 64, 32)  # what goes on until its client goes
+ALL = (NODE, WAKES, READS, REPORTS, COMMANDS, STREAMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,13 @@ class _Piece:
 
 
 class Threads:
-    """Daemon threads of one room.
+    """Daemon threads for one kind of work.
 
     There are only as many as were ever busy at once: a thread's first request also opens its way to the store.
     """
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, places: Places) -> None:
+        self._places = places
         self._held: Counter[str] = Counter()
         self._queue: deque[_Piece] = deque()
         self._changed = threading.Condition()
@@ -49,10 +49,10 @@ class Threads:
         with self._changed:
             self._check(tenant)
             self._queue.append(_Piece(tenant, work))
-            if self._free >= len(self._queue) or self._started == self._room.places:
+            if self._free >= len(self._queue) or self._started == self._places.count:
                 self._changed.notify()
                 return
-            name = f"agent-{self._room.name}-{self._started}"
+            name = f"agent-{self._places.kind}-{self._started}"
             self._started += 1
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
@@ -64,18 +64,18 @@ class Threads:
 
     def _check(self, tenant: str) -> None:
         queued = Counter(piece.tenant for piece in self._queue)
-        why = refusal(self._room, self._held + queued, tenant)
-        if why is None or queued[tenant] < self._room.waiting:
+        why = refusal(self._places, self._held + queued, tenant)
+        if why is None or queued[tenant] < self._places.waiting:
             return
         taken = self._held[tenant] + queued[tenant]
         if why is Refusal.SHARE and tenant:
             raise QuotaExceeded(
-                "agent.share_used", f"tenant {tenant} has {taken} {self._room.name} here, which is its share",
-                hint="end one of them, or try again in a moment", tenant=tenant, room=self._room.name, taken=taken,
+                "agent.share_used", f"tenant {tenant} has {taken} {self._places.kind} here, which is its share",
+                hint="end one of them, or try again in a moment", tenant=tenant, kind=self._places.kind, taken=taken,
             )  # fmt: skip
         raise QuotaExceeded(
-            "agent.busy", f"this agent has {self._held.total() + len(self._queue)} {self._room.name}",
-            hint="try again in a moment", room=self._room.name,
+            "agent.busy", f"this agent has {self._held.total() + len(self._queue)} {self._places.kind}",
+            hint="try again in a moment", kind=self._places.kind,
         )  # fmt: skip
 
     def _serve(self) -> None:
@@ -101,4 +101,4 @@ class Threads:
             return piece
 
     def _first(self) -> _Piece | None:
-        return next((each for each in self._queue if refusal(self._room, self._held, each.tenant) is None), None)
+        return next((each for each in self._queue if refusal(self._places, self._held, each.tenant) is None), None)
