@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from mvm.services.jobs import Jobs
     from mvm.services.metadata import Metadata
     from mvm.services.networks import Networks
-    from mvm.services.runner import Observer, Runner
+    from mvm.services.runner import Observer, Runner, Workers
     from mvm.services.urgent import UrgentWake
     from mvm.services.views import NodeView
     from mvm.settings import Settings
@@ -145,7 +146,16 @@ def open_node(settings: Settings) -> NodeServices:
     from mvm.telemetry.metrics import observe_job
 
     ports = open_ports(settings)
-    return build_node(ports, settings, authorized_key=_authorized_key(settings), observers=(observe_job,))
+    return build_node(
+        ports, settings, authorized_key=_authorized_key(settings), observers=(observe_job,), workers=_workers()
+    )
+
+
+def _workers() -> Workers:
+    from mvm.drivers import processes
+    from mvm.services.runner import Workers
+
+    return Workers(processes.name_of(os.getpid()), processes.goes_on)
 
 
 def open_metadata(settings: Settings) -> Metadata:
@@ -245,7 +255,12 @@ def _uid_of(store: NodeStore) -> Callable[[InstanceRef], int | None]:
 
 
 def build_node(
-    ports: NodePorts, settings: Settings, *, authorized_key: str, observers: tuple[Observer, ...] = ()
+    ports: NodePorts,
+    settings: Settings,
+    *,
+    authorized_key: str,
+    observers: tuple[Observer, ...] = (),
+    workers: Workers | None = None,
 ) -> NodeServices:
     """Services over `ports`: the same for real and fake ones."""
     from mvm.domain.disk import Watermarks
@@ -281,7 +296,7 @@ def build_node(
     jobs = Jobs(p.registry, p.queue, p.clock, expires_s=settings.job_expires_s, cap_s=settings.retry_cap_s)
     precedence = Precedence(p.locks)
     audit = Audit(p.store, p.audit, p.clock, precedence, node)
-    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, settings.tries, observers)
+    runner = Runner(p.store, p.registry, p.locks, p.clock, jobs, precedence, audit, settings.tries, observers, workers)
     marks = Watermarks(low=settings.disk_low_mib << 20, reserve=settings.disk_reserve_mib << 20)
     room = DiskRoom(p.store, p.storage, p.vmm, marks)
     health = GuestHealth(

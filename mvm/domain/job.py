@@ -116,7 +116,7 @@ class Job:
     `attempt` counts the tries begun, of `attempts` that it has; `deaths` how often a worker died in it. Each try that
     failed and each death is one of `setbacks` (``at, code, message``). It is tried again at `retry_at`; the try under
     way ends at `deadline_at`; what nobody has taken at `expires_at` is dropped. `retry_of` is the job it repeats.
-    `canvas` is what Celery has joined to its task (`mvm.domain.canvas`).
+    `canvas` is what Celery has joined to its task (`mvm.domain.canvas`), `worker` the process that began it last.
     """
 
     job_id: JobId
@@ -145,6 +145,7 @@ class Job:
     expires_at: datetime | None = None
     retry_of: JobId | None = None
     canvas: Mapping[str, Any] | None = None
+    worker: str | None = None
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -185,6 +186,7 @@ class Job:
             "expires_at": _iso(self.expires_at),
             "retry_of": self.retry_of,
             **({"canvas": dict(self.canvas)} if self.canvas else {}),
+            **({"worker": self.worker} if self.worker else {}),
         }
 
     def to_json(self) -> str:
@@ -224,6 +226,7 @@ class Job:
             expires_at=_time(data.get("expires_at")),
             retry_of=JobId(data["retry_of"]) if data.get("retry_of") else None,
             canvas=data.get("canvas"),
+            worker=data.get("worker"),
         )
 
 

@@ -57,15 +57,18 @@ class TryPolicy:
             return None
         return float(min(self.cap_s, self.base_s * 2 ** (job.attempt - 1)) * (1 + luck) / 2)
 
-    def begun(self, job: Job, now: datetime, *, died: bool) -> Job:
-        """`job` as its next try begins, or the same try again because its worker `died`."""
+    def begun(self, job: Job, now: datetime, *, died: bool, worker: str | None = None) -> Job:
+        """`job` as `worker` begins its next try, or the same try again because the worker before `died`.
+
+        One that lives and has left it, as its store did not answer, counts as a try.
+        """
         if died:
             where = f"its worker ended in step {job.step!r}" if job.step else "its worker ended"
             job = _set_back(job, now, "job.worker_died", where).with_(deaths=job.deaths + 1)
         else:
             job = job.with_(attempt=job.attempt + 1, attempts=self.tries(job))
         return job.with_(
-            state=JobState.RUNNING, started_at=job.started_at or now, retry_at=None, expires_at=None,
+            state=JobState.RUNNING, started_at=job.started_at or now, retry_at=None, expires_at=None, worker=worker,
             deadline_at=now + timedelta(seconds=self.deadline_s(job.verb)),
         )  # fmt: skip
 

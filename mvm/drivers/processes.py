@@ -42,6 +42,19 @@ def runs(process: ProcessIdentity) -> bool:
     return True
 
 
+def name_of(pid: int) -> str | None:
+    """A process as a text to know it by again: ``PID:START``."""
+    process = identify(pid)
+    return f"{process.pid}:{process.start_ticks}" if process else None
+
+
+def goes_on(name: str) -> bool:
+    """Whether the process of this name (`name_of`) has not ended and is not stopped."""
+    pid = name.partition(":")[0]
+    stat = _stat(int(pid)) if pid.isdecimal() else None
+    return stat is not None and name == f"{pid}:{stat.start_ticks}" and stat.state not in "ZXTt"
+
+
 def arguments(pid: int, containing: bytes = b"") -> list[str]:
     """Its command line; empty when it has ended, is ending, is the kernel's, or does not hold `containing`."""
     try:

@@ -292,7 +292,7 @@ class SqliteStore:
         """See ports/store.py."""
         rows = self._rows(
             "SELECT doc FROM jobs WHERE doc ->> 'subject' = ? AND doc ->> 'state' = coalesce(?, doc ->> 'state') "
-            "ORDER BY id DESC LIMIT 1", subject, state,
+            "ORDER BY doc ->> 'submitted_at' DESC, id DESC LIMIT 1", subject, state,
         )  # fmt: skip
         return Job.from_dict(json.loads(rows[0][0])) if rows else None
 
@@ -332,7 +332,9 @@ class SqliteStore:
     def forget_jobs(self, *, keep: int) -> int:
         """See ports/store.py."""
         return self._write(
-            "DELETE FROM jobs WHERE final = 1 AND id NOT IN (SELECT id FROM jobs ORDER BY id DESC LIMIT ?)", keep
+            "DELETE FROM jobs WHERE final = 1 AND id NOT IN "
+            "(SELECT id FROM jobs ORDER BY doc ->> 'submitted_at' DESC, id DESC LIMIT ?)",
+            keep,
         )
 
 

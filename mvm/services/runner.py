@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -29,6 +29,16 @@ _DUPLICATE_WAIT_S = 900.0
 Handler = Callable[["JobContext"], Mapping[str, Any]]
 Undo = Callable[["JobContext"], None]
 Observer = Callable[[Job], None]
+
+
+class Workers(NamedTuple):
+    """Which process this one is, and whether another one goes on: it has not ended, nor is it stopped."""
+
+    own: str | None
+    goes_on: Callable[[str], bool]
+
+
+_UNKNOWN = Workers(None, lambda _: False)
 
 
 class JobContext:
@@ -116,6 +126,7 @@ class Runner:
     def __init__(
         self, store: NodeStore, registry: Registry, locks: Locks, clock: Clock, jobs: Jobs,
         precedence: Precedence, audit: Audit, tries: TryPolicy, observers: tuple[Observer, ...] = (),
+        workers: Workers | None = None,
     ) -> None:  # fmt: skip
         self.store = store
         self._registry = registry
@@ -126,6 +137,7 @@ class Runner:
         self._audit = audit
         self._tries = tries
         self._observers = observers
+        self._workers = workers or _UNKNOWN
         self._handlers: dict[JobVerb, tuple[Handler, Undo | None]] = {}
 
     def register(self, verb: JobVerb, handler: Handler, undo: Undo | None = None) -> None:
@@ -173,12 +185,13 @@ class Runner:
             self._precedence.given()
 
     def _run_once(self, job: Job) -> Job:
-        died = job.state is JobState.RUNNING  # whoever ran it holds its lock no more and has not ended it
-        job = self._tries.begun(job, self._clock.now(), died=died)
+        left = job.state is JobState.RUNNING  # whoever ran it holds its lock no more and has not ended it
+        died = left and not (job.worker and self._workers.goes_on(job.worker))
+        job = self._tries.begun(job, self._clock.now(), died=died, worker=self._workers.own)
         context = JobContext(job, self, self._clock.monotonic() + self._tries.deadline_s(job.verb))
         try:
             with self._alone(job):
-                self._begin(job, died=died)
+                self._begin(job, again=left)
                 log.debug("began", attempt=job.attempt, deaths=job.deaths)
                 self._refuse_poison(context)
                 result = self._handlers[job.verb][0](context)
@@ -195,9 +208,9 @@ class Runner:
             self._fail(context, bug)
         return context.job
 
-    def _begin(self, job: Job, *, died: bool) -> None:
+    def _begin(self, job: Job, *, again: bool) -> None:
         """Record that it runs, then tell and ask: until it is told, whoever cancels it ends it in the registry."""
-        if job.reason is not Reason.URGENT or died:  # else it is recorded with its claim
+        if job.reason is not Reason.URGENT or again:  # else it is recorded with its claim
             self.store.put_job(job)
         self._heed(job, lambda: self._registry.update_and_ask(job))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import timedelta
 from threading import Event, Thread
 
 import pytest
@@ -41,6 +42,25 @@ def test_recording_twice_leaves_one(registry: Registry) -> None:
     registry.record([made])
     assert list(registry.jobs()) == [made]
     assert list(registry.open_jobs(NODE)) == [made]
+
+
+def test_jobs_are_sorted_by_the_time_they_were_asked_for_whatever_their_ids(registry: Registry) -> None:
+    """A task that was called by Celery's ways keeps its UUID, which tells no time."""
+    first, second, third = job(), job(), job()
+    second = second.with_(job_id=JobId("0b7e8f3e-6c1d-4a59-9d3a-2f4f0d7e3a11"))
+    times = [START + timedelta(seconds=n) for n in range(3)]
+    made = [each.with_(submitted_at=at) for each, at in zip((first, second, third), times, strict=True)]
+    registry.record([made[1], made[2], made[0]])
+    assert ids(registry.open_jobs(NODE)) == ids(made)
+    assert ids(registry.jobs()) == ids(made[::-1])
+
+
+def test_why_a_task_never_became_a_job_is_kept(registry: Registry) -> None:
+    assert registry.refusal("any id") is None
+    registry.refuse("any id", NotAllowed("job.chain_broken", "what came before it failed", hint="look there", at=1))
+    told = registry.refusal("any id")
+    assert isinstance(told, NotAllowed)
+    assert (told.code, told.hint, told.fields) == ("job.chain_broken", "look there", {"at": 1})
 
 
 def test_an_update_is_seen_whole(registry: Registry) -> None:

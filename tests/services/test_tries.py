@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,9 @@ from mvm.domain.instance import InFlight, Instance
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.lifecycle import Status, Verb
 from mvm.drivers import sqlite_store
+from mvm.drivers.processes import goes_on, name_of
 from mvm.errors import Fenced, NotAllowed, TimedOut, Unreachable
+from mvm.services.runner import Workers
 from tests.services.conftest import NODE, Node
 from tests.support.command_line import CommandLine
 from tests.support.make import job as make_job
@@ -395,3 +398,18 @@ def test_a_worker_that_comes_back_late_neither_acts_nor_undoes(
     assert (runs.status, runs.in_flight, runs.last_error) == (Status.RUNNING, None, None)
     assert len(node.host.vmm.processes()[InstanceRef.parse(ref)]) == 1
     assert not node.host.leaks()
+
+
+@pytest.mark.parametrize(("alive", "deaths", "attempt"), [(True, 0, 2), (False, 1, 1)])
+def test_a_death_is_counted_only_for_a_worker_that_is_dead(node: Node, alive: bool, deaths: int, attempt: int) -> None:
+    """A job is left in the middle by a worker whose store did not answer, too: that one lives."""
+    runner = node.services.runner
+    runner._workers = Workers(name_of(os.getpid()), goes_on)
+    job = node.services.jobs.new(JobVerb.TENANT_CREATE, "acme", NODE, actor="test")
+    worker = name_of(os.getpid()) if alive else f"{os.getpid()}:1"
+    left = job.with_(state=JobState.RUNNING, attempt=1, attempts=3, started_at=job.submitted_at, worker=worker)
+    node.services.store.put_job(left)
+    done = runner.run(job)
+    assert (done.state, done.deaths, done.attempt) == (JobState.SUCCEEDED, deaths, attempt)
+    assert done.worker == name_of(os.getpid())
+    assert [setback["code"] for setback in done.setbacks] == ["job.worker_died"] * deaths

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from mvm.domain.audit import Link
 from mvm.domain.ids import InstanceRef, JobId, PoolRef, TenantId
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job, JobState
+from mvm.domain.job import Job, JobState, by_age
 from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import not_found
 from mvm.domain.tenant import Tenant
@@ -210,7 +210,7 @@ class MemoryStore:
         """See ports/store.py."""
         self.call("store.last_job")
         found = [j for j in self._jobs.values() if j.subject == subject and state in (None, j.state)]
-        return max(found, key=lambda job: job.job_id, default=None)
+        return max(found, key=by_age, default=None)
 
     def unfinished_jobs(self) -> Sequence[Job]:
         """See ports/store.py."""
@@ -251,7 +251,8 @@ class MemoryStore:
     def forget_jobs(self, *, keep: int) -> int:
         """See ports/store.py."""
         self.call("store.forget_jobs")
-        kept = set(sorted(self._jobs, reverse=True)[:keep])
+        newest = sorted(self._jobs.values(), key=by_age, reverse=True)
+        kept = {job.job_id for job in newest[:keep]}
         gone = [job_id for job_id, job in self._jobs.items() if job.state.final and job_id not in kept]
         for job_id in gone:
             del self._jobs[job_id]
