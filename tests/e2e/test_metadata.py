@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_secrets import execute
+from tests.support.microvm import built_image, lay_in
 from tests.support.stack import Stack, running_stack
 from tests.support.waiting import until
 
@@ -23,12 +24,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     user_data = tmp_path_factory.mktemp("files") / "user-data"
     user_data.write_text("#cloud-config\nhello: wörld\n")
     with running_stack() as running:
+        lay_in(running.layout, built_image("python"))
         for tenant in ("acme", "bolt"):
             running.mvm("tenant", "create", tenant)
         for pool, *more in (
             ("acme/web", "--user-data", str(user_data)),
             ("bolt/web",),
             ("acme/quiet", "--no-metadata"),
+            ("acme/python", "--profile", "python"),
         ):
             running.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--mem", "128", *more)
             running.mvm("pool", "build", pool)
@@ -38,7 +41,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def guests(stack: Stack) -> dict[str, str]:
     """One running instance per pool, and a second one of acme/web."""
-    made = {pool: create(stack, pool) for pool in ("acme/web", "bolt/web", "acme/quiet")}
+    made = {pool: create(stack, pool) for pool in ("acme/web", "bolt/web", "acme/quiet", "acme/python")}
     return made | {"second": create(stack, "acme/web")}
 
 
@@ -80,6 +83,13 @@ def test_a_guest_with_a_token_reads_who_it_is(stack: Stack, guests: dict[str, st
     assert ask(stack, ref, "GET", "/latest/meta-data/public-keys/0/openssh-key", shown)[1].startswith("ssh-ed25519 ")
     assert "instance-id" in ask(stack, ref, "GET", "/latest/meta-data/", shown)[1].split()
     assert ask(stack, ref, "GET", "/latest/nothing", shown)[0] == 404
+
+
+def test_the_guides_example_works_in_each_profile(stack: Stack, guests: dict[str, str]) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text().partition("## Who am I")[2]
+    example = guide.split("```sh\n")[1].partition("```")[0]
+    for ref in (guests["acme/web"], guests["acme/python"]):
+        assert "instance-id" in execute(stack, ref, example).split()
 
 
 def test_without_a_token_nothing_is_told(stack: Stack, guests: dict[str, str]) -> None:

@@ -122,9 +122,11 @@ class QemuHost:
         self.vmm = QemuDriver(layout, self.shell, self.cgroups)
         self.guest = UnixGuestChannel()
 
-    def spec(self, number: int = 1, *, data_disk: Path | None = None, mem_mib: int = 192) -> BootSpec:
+    def spec(
+        self, number: int = 1, *, data_disk: Path | None = None, mem_mib: int = 192, profile: str = "minimal"
+    ) -> BootSpec:
         """What is needed to boot guest `number`: its directory, overlay and TAP exist."""
-        ref, image = instance_ref(number), minimal_image()
+        ref, image = instance_ref(number), built_image(profile)
         directory = self.layout.instance(ref)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         overlay, rootfs = directory / "overlay.qcow2", image / "rootfs.ext4"
@@ -184,9 +186,9 @@ class QemuHost:
 
 
 @contextmanager
-def qemu_host(root: Path) -> Iterator[QemuHost]:
-    """A host whose guests and TAPs are gone at the end."""
-    minimal_image()  # packages come from outside the namespace
+def qemu_host(root: Path, profile: str = "minimal") -> Iterator[QemuHost]:
+    """A host whose guests and TAPs are gone at the end; an image of `profile` is there."""
+    built_image(profile)  # packages come from outside the namespace
     shell, name = LocalShell(), f"mvm-vmtest-{os.getpid()}-{next(_serial)}"
     netns.create(shell, name)
     try:
