@@ -399,7 +399,7 @@ def build_node(
         network_check=network_check,
         disk=disk,
         audit=audit,
-        desired=DesiredStates(p.store, jobs, reconcile, node),
+        desired=DesiredStates(p.store, jobs, reconcile, audit, node),
     )
     heartbeat = Heartbeat(
         store=p.store, registry=p.registry, locks=p.locks, clock=p.clock, node_id=node, address=address,

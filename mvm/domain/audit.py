@@ -22,6 +22,7 @@ from mvm.domain.tenant import Tenant
 from mvm.errors import InvalidInput
 
 _LONGEST_TEXT = 512
+_LONGEST_VALUE = 80
 _HASH_KEY = b',"hash":"'
 _SUFFIX = len(_HASH_KEY) + 64 + len('"}')
 
@@ -125,6 +126,35 @@ def tenant_of(job: Job) -> TenantId | None:
         return TenantId(job.subject.partition("/")[0])
     except InvalidInput:
         return None
+
+
+def told(
+    before: Mapping[str, Any], after: Mapping[str, Any], asked: Iterable[str] = ()
+) -> tuple[str | None, str | None]:
+    """What two JSON forms of one thing differ in, as an entry's `before` and `after`: ``pinned=false`` and so on.
+
+    Settings that were `asked` for are named in any case. Of long texts, which may be a workload's own, there is only a
+    hash.
+    """
+    old, new = _flat(before), _flat(after)
+    names = [name for name in new if old.get(name) != new[name] or any(name.split(".")[0] == each for each in asked)]
+    return _listed(old, names), _listed(new, names)
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, each in value.items():
+        found |= _flat(each, f"{above}{name}.") if isinstance(each, Mapping) else {f"{above}{name}": each}
+    return found
+
+
+def _listed(values: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    return " ".join(f"{name}={_plain(values[name])}" for name in names if name in values) or None
+
+
+def _plain(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return text if len(text) <= _LONGEST_VALUE else f"sha256:{sha256(text.encode()).hexdigest()[:16]}"
 
 
 _NOT_CONFIGURED = {"ref", "node_id", "created_at", "desired", "revision", "built"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,6 +94,21 @@ def asks_for(document: Mapping[str, Any], pool: PoolRef) -> bool:
         tenant["tenant_id"] == pool.tenant and any(each["pool_id"] == pool.pool for each in tenant.get("pools", ()))
         for tenant in document["tenants"]
     )
+
+
+def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[TenantId, str, str]]:
+    """The tenants for whom two documents, of which the first may be empty, ask otherwise; with a name for either part.
+
+    A name is a hash of what the document says of the tenant, and ``-`` when it does not list it.
+    """
+    before, after = _parts(old), _parts(new)
+    named = ((name, before.get(name, "-"), after.get(name, "-")) for name in sorted({*before, *after}))
+    return [(TenantId(name), was, now) for name, was, now in named if was != now]
+
+
+def _parts(document: Mapping[str, Any]) -> dict[str, str]:
+    texts = {each["tenant_id"]: json.dumps(each, sort_keys=True) for each in document.get("tenants", ())}
+    return {name: f"document:{sha256(text.encode()).hexdigest()[:16]}" for name, text in texts.items()}
 
 
 def _items(read: Any, name: str) -> list[tuple[int, dict[str, Any]]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from mvm.domain.audit import told
 from mvm.domain.egress import EgressPolicy
 from mvm.domain.ids import PoolRef, Revision
 from mvm.domain.pool import (
@@ -146,6 +147,7 @@ class Pools:
             if pool.egress != before.egress:
                 self._networks.check(pool.egress)
             self._store.put_pool(pool)
+        context.changed(*told(before.to_dict(), pool.to_dict(), context.job.params))
         if pool.egress == before.egress and "egress" in context.job.params:
             self._networks.repair()  # perhaps this job's own, delivered again
         self._networks.redirect(before, pool)

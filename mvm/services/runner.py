@@ -66,7 +66,7 @@ class JobContext:
         """The job is about `instance` (None: to be made), as it is now; for the audit trail."""
         self.touched[str(ref)] = instance
 
-    def changed(self, before: str, after: str) -> None:
+    def changed(self, before: str | None, after: str | None) -> None:
         """What the job changed, when it is of no instance; for the audit trail."""
         self.change = (before, after)
 

@@ -68,8 +68,8 @@ class TenantSecrets:
                 found = None  # whatever became of them, they are replaced
             epoch = max(known.secrets_epoch, found.epoch if found else 0) + 1
             with self._keeping(tenant, Secrets(epoch, self._clock.now(), values)):
-                before = f"epoch={known.secrets_epoch}"
-                self._audit.called(tenant, "tenant.set_secrets", actor, before, f"epoch={epoch}")
+                before = _told(known.secrets_epoch, found.values if found else {})
+                self._audit.called(tenant, "tenant.set_secrets", actor, before, _told(epoch, values))
         self._audit.soon()
         return {"tenant_id": str(tenant), "secrets_epoch": epoch, "count": len(values)}
 
@@ -226,3 +226,8 @@ class TenantSecrets:
 
     def _note(self, ref: InstanceRef, epoch: int, *, kept: int | None = None) -> None:
         self._store.put_note(ref, Note.SECRETS, {"epoch": epoch} | ({} if kept is None else {"kept": kept}))
+
+
+def _told(epoch: int, values: Mapping[str, str]) -> str:
+    """What the audit trail may know of secrets: their names."""
+    return f"epoch={epoch} names={','.join(sorted(values)) or '-'}"

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from mvm.domain.addressing import parse_net_id, parse_subnet
+from mvm.domain.audit import told
 from mvm.domain.ids import TenantId
 from mvm.domain.job import Job, JobState, JobVerb
 from mvm.domain.tenant import Quota, Tenant
@@ -89,9 +90,11 @@ class Tenants:
     def update(self, context: JobContext) -> Mapping[str, Any]:
         """Change the quota; what runs already is left alone, even above a lowered limit."""
         with self._store.transaction():
-            tenant = self._store.tenant(TenantId(context.job.subject))
-            tenant = replace(tenant, quota=_quota(tenant.quota, context.job.params.get("quota") or {}))
+            before = self._store.tenant(TenantId(context.job.subject))
+            asked = context.job.params.get("quota") or {}
+            tenant = replace(before, quota=_quota(before.quota, asked))
             self._store.put_tenant(tenant)
+        context.changed(*told(before.quota.to_dict(), tenant.quota.to_dict(), asked))
         self._registry.put_tenant(tenant)
         return tenant_view(self._store, tenant)
 

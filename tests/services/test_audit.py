@@ -233,3 +233,51 @@ def test_the_trail_is_appended_without_anybody_asking(node: Node) -> None:
     assert entry is not None
     assert entry["prev"] == START.hash
     assert verify([("x", line + b"\n")], node.services.store.audit_head(ACME)).findings == ()
+
+
+def last(mvm: CommandLine, verb: str) -> tuple[str | None, str | None]:
+    """From what to what the newest entry of `verb` tells."""
+    entry = next(each for each in reversed(trail(mvm)) if each["verb"] == verb)
+    return entry["from"], entry["to"]
+
+
+def test_an_update_tells_what_was_changed_from_what_to_what(mvm: CommandLine, node: Node) -> None:
+    node.pool()
+    policy = {"warm_after_s": 60}
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", pinned=True, sleep_policy=policy, user_data="long " * 50)
+    before, after = last(mvm, "pool.update")
+    assert before is not None
+    assert after is not None
+    assert {"pinned=false", "sleep_policy.warm_after_s=300"} <= set(before.split())
+    assert {"pinned=true", "sleep_policy.warm_after_s=60"} <= set(after.split())
+    assert "user_data=sha256:" in after
+    assert "long" not in after
+    assert "critical" not in after
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", pinned=True)
+    assert last(mvm, "pool.update") == ("pinned=true", "pinned=true"), "what was asked for is told though it was so"
+    node.ok(JobVerb.TENANT_UPDATE, "acme", quota={"max_running": 7})
+    assert last(mvm, "tenant.update") == ("max_running=64", "max_running=7")
+    node.ok(JobVerb.POOL_SCALE, "acme/web", running=0)
+    assert last(mvm, "pool.scale") == ("running=0", "running=0")
+
+
+def test_secrets_are_told_by_their_names(mvm: CommandLine, node: Node) -> None:
+    node.pool()
+    node.services.view.set_secrets(ACME, b"KEY=hush\nOTHER=x\n", "ann")
+    node.services.view.set_secrets(ACME, b"KEY=hush\n", "ann")
+    assert last(mvm, "tenant.set_secrets") == ("epoch=1 names=KEY,OTHER", "epoch=2 names=KEY")
+
+
+def test_a_document_that_is_accepted_is_told_to_the_tenants_it_concerns(mvm: CommandLine, node: Node) -> None:
+    node.pool()
+    network = {"tenant_net_id": 0, "ipv4_subnet": "10.240.0.0/24"}
+    document: dict[str, Any] = {
+        "schema_version": 1, "node_id": "n1", "tenants": [{"tenant_id": "acme", "network": network}],
+    }  # fmt: skip
+    for more in ({}, {}, {"quotas": {"max_running": 3}}):
+        document["tenants"][0] |= more
+        node.services.view.desired_apply(json.dumps(document).encode(), prune=False, expect=None, actor="ann")
+    told = [each for each in trail(mvm) if each["verb"] == "desired.apply"]
+    assert [each["actor"] for each in told] == ["ann", "ann"], "the same document again changes nothing"
+    assert told[0]["from"] == "-"
+    assert told[0]["to"] == told[1]["from"] != told[1]["to"]

@@ -60,7 +60,7 @@ def test_whoever_sets_them_is_in_the_audit_trail(node: Node) -> None:
     put(node, TOKEN="one")
     (last,) = next(node.services.view.audit_tail(ACME, 1, follow=False))
     assert [last[name] for name in ("kind", "verb", "actor", "from", "to", "job_id")] == [
-        "call", "tenant.set_secrets", "me", "epoch=0", "epoch=1", None,
+        "call", "tenant.set_secrets", "me", "epoch=0 names=-", "epoch=1 names=TOKEN", None,
     ]  # fmt: skip
     assert "one" not in str(last).split("'")
     assert node.services.view.audit_verify(ACME)["whole"]
