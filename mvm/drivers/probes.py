@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -13,38 +14,47 @@ from pathlib import Path
 from threading import Lock
 
 from mvm.domain.job import Lane
-from mvm.drivers import netns
+from mvm.domain.liveness import Answer, judge, patience_s
+from mvm.drivers import netns, processes
 from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.supervisor import PartState
 from mvm.errors import MvmError
 from mvm.ports.queue import node_queue
 from mvm.settings import Settings
 
-_ANSWER_S = 2.0
+_ANSWER_S = 2.0  # on a machine at rest, as all of these
 _TICK_S = 10.0  # Beat ticks every second
 _PONG_S = 1.0  # a ping before the worker listens is lost, so this is also how soon it is asked again
+_SLOW_S = 3.0  # from when on people are told that it took long
 _importing = Lock()
 WORKERS = {"worker": "main", "urgent": "urgent"}
 
 
 class Probes:
-    """Asks the parts of one stack. Each answer is None when all is well, or what is wrong."""
+    """Asks the parts of one stack. A busy machine has its parts waited for longer: slow is not dead."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._namespace = netns.path_of(settings.namespace) if settings.namespace else None
 
-    def ask_all(self, parts: Iterable[str], states: Mapping[str, PartState]) -> dict[str, str | None]:
+    def ask_all(self, parts: Iterable[str], states: Mapping[str, PartState]) -> dict[str, Answer]:
         """`ask` of several at once."""
         names = list(parts)
         with ThreadPoolExecutor(len(names) or 1) as pool:
             return dict(zip(names, pool.map(lambda name: self.ask(name, states), names), strict=True))
 
-    def ask(self, part: str, states: Mapping[str, PartState]) -> str | None:
-        """What keeps `part` from being ready; it also has to run by what supervisord says."""
+    def ask(self, part: str, states: Mapping[str, PartState]) -> Answer:
+        """Whether `part` is ready; it also has to run by what supervisord says, and by what the kernel does."""
         state = states.get("agent" if part == "metrics" else part)
         if state is not None and state.state not in ("STARTING", "RUNNING"):
-            return state.state.lower()
+            return Answer(False, state.state.lower())
+        if state is not None and state.pid is not None and processes.stands_still(state.pid):
+            return Answer(False, f"process {state.pid} was stopped by a signal")
+        began = time.monotonic()
+        problem = self._problem(part, state)
+        return judge(problem, time.monotonic() - began, _SLOW_S)
+
+    def _problem(self, part: str, state: PartState | None) -> str | None:
         try:
             match part:
                 case "redis":
@@ -69,11 +79,15 @@ class Probes:
             return error.strerror or str(error)
 
     @staticmethod
+    def _patience(ordinary_s: float) -> float:
+        return patience_s(ordinary_s, os.getloadavg()[0], os.cpu_count() or 1)
+
+    @staticmethod
     def _inside(namespace: Path | None) -> AbstractContextManager[None]:
         return netns.entered(namespace) if namespace else nullcontext()
 
     def _redis(self) -> str | None:
-        link = RedisLink(self._settings.redis, code="redis.unreachable", timeout_s=_ANSWER_S)
+        link = RedisLink(self._settings.redis, code="redis.unreachable", timeout_s=self._patience(_ANSWER_S))
         try:
             with self._inside(self._namespace):
                 reply = link.command("PING")
@@ -92,7 +106,12 @@ class Probes:
         try:
             with self._inside(self._namespace), app.connection_for_write() as connection:
                 replies = app.control.broadcast(
-                    "active_queues", destination=[node], reply=True, limit=1, timeout=_PONG_S, connection=connection
+                    "active_queues",
+                    destination=[node],
+                    reply=True,
+                    limit=1,
+                    timeout=self._patience(_PONG_S),
+                    connection=connection,
                 )
         except OperationalError as error:
             return f"broker: {error}"
@@ -115,7 +134,7 @@ class Probes:
         if ticked < since:
             return "has not ticked since it was started"
         silent_s = time.time() - ticked
-        return None if silent_s < _TICK_S else f"has not ticked for {silent_s:.0f} s"
+        return None if silent_s < self._patience(_TICK_S) else f"has not ticked for {silent_s:.0f} s"
 
     def _agent(self) -> str | None:
         from mvm.drivers.quic.client import QuicAgents
@@ -124,12 +143,13 @@ class Probes:
             self._settings.layout.certs,
             lambda: netns.socket_in(self._namespace, socket.AF_INET, socket.SOCK_DGRAM),
         )
-        agents.call(f"{self._settings.node}@{agent_address(self._settings)}", "node.ping", {}, deadline_s=_ANSWER_S)
+        address = f"{self._settings.node}@{agent_address(self._settings)}"
+        agents.call(address, "node.ping", {}, deadline_s=self._patience(_ANSWER_S))
         return None
 
     def _metadata(self) -> str | None:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(_ANSWER_S)
+            sock.settimeout(self._patience(_ANSWER_S))
             sock.connect(str(self._settings.layout.metadata_socket))
             return None if sock.recv(4096) else "it hung up"
 
@@ -144,7 +164,7 @@ class Probes:
         for where in {self._namespace, None}:
             headers = {"Authorization": authorization} if authorization else {}
             with self._inside(where):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_S)
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=self._patience(_ANSWER_S))
                 try:
                     connection.request("GET", path, headers=headers)
                     status = connection.getresponse().status

@@ -59,12 +59,12 @@ def programs(settings: Settings) -> tuple[Program, ...]:
 
     def worker(name: str, queue: str, threads: int) -> Program:
         argv = [
-            python, "-m", "celery", "-A", "workers.app", "worker", "-n", f"{WORKERS[name]}@{node}", "-Q", queue,
+            python, "-m", "celery", "-q", "-A", "workers.app", "worker", "-n", f"{WORKERS[name]}@{node}", "-Q", queue,
             "-P", "threads", "-c", str(threads), "--without-gossip", "--without-mingle", "-E", "-l", "INFO",
         ]  # fmt: skip
         return Program(name, argv, 20, patience, {"MVM_WORKER_ROLE": WORKERS[name]})
 
-    beat = [python, "-m", "celery", "-A", "beat.app", "beat", "--pidfile=", "-l", "INFO"]
+    beat = [python, "-m", "celery", "-q", "-A", "beat.app", "beat", "--pidfile=", "-l", "INFO"]
     redis = redis_files.server(layout.redis, layout.redis_socket)
     queue = node_queue(node)
     metadata = Program("metadata", ["nice", "-n", "10", python, "-m", "mvm.metadata"], 20)
@@ -139,7 +139,7 @@ class Stack:
         """The state directory is ready for a stack that others start; one that runs already is left alone."""
         self.prepare(report)
         with state_dir.held(self._layout):
-            if self._probes.ask("redis", {}) is not None or self._external:
+            if not self._probes.ask("redis", {}).well or self._external:
                 self._make_ready(report)
         self.publish()
 
@@ -231,13 +231,13 @@ class Stack:
         except Unreachable:
             return [Part(name, "stopped", None, None, False, "not running") for name in self.parts]
         found = []
-        for name, note in self._probes.ask_all(self.parts, states).items():
+        for name, answer in self._probes.ask_all(self.parts, states).items():
             state = states.get("agent" if name == "metrics" else name)
             if state:  # supervisord calls a part "starting" for its first second, whatever it answers
-                word = "running" if note is None else state.state.lower()
-                found.append(Part(name, word, state.pid, state.since, note is None, note))
+                word = "running" if answer.well else state.state.lower()
+                found.append(Part(name, word, state.pid, state.since, answer.well, answer.note))
             else:
-                found.append(Part(name, "external", None, None, note is None, note))
+                found.append(Part(name, "external", None, None, answer.well, answer.note))
         return found
 
     def _start(self, report: Report) -> None:
@@ -307,12 +307,12 @@ class Stack:
                 lives.setdefault(name, set()).add(state.pid)
                 if state.state == "FATAL" or len(lives[name]) > _GIVE_UP_AFTER:
                     raise self._failed(name, "does not stay up")
-            for name, problem in self._probes.ask_all(waiting, states).items():
-                if problem is None:
+            for name, answer in self._probes.ask_all(waiting, states).items():
+                if answer.well:
                     del waiting[name]
                     report(f"{name} answers")
                 else:
-                    waiting[name] = problem
+                    waiting[name] = answer.note or ""
             if waiting and monotonic() > deadline:
                 name, problem = next(iter(waiting.items()))
                 raise self._failed(name, f"did not answer within {_READY_S:g} s: {problem}")
@@ -354,9 +354,9 @@ class Stack:
         if self._settings.namespace and not self._settings.redis_url.startswith("unix:"):
             hint += "; a new network namespace reaches no other host: give a Unix socket, or --netns host"
         for name in self._external:
-            problem = self._probes.ask(name, {})
-            if problem:
-                raise Unreachable("registry.unreachable", problem, hint=hint)
+            answer = self._probes.ask(name, {})
+            if not answer.well:
+                raise Unreachable("registry.unreachable", answer.note or "", hint=hint)
 
     def _down(self, report: Report) -> None:
         if self._supervisor.pids():
