@@ -18,6 +18,7 @@ from mvm import guest
 from mvm.domain.ids import Revision
 from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource, Profile
+from mvm.drivers import heap
 from mvm.drivers.builtin import cpio, ext4, kernel, recipe
 from mvm.drivers.builtin.debs import Package, Packages
 from mvm.drivers.revisions import BUILD_LOCK
@@ -40,7 +41,7 @@ class BuiltinImages:
 
     def build(self, source: ImageSource, report: ProgressReport, admit: Admission = admitted) -> Revision:
         """Build; see the port."""
-        with _errors(), self._turn() as images:
+        with _errors(), heap.given_back(), self._turn() as images:
             report("find packages")
             profile = recipe.canonical(source.profile)
             packages = self._resolve(profile)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +57,12 @@ def goes_on(name: str) -> bool:
     return stat is not None and name == f"{pid}:{stat.start_ticks}" and stat.state not in "ZXTt"
 
 
+def stands_still(pid: int) -> bool:
+    """Whether it was stopped by a signal, or by whoever traces it: it does nothing until it is let go on."""
+    stat = _stat(pid)
+    return stat is not None and stat.state in "Tt"
+
+
 def arguments(pid: int, containing: bytes = b"") -> list[str]:
     """Its command line; empty when it has ended, is ending, is the kernel's, or does not hold `containing`."""
     try:
@@ -79,6 +87,33 @@ def pids() -> Iterator[int]:
     for entry in os.scandir(_PROC):
         if entry.name.isdecimal():
             yield int(entry.name)
+
+
+class Reaper:
+    """Takes leave of children as they end, whoever ends them: one that nobody asks about would stay a zombie."""
+
+    def __init__(self) -> None:
+        self._ended = select.epoll()
+        threading.Thread(target=self._work, name="reaper", daemon=True).start()
+
+    def watch(self, pid: int) -> None:
+        """The child `pid` is no zombie once it has ended."""
+        with suppress(ProcessLookupError):  # somebody was faster
+            self._ended.register(os.pidfd_open(pid), select.EPOLLIN)
+
+    def _work(self) -> None:
+        while True:
+            for pidfd, _ in self._ended.poll():
+                with suppress(ChildProcessError):  # `runs` was faster
+                    os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+                self._ended.unregister(pidfd)
+                os.close(pidfd)
+
+
+@cache
+def reaper() -> Reaper:
+    """That of this process. A thread that has unshared its PID namespace can use it, and cannot start it."""
+    return Reaper()
 
 
 def wait_gone(process: ProcessIdentity, deadline_s: float) -> bool:

@@ -20,12 +20,13 @@ _KEPT = 4000  # characters of a failed program's stderr
 class LocalShell:
     """`Shell` on this host, in the caller's namespaces; `run` in the network namespace at `netns`, if one is given.
 
-    What `spawn` started and has ended is reaped when `processes` looks at it.
+    What `spawn` started is reaped when it ends.
     """
 
     _prefix: tuple[str, ...] = ()
 
     def __init__(self, netns: Path | None = None) -> None:
+        self._reaper = processes.reaper()
         if netns is not None:
             self._prefix = ("nsenter", f"--net={netns}", "--")
 
@@ -81,6 +82,7 @@ class LocalShell:
         identity = processes.identify(pid)
         if identity is None:
             raise Failed("shell.failed", f"{argv[0]} cannot be seen in /proc", hint="mount /proc without hidepid")
+        self._reaper.watch(pid)
         return identity
 
 

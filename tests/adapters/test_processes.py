@@ -154,3 +154,15 @@ def test_a_name_like_a_stat_line_misleads_nobody(shell: LocalShell, tmp_path: Pa
 
 def test_every_pid_is_listed(shell: LocalShell) -> None:
     assert {1, os.getpid()} <= set(processes.pids())
+
+
+# --- children that others end
+def test_a_child_that_another_process_ended_is_no_zombie(shell: LocalShell, tmp_path: Path) -> None:
+    child = spawn(shell, tmp_path, "sleep", "600")
+    shell.run(["sh", "-c", f"kill -9 {child.pid}"])
+    until(lambda: not Path(f"/proc/{child.pid}").exists(), LONG, "it is gone though nobody asked")
+
+
+def test_many_children_that_end_at_once_are_all_reaped(shell: LocalShell, tmp_path: Path) -> None:
+    children = [spawn(shell, tmp_path, "true") for _ in range(30)]
+    until(lambda: not any(Path(f"/proc/{each.pid}").exists() for each in children), LONG, "they are gone")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,16 @@ def test_a_data_disk_survives_stop_and_start_and_the_root_does_not(emptied: Stac
     assert execute(stack, ref, "cat /data/file; ls /etc/lost 2>/dev/null || echo gone") == "kept\ngone"
     stack.mvm("instance", "destroy", "-y", ref)
     stack.mvm("pool", "destroy", "-y", "acme/data")
+
+
+def test_builds_leave_no_memory_with_the_worker(stack: Stack) -> None:
+    """The pools above were built by the main worker; the urgent one is the same program, and has built nothing."""
+
+    def resident_mib(part: str) -> int:
+        lines = Path(f"/proc/{stack.pid(part)}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) >> 10
+
+    assert resident_mib("worker") < resident_mib("urgent") + 60
 
 
 def test_ten_starts_survive_two_kills_of_their_worker(emptied: Stack) -> None:
