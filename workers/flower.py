@@ -15,6 +15,7 @@ from typing import Any
 
 from mvm.drivers.listeners import loopback_listeners
 from mvm.settings import Settings, load_settings
+from mvm.telemetry.logging import configure
 
 _SAVE_EVERY_MS = 30_000
 _MAX_TASKS = 20_000
@@ -57,6 +58,7 @@ def main() -> None:
     from workers.app import app
 
     settings = load_settings()
+    configure(settings)
     namespaced = settings.namespace is not None
     serve(app, settings, loopback_listeners(settings.flower_port, namespaced=namespaced))
 

@@ -151,7 +151,8 @@ class Supervisor:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(conf)
         log = self._layout.logs / "supervisord.out"
-        process = self._shell.spawn([sys.executable, "-m", "mvm.drivers.supervisord", "-c", str(path)], log=log)
+        form = environment.get("MVM_LOG_FORMAT", "text")
+        process = self._shell.spawn([sys.executable, "-m", "mvm.drivers.supervisord", form, "-c", str(path)], log=log)
         deadline = monotonic() + _START_S
         pidfd = os.pidfd_open(process.pid)
         try:
