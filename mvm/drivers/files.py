@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,24 @@ def punch(fd: int, length: int) -> None:
     """Give back the blocks of the first `length` bytes; they read as zeros. Where that cannot be, empty the file."""
     if length > 0 and _libc.fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_long(0), ctypes.c_long(length)):
         os.ftruncate(fd, 0)
+
+
+def take_place(new: Path, old: Path) -> None:
+    """The directory `new` is where `old` is, or was not; what was there is at `new`, if it was there.
+
+    In one step, but on a file system that cannot: there nothing is in between.
+    """
+    try:
+        exchange(new, old)
+    except FileNotFoundError:
+        new.rename(old)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        aside = old.with_name(f"{old.name}.former")
+        old.rename(aside)
+        new.rename(old)
+        aside.rename(new)
 
 
 def exchange(one: Path, other: Path) -> None:

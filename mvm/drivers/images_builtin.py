@@ -21,6 +21,7 @@ from mvm.domain.pool import ImageSource, Profile
 from mvm.drivers import heap
 from mvm.drivers.builtin import cpio, ext4, kernel, recipe
 from mvm.drivers.builtin.debs import Package, Packages
+from mvm.drivers.files import take_place
 from mvm.drivers.revisions import BUILD_LOCK
 from mvm.errors import Failed
 from mvm.ports.images import Admission, ProgressReport, admitted
@@ -111,9 +112,7 @@ class BuiltinImages:
         _sync(work)
         revision = Revision(sha256(text).hexdigest())
         target = self._layout.revision(revision)
-        if target.exists():  # and found damaged by `_existing`; a VM that runs keeps the files it has open
-            target.rename(work.with_name("damaged"))
-        work.rename(target)
+        take_place(work, target)  # one that is there was found damaged; a VM that runs keeps the files it has open
         _sync(target.parent)
         return revision
 

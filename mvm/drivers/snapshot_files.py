@@ -13,6 +13,7 @@ from threading import Lock
 from typing import NoReturn
 
 from mvm.domain.snapshot import FileDigest, SnapshotManifest
+from mvm.drivers.files import take_place
 from mvm.errors import Failed, NotFound
 
 MANIFEST = "manifest.json"
@@ -58,9 +59,9 @@ def appearing(into: Path) -> Iterator[Path]:
         half.mkdir(mode=0o700, parents=True)
         yield half
         sync(half)
-        shutil.rmtree(into, ignore_errors=True)
-        half.rename(into)
+        take_place(half, into)
         sync(into.parent)
+        shutil.rmtree(half, ignore_errors=True)  # the one before
     except BaseException as error:
         shutil.rmtree(half, ignore_errors=True)
         if isinstance(error, OSError):

@@ -35,7 +35,7 @@ def test_two_guests_that_mirror_each_other_fill_nothing(tmp_path: Path) -> None:
             a, b = trial.parties[0].one, trial.parties[0].two
             forget()
             for number in range(FLOOD):
-                packet = frames.tcp(a.ip, b.ip, number, port=1024 + number % 60_000, sport=1024 + number * 7 % 60_000)
+                packet = frames.udp(a.ip, b.ip, b"mirrored", port=1024 + number, sport=1024 + number * 7 % 60_000)
                 trial.wires[a.wire].send(frames.ethernet(b.mac, a.mac, frames.IP, packet))
             assert known() < FLOOD // 100
 
