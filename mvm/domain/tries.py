@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 
 from mvm.domain.job import Job, JobState, JobVerb, Reason
-from mvm.errors import MvmError, TimedOut
+from mvm.errors import GuestSilent, MvmError, TimedOut
 
 DEADLINE_S = 300.0
 DEADLINES: Mapping[JobVerb, float] = MappingProxyType(
@@ -23,8 +23,8 @@ DEADLINES: Mapping[JobVerb, float] = MappingProxyType(
 
 _LONGEST_S = 604_800
 
-_LASTING = frozenset({"vmm.gone", "guest.gone", "guest.silent"})
-"""Nobody answered, and nobody will: a process has ended, or a guest was given its time twice."""
+_LASTING = frozenset({"vmm.gone", "guest.gone"})
+"""Nobody answered, and nobody will: a process has ended."""
 
 _SUSPECT = 2
 """Deaths after which a job runs beside no other suspect, so that the next death tells which of them it was."""
@@ -53,7 +53,7 @@ class TryPolicy:
 
         Each pause is twice the last one at most, and by `luck` (0 to 1) half of that at least.
         """
-        if not error.retryable or error.code in _LASTING or job.attempt >= job.attempts:
+        if not error.retryable or _stays_so(job, error) or job.attempt >= job.attempts:
             return None
         return float(min(self.cap_s, self.base_s * 2 ** (job.attempt - 1)) * (1 + luck) / 2)
 
@@ -86,6 +86,16 @@ class TryPolicy:
     def suspect(self, job: Job) -> bool:
         """Whether `job` may be what its workers die of."""
         return job.deaths >= _SUSPECT
+
+
+def _stays_so(job: Job, error: MvmError) -> bool:
+    """Whether the next try would end with the same error.
+
+    A guest that is silent as it boots may only have had too little of a busy host's time. One that runs stays silent.
+    """
+    if isinstance(error, GuestSilent):
+        return job.verb is not JobVerb.INSTANCE_START
+    return error.code in _LASTING
 
 
 def expired(job: Job, now: datetime) -> Job:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import settings_of
-from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor
+from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor, uplink
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.probes import WORKERS, Probes, agent_address
 from mvm.drivers.supervisor import Program, Supervisor
@@ -200,6 +200,7 @@ class Stack:
                 self._start(report)
                 self._wait_ready(report)
                 self.publish()
+                self._check_uplink(report)
             except BaseException:
                 try:
                     self._down(report)
@@ -348,6 +349,12 @@ class Stack:
         for name, why in missing.items():
             report(f"WARNING: guests are not fully isolated: no {name} limit: {why}" if name != "cage" else
                    f"WARNING: guests will not start, for QEMU cannot be caged: {why}")  # fmt: skip
+
+    def _check_uplink(self, report: Report) -> None:
+        """Told where guests of a pool would reach nothing outside; they run all the same."""
+        lacking = uplink.lacking(self._settings) if self._settings.driver != "fake" else None
+        if lacking:
+            report(f"WARNING: {lacking}")
 
     def _check_external(self) -> None:
         hint = "see MVM_REDIS_URL"

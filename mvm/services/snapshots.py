@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -17,13 +17,16 @@ from mvm.domain.lifecycle import Status
 from mvm.domain.pool import StartMode, WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
 from mvm.errors import (
+    Cancelled,
     Failed,
+    Fenced,
     GuestFault,
     GuestGone,
     GuestSilent,
     MvmError,
     NotAllowed,
     NotFound,
+    Overdue,
     QuotaExceeded,
     TimedOut,
     Unreachable,
@@ -87,13 +90,14 @@ class Snapshots:
                 return
             context.step("make template")
             try:
-                try:
-                    spec, process = self._boot_template(pool, revision, uid)
-                except TimedOut:
-                    log.warning("guest silent, booting the template once more", deadline_s=self._boot_deadline_s)
-                    context.step("make template again")
-                    spec, process = self._boot_template(pool, revision, uid)
-                driver.save_template(spec, process, revision=revision, into=into)
+                with _naming_template(pool.ref, ref):
+                    try:
+                        spec, process = self._boot_template(pool, revision, uid)
+                    except TimedOut:
+                        log.warning("guest silent, booting the template once more", deadline_s=self._boot_deadline_s)
+                        context.step("make template again")
+                        spec, process = self._boot_template(pool, revision, uid)
+                    driver.save_template(spec, process, revision=revision, into=into)
             finally:
                 self._vmm.kill(ref, None)
                 self._storage.remove(ref)
@@ -299,6 +303,21 @@ class Snapshots:
                 "vmm.no_snapshots", f"the {self._vmm.name} driver cannot snapshot", hint="use stop and start"
             )
         return self._vmm
+
+
+@contextmanager
+def _naming_template(pool: PoolRef, ref: InstanceRef) -> Iterator[None]:
+    """What fails of a template says so: the instance that its VMM runs under exists for nobody else."""
+    try:
+        yield
+    except (GuestFault, Failed, Unreachable, TimedOut) as error:
+        if isinstance(error, Cancelled | Fenced | Overdue):
+            raise
+        name = f"the template of pool {pool}"
+        error.message = error.message.replace(str(ref), name)
+        error.hint = error.hint.replace(str(ref), name)
+        error.fields = {**error.fields, "subject": str(pool), "template": True}
+        raise
 
 
 def template_ref(pool: PoolRef, revision: Revision) -> InstanceRef:

@@ -37,7 +37,13 @@ def test_each_pause_is_twice_the_last_at_most_and_by_luck_half_of_that() -> None
     ],
 )  # fmt: skip
 def test_what_would_end_the_same_way_is_not_tried_again(error: MvmError) -> None:
-    assert POLICY.pause_s(tried(1), error, 0.5) is None
+    assert POLICY.pause_s(tried(1, verb=JobVerb.INSTANCE_WAKE), error, 0.5) is None
+
+
+def test_a_guest_that_is_silent_as_it_boots_is_tried_again() -> None:
+    silent = GuestSilent("guest.silent", "")
+    assert POLICY.pause_s(tried(1, verb=JobVerb.INSTANCE_START), silent, 1.0) == 1
+    assert POLICY.pause_s(tried(4, verb=JobVerb.INSTANCE_START), silent, 1.0) is None
 
 
 def test_urgent_wakes_and_sweeps_have_one_try() -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from mvm.domain.idleness import Choice
-from mvm.domain.ids import TenantId
+from mvm.domain.ids import InstanceRef, TenantId
 from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.tenant import Quota
-from mvm.errors import Failed, NotFound
+from mvm.errors import Failed, GuestSilent, NotFound
 from mvm.ports.host import MemoryLeft
 from tests.services.conftest import NODE, Node
 from tests.support.command_line import CommandLine
@@ -213,6 +213,28 @@ def test_nobody_is_made_warm_beyond_what_the_quota_gives(node: Node) -> None:
     kept = next(i.ref for i in node.services.store.instances() if i.status is Status.RUNNING)
     decision = node.services.view.explain(kept)["decision"]
     assert (decision["verb"], "max_warm" in decision["reason"]) == (Choice.KEEP, True)
+
+
+# --- guests that are silent as they boot
+
+
+def test_a_template_that_is_silent_is_named_as_one_and_tried_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.pool()
+    (ref,) = node.create()
+    hello, asked = node.host.guest.hello, []
+
+    def silent(guest: InstanceRef, directory: Path, *, deadline_s: float) -> None:
+        asked.append(guest)
+        if len(asked) <= 2:  # once, and once more in the same try
+            raise GuestSilent("guest.silent", f"the guest of {guest} did not answer in time")
+        hello(guest, directory, deadline_s=deadline_s)
+
+    monkeypatch.setattr(node.host.guest, "hello", silent)
+    job = node.do(V.INSTANCE_START, ref)
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2)
+    (setback,) = job.setbacks
+    assert setback["message"] == "the guest of the template of pool acme/web did not answer in time"
+    assert asked[0] == asked[1] != node.instance(ref).ref, "it was a template that was silent"
 
 
 # --- for all or for none

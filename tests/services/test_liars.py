@@ -112,7 +112,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     root = tmp_path_factory.mktemp("liars")
     settings = Settings(
         state_dir=root / "state", node_id="n1", driver="fake", parallel_boots=64, boot_deadline_s=SHORT_S,
-        sleep_deadline_s=SHORT_S, stop_grace_s=SHORT_S, health_answer_s=SHORT_S,
+        sleep_deadline_s=SHORT_S, stop_grace_s=SHORT_S, health_answer_s=SHORT_S, job_attempts=1,
     )  # fmt: skip
     with ExitStack() as stack:
         for module in ("microvm", "snapshots", "secrets"):
