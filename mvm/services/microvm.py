@@ -300,14 +300,14 @@ class MicroVms:
             raise self._boot_failed(instance) from None
 
     def shut_down(self, instance: Instance) -> bool:
-        """Ask the guest to power off; whether it did so within the grace time. A warm one runs again for it.
+        """Ask the guest to power off; whether it did so within the grace time. One that stands still runs for it.
 
         What does not run again, or answers anything else, is for the caller to end.
         """
         if instance.process is None:
             return False
         grace_s = self._limits.stop_grace_s
-        if instance.status is Status.WARM and not self._snapshots.let_run(instance, deadline_s=min(_GUEST_S, grace_s)):
+        if not self._snapshots.let_run(instance, deadline_s=min(_GUEST_S, grace_s)):
             return False
         try:
             self._guest.shutdown(instance.ref, self._storage.directory(instance.ref), deadline_s=min(_GUEST_S, grace_s))

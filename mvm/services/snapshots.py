@@ -157,9 +157,18 @@ class Snapshots:
         self._tell_time(instance, secrets=False)  # those that it has it keeps
 
     def let_run(self, instance: Instance, *, deadline_s: float) -> bool:
-        """A warm instance runs again, so that it can end; whether it does. Knowing the time is for its own good."""
+        """An instance that stands still runs again, so that it can end; whether it runs.
+
+        It may do so whatever its status is: a worker was killed as it made it warm, or put it to sleep. That it knows
+        the time is for its own good.
+        """
+        if not isinstance(self._vmm, Snapshotting):
+            return True
+        process = _process(instance)
         try:
-            self._driver().resume(instance.ref, _process(instance))
+            if not self._vmm.paused(instance.ref, process):
+                return True
+            self._vmm.resume(instance.ref, process)
         except (TimedOut, Unreachable, Failed) as error:
             log.warning("does not run again", instance=str(instance.ref), code=error.code, why=error.message)
             return False
@@ -290,10 +299,10 @@ class Snapshots:
     def _base(self, instance: Instance, pool: WorkerPool) -> Path | None:
         return self._storage.template(pool.ref, _revision(instance)) if instance.cloned else None
 
-    def _tell_time(self, instance: Instance, *, secrets: bool, deadline_s: float = _GUEST_S) -> None:
+    def _tell_time(self, instance: Instance, *, secrets: bool, deadline_s: float | None = None) -> None:
         self._guest.wake(
             instance.ref, self._storage.directory(instance.ref), now=self._clock.now(), entropy=self._clock.random(64),
-            secrets=secrets, deadline_s=deadline_s,
+            secrets=secrets, deadline_s=_GUEST_S if deadline_s is None else deadline_s,
         )  # fmt: skip
         log.debug("guest replied")
 

@@ -36,6 +36,15 @@ def test_a_warm_one_is_shut_down_cleanly(node: Node) -> None:
     assert node.instance(ref).status is Status.STOPPED
 
 
+def test_one_that_a_killed_worker_left_standing_still_is_shut_down_cleanly(node: Node) -> None:
+    """It was to become warm, or to sleep, and is recorded as running."""
+    (ref,) = running(node)
+    instance = node.instance(ref)
+    assert instance.process is not None
+    node.host.vmm.pause(instance.ref, instance.process)
+    assert node.ok(V.INSTANCE_STOP, ref)["clean"] is True
+
+
 def test_a_warm_one_is_ended_at_once_by_force(node: Node) -> None:
     (ref,) = running(node)
     node.ok(V.INSTANCE_WARM, ref)
