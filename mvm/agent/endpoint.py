@@ -72,7 +72,7 @@ class _Peering(QuicConnectionProtocol):
 
     def doubt(self) -> None:
         """Its host says that nobody listens there. Anybody may have said so; whoever lives gives a sign."""
-        if not self.closing:
+        if self._replies and not self.closing:  # nothing else is in a hurry
             self._ask()
             self._loop.call_later(DOUBT_S, self._judge, self._loop.time())
 

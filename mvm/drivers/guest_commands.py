@@ -61,9 +61,10 @@ class _Run:
                 token = secrets.token_hex(guest.TOKEN_BYTES // 2).encode()
                 letters = "".join(_LETTERS[byte] for byte in self._command).encode()
                 self._send(connection, b"\n" + token + b" run " + letters + b" .\n")
-                yield from self._follow(connection, token)
+                ended = yield from self._follow(connection, token)
             except ConnectionError:
                 raise self._gone() from None
+        yield ended  # once we have hung up, and the guest ends what is left to end
 
     def _connected(self) -> Generator[ExecPart, None, Connection]:
         while True:
@@ -86,7 +87,7 @@ class _Run:
         except TimeoutError:
             raise self._silent() from None
 
-    def _follow(self, connection: Connection, token: bytes) -> Generator[ExecPart, None, None]:
+    def _follow(self, connection: Connection, token: bytes) -> Generator[ExecPart, None, ExecEnd]:
         reader = _Frames(token)
         while time.monotonic() < self._end:
             data = self._receive(connection, self._end)
@@ -99,16 +100,15 @@ class _Run:
                 raise self._refused(str(error)) from None
             for frame in frames:
                 if frame.kind == _ASKED_ELSE:
-                    yield from self._ask_older(connection)
-                    return
+                    return (yield from self._ask_older(connection))
                 part = self._part(frame)
+                if isinstance(part, ExecEnd):
+                    return part
                 if part is not None:
                     yield part
-                if isinstance(part, ExecEnd):
-                    return
         if not self._begun:
             raise self._silent()
-        yield ExecEnd(guest.DEADLINE_EXIT, timed_out=True)
+        return ExecEnd(guest.DEADLINE_EXIT, timed_out=True)
 
     def _receive(self, connection: Connection, end: float) -> bytes | None:
         """What came; None when for a while nothing did."""
@@ -136,7 +136,7 @@ class _Run:
                 raise self._refused(f"no process for a command, error {guest.STATUS.unpack(frame.payload)[0]}")
         raise self._refused("a reply of no known kind")
 
-    def _ask_older(self, connection: Connection) -> Generator[ExecPart, None, None]:
+    def _ask_older(self, connection: Connection) -> Generator[ExecPart, None, ExecEnd]:
         token = secrets.token_hex(4).encode()
         seconds = max(self._end - time.monotonic(), 0.1)
         encoded = b64encode(self._command)
@@ -156,11 +156,10 @@ class _Run:
             for line in bytes(said).split(b"\n")[:-1]:
                 first, *words = line.split(b" ")
                 if first == token:
-                    yield from self._older_parts(words)
-                    return
+                    return (yield from self._older_parts(words))
         raise self._silent()
 
-    def _older_parts(self, words: list[bytes]) -> Generator[ExecPart, None, None]:
+    def _older_parts(self, words: list[bytes]) -> Generator[ExecPart, None, ExecEnd]:
         try:
             code, truncated, out, err = words
             exit_code = int(code)
@@ -169,7 +168,7 @@ class _Run:
             raise self._refused("unreadable reply to exec") from None
         yield output
         timed_out = exit_code == guest.DEADLINE_EXIT and time.monotonic() >= self._end
-        yield ExecEnd(exit_code, truncated == b"1", timed_out)
+        return ExecEnd(exit_code, truncated == b"1", timed_out)
 
     def _refused(self, words: str) -> GuestRefused:
         return GuestRefused(
