@@ -171,6 +171,18 @@ class RedisRegistry:
             commands.append(("ZREMRANGEBYSCORE", index, "-inf", int((now - keep) * 1000)))
         self._link.pipeline([("MULTI",), *commands, ("EXEC",)])
 
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Jobs as their node knows them, with which a part of the registry was lost; they replace what is here."""
+        commands: list[Sequence[str | int]] = []
+        for job in jobs:
+            keep = _KEEP_JOB_S if job.state.final else 4 * _KEEP_JOB_S
+            commands.append(("SET", f"mvm:job:{job.job_id}", job.to_json(), "EX", keep))
+            commands.append(("ZADD", "mvm:jobs", int(job.submitted_at.timestamp() * 1000), job.job_id))
+            if not job.state.final:
+                commands.append(("SADD", f"mvm:open:{job.node_id}", job.job_id))
+        for start in range(0, len(commands), _PAGE):
+            self._link.pipeline(commands[start : start + _PAGE])
+
     def job(self, job_id: JobId) -> Job | None:
         """See ports/registry.py."""
         raw = self._link.command("GET", f"mvm:job:{job_id}")

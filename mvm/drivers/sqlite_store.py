@@ -280,6 +280,10 @@ class SqliteStore:
         rows = self._rows("SELECT doc FROM jobs WHERE id = ?", job_id)
         return Job.from_dict(json.loads(rows[0][0])) if rows else None
 
+    def jobs(self) -> Sequence[Job]:
+        """Every job that this node remembers, oldest first."""
+        return [Job.from_dict(json.loads(doc)) for (doc,) in self._rows("SELECT doc FROM jobs ORDER BY id")]
+
     def put_job(self, job: Job) -> None:
         """See ports/store.py."""
         # One that is not final goes to the disk with the next write: a commit is mostly waiting for that.

@@ -20,6 +20,7 @@ from mvm.domain.migration import settings_of
 from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor, uplink
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.probes import WORKERS, Probes, agent_address
+from mvm.drivers.registry_rebuild import rebuild
 from mvm.drivers.supervisor import Program, Supervisor
 from mvm.drivers.upgrade import upgrade
 from mvm.errors import Failed, Forbidden, MvmError, NotAllowed, Unreachable
@@ -145,9 +146,12 @@ class Stack:
 
     def _make_ready(self, report: Report) -> None:
         """What is kept is of this version, and can be read. Nothing of the stack runs."""
-        if not self._settings.redis_url:
-            redis_files.mend(self._layout.redis, self._shell, report)
+        private = not self._settings.redis_url
+        lost = private and redis_files.mend(self._layout.redis, self._shell, report)
         upgrade(self._settings, self._shell, report)
+        if lost:
+            jobs = rebuild(self._layout, self._settings.node, self._shell)
+            report(f"the registry is put back from the node's store: tenants, pools, net ids and {jobs} jobs")
 
     def prepare(self, report: Report = lambda _: None) -> None:
         """The state directory exists, with all keys and certificates."""
