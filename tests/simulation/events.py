@@ -17,6 +17,8 @@ FAULTS = {
     "crash": 5, "restart": 3, "reboot": 1, "redis": 3, "lose": 3, "duplicate": 4, "delay": 3, "fail": 4, "full": 2,
     "silence": 3, "vmm": 4, "clock": 2, "low": 3, "memory": 3, "untap": 2,
 }  # fmt: skip
+RESTORES = 0.15
+"""The part of the runs in which the node is restored from a backup."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,16 @@ def events_of(seed: int) -> list[Event]:
     weights = WORK | {name: FAULTS[name] for name in sorted(kinds)}
     if "crash" in kinds:
         weights["restart"] = FAULTS["restart"]
-    return list(_drawn(random, list(weights), list(weights.values())))
+    events = list(_drawn(random, list(weights), list(weights.values())))
+    return _restored(Random(~seed), events)
+
+
+def _restored(random: Random, events: list[Event]) -> list[Event]:
+    """Some runs are taken back to a backup on a new host. Drawn apart, so that all other runs stay what they mean."""
+    if random.random() >= RESTORES:
+        return events
+    taken, restored = sorted(random.sample(range(len(events)), 2))
+    return [*events[:taken], Event("backup"), *events[taken:restored], Event("restore"), *events[restored:]]
 
 
 def _drawn(random: Random, names: list[str], weights: list[int]) -> Iterator[Event]:

@@ -43,10 +43,14 @@ class MemoryStore:
     def copy(self, call: Callable[[str], None]) -> MemoryStore:
         """Another one with the same in it."""
         other = MemoryStore(call)
-        for name in _TABLES:
-            setattr(other, name, dict(getattr(self, name)))
-        other._desired = self._desired
+        other.become(self)
         return other
+
+    def become(self, other: MemoryStore) -> None:
+        """It has what the other one has."""
+        for name in _TABLES:
+            setattr(self, name, dict(getattr(other, name)))
+        self._desired = other._desired
 
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[None]:

@@ -21,7 +21,9 @@ from mvm.ports.host import MemoryLeft
 from mvm.services.jobs import Jobs
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
+from tests.simulation import backups
 from tests.simulation.actors import Actor, Killed, Process
+from tests.simulation.backups import Backup
 from tests.simulation.broker import Message, SimQueue, SimRegistry, away
 from tests.simulation.events import Event
 from tests.simulation.host import (
@@ -97,6 +99,7 @@ class World:
         self.breaches: list[str] = []
         self.told: list[str] | None = None
         self.remembers = False
+        self.backup: Backup | None = None
         self.was_low = False
         self.forgot = self.was_full = False
         """Redis was away or lost something: it may cancel what it does not know to have begun."""
@@ -520,6 +523,17 @@ class World:
         for name in ("worker", "urgent"):
             self.queue.give_back(name)
         return lost
+
+    def _do_backup(self, event: Event) -> str:
+        kept = backups.take(self)
+        self.backup = kept or self.backup
+        return "taken" if kept else "a job is at an instance"
+
+    def _do_restore(self, event: Event) -> str:
+        if self.backup is None:
+            return "there is no backup"
+        backups.put_back(self, self.backup)
+        return "a new host has what the backup has"
 
     def _do_redis(self, event: Event) -> str:
         if not self.redis_down:
