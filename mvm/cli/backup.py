@@ -68,8 +68,7 @@ def restore(ctx: click.Context, file: Path) -> None:
     os.umask(0o077)
     settings = _settings(ctx)
     about = put_back(file, settings.layout, _progress(file))
-    if str(about.node_id) != str(settings.node):
-        _say(f"this is node {about.node_id}: bring it up with MVM_NODE_ID={about.node_id}")
+    _say(f"this is node {about.node_id}")
     _say("before mvm up: the node that was backed up must not run any more, or both take the same jobs")
     _show(ctx, file, about, state_dir=str(settings.state_dir))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mvm.cli.errors import show_error
 from mvm.domain.ids import NodeId, PoolRef, TenantId
 from mvm.domain.layout import DEFAULT_STATE_DIR, StateLayout
+from mvm.domain.migration import refuse_newer
 from mvm.domain.refusals import not_found
 from mvm.errors import Forbidden, MvmError, NotFound, TimedOut, Unreachable
 
@@ -54,6 +55,7 @@ class Fleet:
             raise self._down("left a damaged connection file") from None
         if not isinstance(connection, dict) or "node_id" not in connection:
             raise self._down("left a damaged connection file")
+        refuse_newer("the running stack", connection.get("version", 1))
         return connection
 
     def _down(self, what: str) -> Unreachable:

@@ -84,6 +84,7 @@ def programs(settings: Settings) -> tuple[Program, ...]:
 def connection(settings: Settings) -> dict[str, Any]:
     """What a command needs to reach the stack."""
     return {
+        "version": STATE_VERSION,
         "node_id": str(settings.node),
         "redis_url": settings.redis,
         "broker_url": settings.broker,

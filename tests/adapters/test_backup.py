@@ -30,6 +30,7 @@ from mvm.drivers.fake import FakeHost
 from mvm.drivers.locks import FileLocks
 from mvm.drivers.sqlite_store import SqliteStore
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
+from mvm.settings import place_of, remembered
 from tests.support import make
 
 ABOUT = About(NodeId("n1"), datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), STATE_VERSION)
@@ -227,6 +228,10 @@ def test_a_node_comes_back_as_it_was(node: StateLayout, taking: Taking, tmp_path
     back = StateLayout(tmp_path / "back")
     restoring.restore(tmp_path / "b", back, quiet)
     assert state_dir.check_version(back) == STATE_VERSION
+    known = remembered(back)
+    assert known is not None
+    assert known.node_id == "n1", "it is that node on whatever host"
+    assert known.place == place_of(back)
     assert back.root.stat().st_mode & 0o777 == 0o700
     (slept, _), (stopped, none), (ran, why) = statuses(back)
     assert (slept, stopped, none, ran) == (Status.SLEEPING, Status.STOPPED, None, Status.STOPPED)

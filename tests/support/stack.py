@@ -37,13 +37,15 @@ class Stack:
 
     layout: StateLayout
     env: dict[str, str]
+    code: Path = _ROOT
+    """Where the mvm is that it runs."""
 
     def run(
         self, *words: str, timeout_s: float = 180, prefix: tuple[str, ...] = (), **env: str
     ) -> subprocess.CompletedProcess[str]:
         """One command, whatever comes of it; behind another program's words, and with `env` added."""
         return subprocess.run(
-            [*prefix, *COMMAND, *words], env=self.env | env, cwd=_ROOT, stdin=subprocess.DEVNULL,
+            [*prefix, *COMMAND, *words], env=self.env | env, cwd=self.code, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 

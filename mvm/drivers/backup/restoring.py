@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from mvm.domain.backup import About, Entry
+from mvm.domain.identity import Identity, Place
 from mvm.domain.layout import StateLayout
 from mvm.drivers.backup import archive
-from mvm.drivers.files import closing_fd
+from mvm.drivers.files import closing_fd, write_private
 from mvm.errors import Failed, Forbidden, NotAllowed
 
 Progress = Callable[[str, int], None]
@@ -21,6 +24,7 @@ Progress = Callable[[str, int], None]
 
 _ALWAYS_THERE = frozenset({"lost+found"})  # a file system of its own may be mounted there
 _INSIDE = ".restoring"
+_ID_BYTES = 6
 
 
 def verify(path: Path, progress: Progress) -> tuple[About, Mapping[str, Entry]]:
@@ -36,11 +40,12 @@ def restore(path: Path, layout: StateLayout, progress: Progress) -> About:
     """
     _refuse_used(layout, frozenset())
     about, files = verify(path, progress)
-    tops = frozenset(Path(name).parts[0] for name in files) | {layout.version.name}
+    tops = frozenset(Path(name).parts[0] for name in files) | {layout.version.name, layout.identity.name}
     try:
         _refuse_used(layout, tops)
         with _draft(layout) as draft:
             archive.extract(path, draft, lambda count: progress("restoring", count))
+            _introduce(draft, layout, about)
             (draft / layout.version.name).write_text(f"{about.state_version}\n")
             _finish(draft)
             _appear(draft, layout, tops)
@@ -111,6 +116,14 @@ def _appear(draft: Path, layout: StateLayout, tops: frozenset[str]) -> None:
     (draft / layout.version.name).rename(layout.version)
     draft.rmdir()
     sync(root)
+
+
+def _introduce(draft: Path, layout: StateLayout, about: About) -> None:
+    """It is the node's that was backed up, and a state directory of its own: what runs for the original is not its."""
+    found = draft.stat()
+    place = Place(found.st_dev, found.st_ino)  # where the draft becomes the state directory as a whole
+    own = Identity(secrets.token_hex(_ID_BYTES), about.node_id, layout.default_netns, place)
+    write_private(draft / layout.identity.name, json.dumps(own.to_dict()).encode())
 
 
 def _finish(draft: Path) -> None:
