@@ -1,7 +1,9 @@
 """What the distribution says it needs is what its modules import."""
 
 import ast
+import importlib.util
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions, requires
@@ -46,3 +48,10 @@ def test_celery_comes_with_what_its_redis_transport_imports() -> None:
 def test_the_distribution_is_not_called_as_somebody_elses() -> None:
     assert PROJECT["name"] == "mvm-fleet"
     assert set(PROJECT["scripts"]) == {"mvm"}
+
+
+def test_setup_leaves_our_modules_compiled() -> None:
+    """A command would compile all that it imports, each time, where bytecode is not written."""
+    subprocess.run([ROOT / "scripts" / "setup"], check=True)
+    modules = [path for package in OWN for path in (ROOT / package).rglob("*.py")]
+    assert [path for path in modules if not Path(importlib.util.cache_from_source(str(path))).exists()] == []
