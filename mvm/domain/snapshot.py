@@ -157,11 +157,15 @@ def refusal(
     revision: Revision,
     guest_protocol: int,
     disk: DiskState | None,
+    oldest_guest: int | None = None,
 ) -> Refusal | None:
     """Why `manifest` cannot be restored to this instance and machine, over this template and disk; None if it can.
 
-    For the template itself, `owner`, `template` and `disk` are None.
+    For the template itself, `owner`, `template` and `disk` are None. Guests from `oldest_guest` to `guest_protocol` are
+    served, only the latter if that is None.
     """
+    served = (oldest_guest or guest_protocol) <= manifest.guest_protocol <= guest_protocol
+    expected_guest = manifest.guest_protocol if served else guest_protocol
     template_id = template.id if template else None
     differences = (
         (manifest.format, FORMAT, "snapshot.other_format", "its format"),
@@ -170,7 +174,7 @@ def refusal(
         (manifest.revision, revision, "snapshot.other_revision", "the image's revision"),
         (manifest.template, template_id, "snapshot.other_base", "the template"),
         (manifest.machine, machine, "snapshot.other_machine", "the machine's configuration"),
-        (manifest.guest_protocol, guest_protocol, "snapshot.other_guest", "the guest agent's version"),
+        (manifest.guest_protocol, expected_guest, "snapshot.other_guest", "the guest agent's version"),
         (manifest.disk, disk, "snapshot.other_disk", "the instance's disk"),
     )
     for then, now, code, what in differences:

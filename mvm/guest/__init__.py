@@ -64,6 +64,8 @@ import struct
 from importlib import resources
 
 PROTOCOL_VERSION = 5
+OLDEST_PROTOCOL = 4
+"""Of the guests that this host still serves: those that run, and sleep, since an older mvm started them."""
 CONTROL = "mvm.agent.0"
 CLOCK = "mvm.moment.0"
 EXEC = ("mvm.exec.0", "mvm.exec.1", "mvm.exec.2")

@@ -139,3 +139,10 @@ def test_a_newer_format_is_told_from_damage() -> None:
         SnapshotManifest.from_json(json.dumps(newer).encode())
     assert caught.value.code == "snapshot.other_format"
     assert "newer" in caught.value.hint
+
+
+@pytest.mark.parametrize(("made", "oldest", "fits"), [(2, None, True), (1, 1, True), (1, 2, False), (3, 1, False)])
+def test_a_guest_of_an_older_protocol_that_is_still_served_wakes(made: int, oldest: int | None, fits: bool) -> None:
+    asleep = replace(DELTA, guest_protocol=made)
+    refused = refusal(asleep, template=TEMPLATE, disk=DELTA.disk, oldest_guest=oldest, **HERE)  # type: ignore[arg-type]
+    assert (refused is None) is fits

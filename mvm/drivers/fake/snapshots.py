@@ -169,7 +169,7 @@ class FakeSnapshots(Part):
         why = refusal(
             said, owner=None if clones else str(spec.ref), vmm=self.name, machine=_machine(spec),
             template=None if clones else base, revision=revision, guest_protocol=guest.PROTOCOL_VERSION,
-            disk=None if clones else self._disk(spec.ref),
+            disk=None if clones else self._disk(spec.ref), oldest_guest=guest.OLDEST_PROTOCOL,
         ) or other_version(said, host.version)  # fmt: skip
         if why is None and (snapshot in host.spoilt or template in host.spoilt):
             why = Refusal("snapshot.damaged", "memory differs from its manifest")

@@ -181,7 +181,7 @@ class QemuDriver(QemuVmms):
             machine = self._machine(spec, accel, _data_bytes(spec))
             _refuse(template, refusal(
                 base, owner=None, vmm=self.name, machine=machine, template=None, revision=revision,
-                guest_protocol=guest.PROTOCOL_VERSION, disk=None,
+                guest_protocol=guest.PROTOCOL_VERSION, disk=None, oldest_guest=guest.OLDEST_PROTOCOL,
             ))  # fmt: skip
         delta = snapshot != template
         said = files.manifest(snapshot) if delta or base is None else base
@@ -189,6 +189,7 @@ class QemuDriver(QemuVmms):
             _refuse(snapshot, refusal(
                 said, owner=str(spec.ref), vmm=self.name, machine=self._machine(spec, accel, _data_bytes(spec)),
                 template=base, revision=revision, guest_protocol=guest.PROTOCOL_VERSION, disk=_disk_state(spec),
+                oldest_guest=guest.OLDEST_PROTOCOL,
             ))  # fmt: skip
         there = self.processes()
         for process in there.get(spec.ref, ()):
