@@ -283,9 +283,10 @@ def build_node(
     from mvm.services.precedence import Precedence
     from mvm.services.reconcile import Reconcile
     from mvm.services.recovery import Recovery
-    from mvm.services.runner import Runner
+    from mvm.services.runner import Handler, Runner
     from mvm.services.secrets import TenantSecrets
     from mvm.services.snapshots import Snapshots
+    from mvm.services.stalls import Stalls
     from mvm.services.sweeps import StalePids, alone
     from mvm.services.tenants import Tenants
     from mvm.services.urgent import UrgentWake
@@ -347,7 +348,8 @@ def build_node(
         JobVerb.POOL_CREATE: pools.undo_create,
         JobVerb.INSTANCE_CREATE: lifecycle.undo_create,
     }
-    for verb, handler in {
+    stalls = Stalls(p.vmm, p.storage, lifecycle)
+    handlers: dict[JobVerb, Handler] = {
         JobVerb.TENANT_CREATE: tenants.create,
         JobVerb.TENANT_UPDATE: tenants.update,
         JobVerb.TENANT_DESTROY: tenants.destroy,
@@ -371,8 +373,9 @@ def build_node(
         JobVerb.SWEEP_RECONCILE: reconcile.sweep,
         JobVerb.SWEEP_IDLENESS: idleness.sweep,
         JobVerb.SWEEP_DISK: disk.sweep,
-        JobVerb.SWEEP_HEALTH: health.sweep,
-    }.items():
+        JobVerb.SWEEP_HEALTH: lambda context: health.sweep(context, stalls),
+    }
+    for verb, handler in handlers.items():
         marked = verb.value.startswith("instance.") and verb is not JobVerb.INSTANCE_CREATE
         undo = undoes.get(verb, recovery.undo if marked else None)
         runner.register(verb, alone(p.locks, handler) if verb.is_sweep else handler, undo)

@@ -40,6 +40,7 @@ from mvm.domain.pool import (
     checked_user_data,
 )  # fmt: skip
 from mvm.domain.snapshot import Compression
+from mvm.domain.vmm import OnExit
 from mvm.errors import InvalidInput, NotFound
 
 
@@ -63,6 +64,9 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     @click.option("--pinned/--no-pinned", default=None, help="Its instances are never put away when idle.")
     @click.option("--critical/--no-critical", default=None, help="Nor are these: others depend on them.")
+    @click.option(
+        "--on-exit", type=click.Choice([e.value for e in OnExit]), help="When a guest halts or reboots by itself."
+    )
     @click.option("--warm-after", type=int, metavar="S", help="Seconds of idleness until it is paused; 0: never.")
     @click.option("--sleep-after", type=int, metavar="S", help="Seconds of idleness until it sleeps; 0: never.")
     @click.option("--min-running", type=int, metavar="S", help="Seconds that it runs at least before.")
@@ -75,7 +79,8 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapper(
         *args: Any, cold: bool | None, compression: str | None, seccomp: str | None, pinned: bool | None,
-        critical: bool | None, warm_after: int | None, sleep_after: int | None, min_running: int | None,
+        critical: bool | None, on_exit: str | None,
+        warm_after: int | None, sleep_after: int | None, min_running: int | None,
         egress: str | None, allow: tuple[str, ...], metadata: bool | None, user_data: str | None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         policy = {"warm_after_s": warm_after, "sleep_after_s": sleep_after, "min_running_s": min_running}
@@ -85,6 +90,7 @@ def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
             seccomp_policy=seccomp,
             pinned=pinned,
             critical=critical,
+            on_exit=on_exit,
             metadata_enabled=metadata,
             user_data=None if user_data is None else checked_user_data(_read(user_data)),
             sleep_policy=_given(**policy) or None,

@@ -24,6 +24,7 @@ class Why(StrEnum):
     UNHEALTHY = "its guest is not well"
     ROLLOUT = "it has another revision"
     UNLISTED = "its pool is not asked for"
+    REBOOTED = "its guest rebooted"
 
 
 @dataclass(frozen=True, slots=True)

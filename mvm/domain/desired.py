@@ -18,11 +18,13 @@ from mvm.domain.ids import NodeId, PoolRef, TenantId
 from mvm.domain.pool import DesiredCounts, ImageSource, InstanceResources, SeccompPolicy, SleepPolicy
 from mvm.domain.snapshot import Compression
 from mvm.domain.tenant import Quota
+from mvm.domain.vmm import OnExit
 from mvm.errors import InvalidInput, NotAllowed
 
 _SHAPE = InstanceResources()
 _SLEEP = SleepPolicy()
 _QUOTA = Quota()
+_AS_THEY_ARE = ("sleep_policy", "critical", "seccomp_policy", "egress", "metadata_enabled", "on_exit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class DesiredPool:
     egress: EgressPolicy = NO_EGRESS
     metadata_enabled: bool = True
     max_unavailable: int = 1
+    on_exit: OnExit = OnExit.RESTART
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,7 @@ def _tenant(read: Mapping[str, Any]) -> DesiredTenant:
                 compression=pool["snapshot_compression"],
                 pinned=pool["pinned"] or read["pinned"],
                 max_unavailable=pool["rollout"]["max_unavailable"],
-                **{n: pool[n] for n in ("sleep_policy", "critical", "seccomp_policy", "egress", "metadata_enabled")},
+                **{n: pool[n] for n in _AS_THEY_ARE},
             )
             for pool in read["pools"]
         ),

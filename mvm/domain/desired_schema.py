@@ -15,6 +15,7 @@ from mvm.domain.ids import NodeId, PoolId, TenantId
 from mvm.domain.pool import MAX_COUNT, MAX_POLICY_S, DesiredCounts, InstanceResources, SeccompPolicy, SleepPolicy
 from mvm.domain.snapshot import Compression
 from mvm.domain.tenant import Quota
+from mvm.domain.vmm import OnExit
 from mvm.errors import InvalidInput
 
 SCHEMA_VERSION = 1
@@ -70,6 +71,7 @@ POOL = Object({
     "metadata_enabled": Field(Boolean(), "whether guests may ask the metadata service", True),
     "pinned": Field(Boolean(), "its instances are never put to sleep, stopped or pruned", False),
     "critical": Field(Boolean(), "its instances are started, and otherwise never touched", False),
+    "on_exit": Field(Choice(OnExit), "what follows when a guest halts or reboots by itself", OnExit.RESTART),
     "sleep_policy": Field(Object({
         "warm_after_s": Field(Integer(0, MAX_POLICY_S), "idle seconds until warm; 0: never", _SLEEP.warm_after_s),
         "sleep_after_s": Field(Integer(0, MAX_POLICY_S), "idle seconds until asleep; 0: never", _SLEEP.sleep_after_s),

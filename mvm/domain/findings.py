@@ -61,24 +61,37 @@ class Ill:
 
 
 @dataclass(frozen=True, slots=True)
+class Stalled:
+    """A guest that stood still though it should run, what its VMM said, and what came of that."""
+
+    ref: str
+    state: str
+    then: str
+
+
+@dataclass(frozen=True, slots=True)
 class HealthResult:
-    """How many guests were checked, and those that are not well."""
+    """How many guests were checked, those that are not well, and those that stood still."""
 
     checked: int
     failing: Sequence[Ill] = ()
+    stalled: Sequence[Stalled] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        failing = [asdict(each) for each in self.failing]
-        return {"changed": any(each.ill for each in self.failing), "checked": self.checked, "failing": failing}
+        return {
+            "changed": any(each.ill for each in self.failing) or bool(self.stalled), "checked": self.checked,
+            "failing": [asdict(each) for each in self.failing], "stalled": [asdict(each) for each in self.stalled],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class StalePid:
-    """An instance recorded as running whose process is gone, and how that is known."""
+    """An instance recorded as running whose process is gone, how that is known, and how its run `ended`."""
 
     ref: str
     reason: str
+    ended: str = "crashed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from mvm.domain.ids import InstanceRef, JobId, NodeId, Revision
 from mvm.domain.lifecycle import TRANSITIONS, Status, Verb
+from mvm.domain.vmm import Ending, VmmState
 
 
 class ProcessIdentity(NamedTuple):
@@ -36,7 +37,9 @@ class Instance:
     `offset` is its place in the tenant's subnet; addresses derive from it. `cloned` says that it began as a clone of
     its pool's template at `revision`, and not by a boot. `lease` grows whenever a job takes it: who had it before may
     not act on it any more. Until `manual_override_until` it stays as a person left it, who spoke at
-    `manual_override_at`: reconcile does not touch it, unless its pool was scaled since (`held_until`).
+    `manual_override_at`: reconcile does not touch it, unless its pool was scaled since (`held_until`). `ended` says
+    how its last run did, if nobody here ended it; `stalled` what its VMM says, if its guest stands still though it
+    should run.
     """
 
     ref: InstanceRef
@@ -55,6 +58,8 @@ class Instance:
     manual_override_until: datetime | None = None
     manual_override_at: datetime | None = None
     lease: int = 0
+    ended: Ending | None = None
+    stalled: VmmState | None = None
 
     @property
     def lands_on(self) -> Status:
@@ -91,8 +96,8 @@ class Instance:
         return _iso(self.last_started_at) or ""
 
     def moved(self, to: Status, **changes: Any) -> Instance:
-        """A copy that rests at `to`, with no job in flight."""
-        return replace(self, status=to, in_flight=None, **changes)
+        """A copy that rests at `to`, with no job in flight; how an earlier run went is of the past."""
+        return replace(self, **{"status": to, "in_flight": None, "ended": None, "stalled": None, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as stored."""
@@ -112,6 +117,8 @@ class Instance:
             "manual_override_until": _iso(self.manual_override_until),
             "manual_override_at": _iso(self.manual_override_at),
             "lease": self.lease,
+            "ended": self.ended.value if self.ended else None,
+            "stalled": self.stalled.value if self.stalled else None,
         }
 
     @classmethod
@@ -135,6 +142,8 @@ class Instance:
             manual_override_until=_time(data.get("manual_override_until")),
             manual_override_at=_time(data.get("manual_override_at")),
             lease=data.get("lease", 0),
+            ended=Ending(data["ended"]) if data.get("ended") else None,
+            stalled=VmmState(data["stalled"]) if data.get("stalled") else None,
         )
 
 

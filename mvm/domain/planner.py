@@ -33,8 +33,9 @@ from mvm.domain.lifecycle import Status, Verb
 from mvm.domain.pool import DesiredCounts, InstanceResources, WorkerPool
 from mvm.domain.remarks import Cause, Remark, told
 from mvm.domain.room import Room
-from mvm.domain.scaling import PoolNeed, scale
+from mvm.domain.scaling import PoolNeed, revived, scale
 from mvm.domain.tenant import Tenant
+from mvm.domain.vmm import OnExit
 from mvm.errors import NotAllowed
 
 _CHANGEABLE = tuple(
@@ -217,7 +218,10 @@ class _Planning:
         built = jobs or not outdated or self._can_be_built(wanted, first)
         if first and not built:
             return
-        if counts is None or (first and jobs):
+        if first and jobs:
+            return
+        if counts is None:
+            self._revive(known, wanted.on_exit, room)
             return
         self._scale(
             PoolNeed(
@@ -225,6 +229,7 @@ class _Planning:
                 pinned=wanted.pinned, critical=wanted.critical,
                 max_unavailable=0 if outdated else wanted.max_unavailable,  # nothing stops for an image not asked for
                 scaled_at=known.scaled_at if known else None,
+                on_exit=wanted.on_exit,
             ),
             room,
         )  # fmt: skip
@@ -279,9 +284,11 @@ class _Planning:
 
     def _unlisted_pool(self, pool: WorkerPool, room: Room) -> None:
         """It was made by hand: it keeps to its count, and an image is built when somebody asks for it."""
-        if pool.desired is None:
-            return
         jobs = self.jobs.get(str(pool.ref), set())
+        if pool.desired is None:
+            if not jobs - {JobVerb.POOL_BUILD}:
+                self._revive(pool, pool.on_exit, room)
+            return
         if jobs - {JobVerb.POOL_BUILD} or (jobs and pool.revision is None):
             self._remark(pool.ref, Cause.UNDER_WAY)
             return
@@ -297,8 +304,15 @@ class _Planning:
             pinned=pool.pinned,
             critical=pool.critical,
             scaled_at=pool.scaled_at,
+            on_exit=pool.on_exit,
         )
         self._scale(need, room)
+
+    def _revive(self, pool: WorkerPool | None, on_exit: OnExit, room: Room) -> None:
+        """Of a pool that was never scaled, only those start again that rebooted."""
+        if pool is not None and on_exit is OnExit.RESTART:
+            there = self.instances.get(pool.ref, ())
+            self.actions += revived(there, pool.resources, room, now=self.observed.now)
 
     def _scale(self, need: PoolNeed, room: Room) -> None:
         scaled = scale(

@@ -11,6 +11,7 @@ from typing import Any
 from mvm.domain.egress import NO_EGRESS, EgressPolicy
 from mvm.domain.ids import NodeId, PoolRef, Revision
 from mvm.domain.snapshot import Compression
+from mvm.domain.vmm import OnExit
 from mvm.errors import InvalidInput
 
 MAX_COUNT = 10_000
@@ -182,7 +183,7 @@ class WorkerPool:
     The sleep policy leaves the instances of `pinned` and `critical` pools alone. `user_data` is what its guests find
     at the metadata address, which they can ask unless it is not `metadata_enabled`. `built` is what `revision` was
     built from, which `source` need no longer be; `former` are those of before, newest first. A person last scaled
-    it at `scaled_at`.
+    it at `scaled_at`. `on_exit` says what becomes of those whose guests end by themselves.
     """
 
     ref: PoolRef
@@ -204,6 +205,7 @@ class WorkerPool:
     built: ImageSource | None = None
     former: tuple[Revision, ...] = ()
     scaled_at: datetime | None = None
+    on_exit: OnExit = OnExit.RESTART
 
     @property
     def revisions(self) -> tuple[Revision, ...]:
@@ -245,6 +247,7 @@ class WorkerPool:
             "built": [self.built.flake_ref, self.built.profile] if self.built else None,
             "former": list(self.former),
             "scaled_at": self.scaled_at.isoformat() if self.scaled_at else None,
+            "on_exit": self.on_exit.value,
         }
 
     @classmethod
@@ -270,4 +273,5 @@ class WorkerPool:
             built=ImageSource(*data["built"]) if data.get("built") else None,
             former=tuple(map(Revision, data.get("former", ()))),
             scaled_at=datetime.fromisoformat(data["scaled_at"]) if data.get("scaled_at") else None,
+            on_exit=OnExit(data.get("on_exit", OnExit.RESTART)),
         )

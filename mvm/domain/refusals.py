@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mvm.domain.ids import InstanceRef, JobId, TenantId
-from mvm.errors import Failed, NotAllowed, NotFound
+from mvm.errors import Failed, NotAllowed, NotFound, Unreachable
 
 _LISTS = {"tenant": "mvm tenant list", "pool": "mvm pool list", "instance": "mvm instance list"}
 
@@ -25,6 +25,14 @@ def out_of_memory(ref: InstanceRef) -> Failed:
     return Failed(
         "vmm.out_of_memory", f"the VMM of {ref} reached its memory limit and was ended by the host's kernel",
         hint=f"see: mvm instance explain {ref}", subject=str(ref),
+    )  # fmt: skip
+
+
+def out_of_room(ref: InstanceRef) -> Unreachable:
+    """Its VMM has paused it, since what it writes finds no room on the host's disk."""
+    return Unreachable(
+        "vmm.io_error", f"the guest of {ref} stands still: the host's disk is full, so its VMM has paused it",
+        hint="make room: mvm disk report, mvm disk clean; it then goes on by itself", subject=str(ref),
     )  # fmt: skip
 
 

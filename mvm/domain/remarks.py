@@ -58,6 +58,9 @@ class Cause(StrEnum):
     CRITICAL = "critical"
     """The pool is critical: what was stopped is not started, what is too much stays."""
 
+    RESTED = "rested"
+    """Guests ended by themselves, and the pool lets such instances be."""
+
     SLEEPLESS = "sleepless"
     """Instances cannot sleep in the run that they are in."""
 
@@ -163,6 +166,7 @@ _TEXTS = {
     Cause.FAILED: "{detail}; it is asked for again{until}",
     Cause.PINNED: "{count} too many are up, and stay: the pool is pinned",
     Cause.CRITICAL: "{count} {detail}, and stay: the pool is critical",
+    Cause.RESTED: "{count} ended by themselves and rest: the pool's on_exit is stop; mvm instance start {pool} --all",
     Cause.SLEEPLESS: "{count} cannot sleep, and stay up: the template they were cloned from is gone",
     Cause.HEALTH_CHECK: "{count} keep another revision until {first} with the new one has passed a health check",
     Cause.NOT_WELL: "{count} keep another revision: {detail}",

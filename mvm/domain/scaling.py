@@ -18,6 +18,7 @@ from mvm.domain.lifecycle import Status, Verb
 from mvm.domain.pool import DesiredCounts, InstanceResources
 from mvm.domain.remarks import Cause, Remark
 from mvm.domain.room import Lack, Room
+from mvm.domain.vmm import Ending, OnExit
 
 _STARTABLE = (Status.STOPPED, Status.READY, Status.CREATED)  # in the order they are taken
 _UP = (Status.SLEEPING, Status.WARM, Status.RUNNING)  # in the order they are stopped: the coldest first
@@ -38,6 +39,13 @@ class PoolNeed:
     critical: bool = False
     max_unavailable: int = 0
     scaled_at: datetime | None = None
+    on_exit: OnExit = OnExit.RESTART
+
+    def rests(self, instance: Instance) -> bool:
+        """Whether it ended by itself and the pool lets such ones be: it keeps its place in the counts."""
+        by_itself = instance.ended is not None and instance.ended.by_guest
+        idle = instance.status is Status.STOPPED and instance.in_flight is None
+        return self.on_exit is OnExit.STOP and by_itself and idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,8 @@ def scale(
     What exists is started before more is created, oldest first, and one that is being stopped is waited for. Of too
     many the coldest are stopped, newest first. A pinned pool's instances are never put away or stopped; those of a
     critical one are only started when they are down by nobody's wish, and created when they are missing. An instance
-    that a person has changed is left alone until its time is over; it takes one of the places that the counts give.
+    that a person has changed is left alone until its time is over; it takes one of the places that the counts give. One
+    that ended by itself fills a place, where `PoolNeed.on_exit` says so; elsewhere those that rebooted start first.
     """
     alive = sorted(
         (each for each in observed if each.lands_on is not Status.DESTROYED), key=lambda i: (i.created_at, i.ref)
@@ -70,6 +79,18 @@ def scale(
     if need.critical:
         return _first_fill(need, alive, room, now)
     return _Scaling(need, alive, room, now, unhealthy, sleepless, unproven).decide()
+
+
+def revived(
+    observed: Sequence[Instance], shape: InstanceResources, room: Room, *, now: datetime
+) -> tuple[Request, ...]:
+    """Starts of those that rebooted, oldest first, in a pool that has no counts."""
+    rebooted = [
+        i for i in observed if i.status is Status.STOPPED and i.ended is Ending.REBOOTED and i.in_flight is None
+    ]
+    free = [i for i in rebooted if not i.held_until(now, None)]
+    starts = [i for i in sorted(free, key=lambda i: (i.created_at, i.ref)) if room.run(shape)]
+    return tuple(Request(i.ref, Verb.START, i.status, Why.REBOOTED) for i in starts)
 
 
 def proving(revisions: Mapping[PoolRef, Revision | None], instances: Collection[Instance]) -> tuple[Instance, ...]:
@@ -99,7 +120,7 @@ def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: date
     up = [each for each in alive if each.lands_on.is_up]
     down = [each for each in alive if each.status in _STARTABLE and not each.in_flight]
     held = [each for each in down if each.held_until(now, need.scaled_at)]
-    fallen = [each for each in down if not _was_stopped(each) and each not in held]
+    fallen = [each for each in down if not (_was_stopped(each) or need.rests(each)) and each not in held]
     wanted = fallen[: max(0, need.counts.total - len(up))]
     starts: list[Instance] = []
     blocked: Counter[Lack] = Counter()
@@ -247,6 +268,19 @@ class _Scaling:
         for each in sick:
             self._ask(each, Verb.STOP, Why.UNHEALTHY)
             self.returning += 1
+        self._let_rest()
+
+    def _let_rest(self) -> None:
+        """Those that ended by themselves, and are to be let be, fill places for which others would be started."""
+        resting = [each for each in self.free.values() if self.need.rests(each)]
+        for each in resting:
+            del self.free[each.ref]
+            place = next((place for place in reversed(_UP) if self.wanted[place] > self.have[place]), None)
+            if place is not None:
+                self.wanted[place] -= 1
+                self.settled += 1
+        if resting:
+            self._remark(Cause.RESTED, len(resting), *(each.ref for each in resting))
 
     def _give_place(self, held: Instance) -> None:
         """It takes a place where it is, or else another one."""
@@ -318,18 +352,20 @@ class _Scaling:
             self.returning += 1
 
     def _is_failed(self, instance: Instance) -> bool:
-        down = instance.status in _STARTABLE and instance.last_error is not None
+        down = instance.status in _STARTABLE and instance.last_error is not None and not self.need.rests(instance)
         return (down and self._missing() > 0) or instance.ref in self.unhealthy  # a spare one does not count
 
     def _start(self) -> None:
         """Start and create what is missing in all."""
         missing = self._missing()
-        idle = sorted(self._free(*_STARTABLE), key=lambda i: _STARTABLE.index(i.status))
+        idle = sorted(
+            self._free(*_STARTABLE), key=lambda i: (i.ended is not Ending.REBOOTED, _STARTABLE.index(i.status))
+        )
         for each in idle[: max(0, missing)]:
             if not self.room.run(self.need.shape):
                 self.blocked[self.room.lack] += max(0, missing - self.returning)
                 return
-            self._ask(each, Verb.START, Why.TOO_FEW)
+            self._ask(each, Verb.START, Why.REBOOTED if each.ended is Ending.REBOOTED else Why.TOO_FEW)
             self.have[Status.RUNNING] += 1
             missing -= 1
         wanted = max(0, missing - self.returning)

@@ -68,3 +68,8 @@ def exchange(one: Path, other: Path) -> None:
     if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(other))
+
+
+def reserve(fd: int, length: int) -> None:
+    """Have the file system keep blocks for its first `length` bytes, without making it longer; where that can be."""
+    _libc.fallocate(fd, _KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(length))

@@ -60,15 +60,15 @@ class LocalShell:
         return Completed(done.stdout, done.stderr)
 
     def spawn(
-        self, argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = (), program: str | None = None
-    ) -> ProcessIdentity:
+        self, argv: Sequence[str], *, log: Path, output: Path | None = None, stdin: bytes = b"",
+        pass_fds: Sequence[int] = (), program: str | None = None,
+    ) -> ProcessIdentity:  # fmt: skip
         """Start a program that goes on when we end; it keeps the descriptors `pass_fds` under their numbers."""
         with ExitStack() as stack:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            stack.callback(os.close, output)
-            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, null)
-            moves = [(null, 0), (output, 1), (output, 2), *((fd, fd) for fd in pass_fds)]  # onto itself: stays open
+            words = _appending(stack, log)
+            said = _appending(stack, output) if output else words
+            reads = _holding(stack, stdin)
+            moves = [(reads, 0), (said, 1), (words, 2), *((fd, fd) for fd in pass_fds)]  # onto itself: stays open
             try:
                 pid = os.posix_spawnp(
                     program or argv[0], list(argv), os.environ,
@@ -84,6 +84,24 @@ class LocalShell:
             raise Failed("shell.failed", f"{argv[0]} cannot be seen in /proc", hint="mount /proc without hidepid")
         self._reaper.watch(pid)
         return identity
+
+
+def _appending(stack: ExitStack, path: Path) -> int:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _holding(stack: ExitStack, data: bytes) -> int:
+    """What reads as `data`, which a pipe holds."""
+    if not data:
+        fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    else:
+        fd, write = os.pipe2(os.O_CLOEXEC)
+        os.write(write, data)
+        os.close(write)
+    stack.callback(os.close, fd)
+    return fd
 
 
 def _not_started(program: str, error: OSError) -> Failed:

@@ -38,10 +38,12 @@ class Shell(Protocol):
         ...
 
     def spawn(
-        self, argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = (), program: str | None = None
-    ) -> ProcessIdentity:
+        self, argv: Sequence[str], *, log: Path, output: Path | None = None, stdin: bytes = b"",
+        pass_fds: Sequence[int] = (), program: str | None = None,
+    ) -> ProcessIdentity:  # fmt: skip
         """Start a program in a session of its own that goes on when we end; both its streams append to `log`.
 
-        `program` is the file to run when that is not the one that `argv` begins with.
+        Its standard output appends to `output` instead, if that is given. It reads `stdin`, at most 4 KiB. `program`
+        is the file to run when that is not the one that `argv` begins with.
         """
         ...

@@ -13,6 +13,7 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.pool import SeccompPolicy
 from mvm.domain.secrets import Secrets
 from mvm.domain.snapshot import Compression, SnapshotManifest
+from mvm.domain.vmm import Ending, VmmState
 
 
 class Presence(StrEnum):
@@ -100,6 +101,17 @@ class VmmDriver(Protocol):
 
         Raises `Failed` (``vmm.start_failed``) with the VMM's own words when it ends at once.
         """
+        ...
+
+    def state(self, ref: InstanceRef, process: ProcessIdentity) -> VmmState:
+        """What the VMM says of itself, within a few seconds.
+
+        Raises `Unreachable` (``vmm.gone``) when the process does not run, and `TimedOut` (``vmm.silent``).
+        """
+        ...
+
+    def ending(self, directory: Path) -> Ending:
+        """How the last run of the instance in `directory` ended, whose VMM is gone; nobody need have listened."""
         ...
 
     def wait_gone(self, process: ProcessIdentity, *, deadline_s: float) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from mvm.domain.findings import HealthResult, Ill
+from mvm.domain.findings import HealthResult, Ill, Stalled
 from mvm.domain.health import Health
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
@@ -22,6 +22,9 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import Presence, VmmDriver
 from mvm.services.runner import JobContext
+
+if TYPE_CHECKING:  # it leads back here
+    from mvm.services.stalls import Stalls
 
 log = structlog.get_logger("mvm.health")
 
@@ -45,11 +48,12 @@ class GuestHealth:
         self.limit = limit
         self._answer_s = answer_s
 
-    def sweep(self, context: JobContext) -> Mapping[str, Any]:
+    def sweep(self, context: JobContext, stalls: Stalls) -> Mapping[str, Any]:
         """Check all that are up and have no job. A note is written of those that are, or were, not well, and of those
         for which a rollout waits.
 
-        A warm one stands still: of it is only seen whether it has its network.
+        A warm one stands still: of it is only seen whether it has its network. When one does not answer, its VMM is
+        asked why: for a guest that stands still it is no check that it failed, and `stalls` sees to it.
         """
         context.step("ask guests", 0, 1)
         instances = self._store.instances()
@@ -58,15 +62,22 @@ class GuestHealth:
         asked = [i for i in there if i.status is Status.RUNNING]
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="health") as threads:
             reasons = dict(zip((i.ref for i in asked), threads.map(self._why, asked), strict=True))
+            silent = [i for i in asked if reasons[i.ref] is not None]
+            states = dict(zip((i.ref for i in silent), threads.map(stalls.state, silent), strict=True))
         taps = self._network.taps()
         networks = {tenant.id: tenant.network for tenant in self._store.tenants()}
-        notes, failing = self._store.notes(Note.HEALTH), []
+        notes, failing, stalled = self._store.notes(Note.HEALTH), [], list[Stalled]()
         now_at = {instance.ref: instance.generation for instance in self._store.instances()}
         for instance in there:
             ref, network = instance.ref, networks.get(instance.ref.tenant)
             if now_at.get(ref) != instance.generation:
                 continue  # a job has it, or had: what was seen may be of its doing
             reason = reasons.get(ref)
+            if reason is not None and (stood := stalls.meet(context.job, instance, states[ref])):
+                stalled.append(stood)
+                continue  # no fault of its guest's
+            if reason is None and instance.stalled:
+                stalls.over(context.job, instance)
             if reason is None and network is not None and network.tap(instance.offset) not in taps:
                 reason = f"its network interface {network.tap(instance.offset)} is gone"
             if reason is None and (instance.status is Status.WARM or self._is_young(instance)):
@@ -77,7 +88,7 @@ class GuestHealth:
                 failing.append(Ill(str(ref), now.misses, why is not None, reason or ""))
                 if now.misses == self.limit:
                     log.warning("guest is not well", instance=str(ref), why=why)
-        return HealthResult(len(asked), failing).to_dict()
+        return HealthResult(len(asked), failing, stalled).to_dict()
 
     def seen(self, instance: Instance, reason: str | None) -> None:
         """A check that was made by the way: why `instance` did not pass it, or that it did (None)."""

@@ -19,6 +19,7 @@ from mvm.domain.lifecycle import Status
 from mvm.domain.planner import Outcome
 from mvm.domain.pool import WorkerPool
 from mvm.domain.snapshot import SnapshotManifest
+from mvm.domain.vmm import Ending, OnExit, told, why_still
 from mvm.errors import Failed, NotFound, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.registry import Registry
@@ -70,6 +71,8 @@ class Insight:
             "because": _because(self._store.last_job(str(ref), state=JobState.SUCCEEDED)),
             "last_job": _job(last),
             "last_error": instance.last_error,
+            "ended": instance.ended.value if instance.ended else None,
+            "stalled": instance.stalled.value if instance.stalled else None,
             "waiting": self._waiting(ref),
             "health": self._health.explain(instance),
             "policy": {**asdict(pool.sleep_policy), "pinned": pool.pinned, "critical": pool.critical},
@@ -115,6 +118,10 @@ class Insight:
             return _nothing(f"its job {instance.in_flight.job_id} ({instance.in_flight.verb}) is at work")
         if instance.status is Status.SLEEPING:
             return _nothing(f"it sleeps until somebody asks: mvm instance wake {instance.ref}")
+        if not instance.has_vmm and instance.ended:
+            return _after(instance.ended, pool)
+        if instance.stalled:
+            return _nothing(f"{why_still(instance.stalled)[0]}; it goes on by itself as soon as that is over")
         if not instance.has_vmm:
             return self._coming(instance, pool, outlook)
         ill = self._health.explain(instance)
@@ -225,6 +232,16 @@ class Insight:
             return self._vmm.manifest(directory)
         except (NotFound, Failed):  # removed, or damaged: then a wake says so
             return None
+
+
+def _after(ended: Ending, pool: WorkerPool) -> dict[str, Any]:
+    """What comes after the end of a run that nobody here ended."""
+    words, _ = told(ended, None)
+    if ended.by_guest and pool.on_exit is OnExit.STOP:
+        return _nothing(f"{words}, and it rests: its pool's on_exit is stop")
+    if ended is Ending.REBOOTED or pool.desired:
+        return {"verb": "start", "in_s": None, "at": None, "reason": f"{words}; reconcile starts it"}
+    return _nothing(f"{words}; its pool was never scaled, so it stays stopped until it is started")
 
 
 def _because(job: Job | None) -> str:

@@ -16,6 +16,7 @@ from mvm.domain.ids import InstanceId, InstanceRef, PoolRef
 from mvm.domain.instance import InFlight, Instance
 from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status, Verb, landing
+from mvm.domain.vmm import Ending, VmmState
 from mvm.errors import Cancelled, Fenced, GuestFault, InvalidInput, MvmError, NotFound
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
@@ -241,24 +242,50 @@ class Lifecycle:
                 self._store.delete_instance(instance.ref)
         return {}
 
-    def mark_gone(self, job: Job, seen: Instance, reason: str) -> bool:
-        """Record that a running instance's process was found gone, and clean up; False if it changed meanwhile."""
+    def mark_gone(self, job: Job, seen: Instance, reason: str, ended: Ending, code: str = "vmm.gone") -> bool:
+        """Record that a running instance's run has `ended`, and clean up; False if it changed meanwhile."""
+        with self._unchanged(seen) as instance:
+            if instance is None:
+                return False
+            self._microvms.take_down(instance, self._store.tenant(seen.ref.tenant).network)
+            gone = instance.moved(
+                Status.STOPPED, process=None, last_error=f"{reason} [{code}]", last_stopped_at=self._clock.now(),
+                manual_override_until=None, ended=ended,
+            )  # fmt: skip
+            with self._store.transaction():
+                self._store.save_instance(gone)
+                self._audit.changed(job, instance.ref, instance, why=reason, code=code)
+            return True
+
+    def mark_stalled(self, job: Job, seen: Instance, state: VmmState, reason: str, code: str) -> bool:
+        """Record that a running instance's VMM says `state`; False if it changed meanwhile."""
+        with self._unchanged(seen) as instance:
+            if instance is None:
+                return False
+            with self._store.transaction():
+                self._store.save_instance(replace(instance, stalled=state, last_error=f"{reason} [{code}]"))
+                self._audit.changed(job, instance.ref, instance, why=reason, code=code)
+            return True
+
+    def let_go_on(self, job: Job, seen: Instance, why: str) -> bool:
+        """A running instance that stood still runs again; False if it does not, or changed meanwhile."""
+        with self._unchanged(seen) as instance:
+            if instance is None or not self._microvms.let_go_on(instance):
+                return False
+            with self._store.transaction():
+                self._store.save_instance(replace(instance, stalled=None, last_error=None))
+                self._audit.changed(job, instance.ref, instance, why=why, code="vmm.resumed")
+            return True
+
+    @contextmanager
+    def _unchanged(self, seen: Instance) -> Iterator[Instance | None]:
+        """Its lock, which nobody may hold, and its row, unless that is not what was `seen` any more."""
         with self._locks.hold(f"instance {seen.ref}", deadline_s=0):
             try:
                 instance = self._store.instance(seen.ref)
             except NotFound:
-                return False
-            if instance.generation != seen.generation:
-                return False
-            self._microvms.take_down(instance, self._store.tenant(seen.ref.tenant).network)
-            gone = instance.moved(
-                Status.STOPPED, process=None, last_error=reason, last_stopped_at=self._clock.now(),
-                manual_override_until=None,
-            )  # fmt: skip
-            with self._store.transaction():
-                self._store.save_instance(gone)
-                self._audit.changed(job, instance.ref, instance, why=reason, code="vmm.gone")
-            return True
+                instance = None
+            yield instance if instance and instance.generation == seen.generation else None
 
     def _locked(self, ref: InstanceRef) -> AbstractContextManager[None]:
         return self._locks.hold(f"instance {ref}", deadline_s=_LOCK_S)

@@ -20,9 +20,10 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
-from mvm.domain.refusals import out_of_memory
+from mvm.domain.refusals import out_of_memory, out_of_room
 from mvm.domain.snapshot import SnapshotManifest
-from mvm.errors import Cancelled, Failed, GuestFault, MvmError, NotAllowed, TimedOut, Unreachable
+from mvm.domain.vmm import VmmState
+from mvm.errors import Cancelled, Failed, GuestFault, GuestSilent, MvmError, NotAllowed, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestChannel, GuestIdentity
@@ -38,6 +39,7 @@ log = structlog.get_logger("mvm.lifecycle")
 
 _CONSOLE_LINES = 12
 _GUEST_S = 10.0
+_GOES_ON_S = 2.0  # for one that may stand still again at once
 _STEPS = ("verify image", "prepare disks", "connect network", "boot", "identify guest")
 
 
@@ -244,13 +246,22 @@ class MicroVms:
 
     @contextmanager
     def _telling(self, ref: InstanceRef) -> Iterator[None]:
-        """What fails since the kernel has ended the VMM for want of memory, says so."""
+        """What fails since the VMM was ended for want of memory, or paused its guest for want of disk, says so."""
         try:
             yield
         except MvmError as error:
             if not isinstance(error, Cancelled) and self._cgroups.out_of_memory(ref):
                 raise out_of_memory(ref) from None
+            if isinstance(error, GuestSilent) and self._is_out_of_room(ref):
+                raise out_of_room(ref) from None
             raise
+
+    def _is_out_of_room(self, ref: InstanceRef) -> bool:
+        """Whether its VMM has paused it because the host's disk is full."""
+        try:
+            return any(self._vmm.state(ref, one) is VmmState.IO_ERROR for one in self._vmm.processes().get(ref, ()))
+        except (Failed, TimedOut, Unreachable):
+            return False
 
     @contextmanager
     def _boot_slot(self, context: JobContext) -> Iterator[None]:
@@ -299,10 +310,16 @@ class MicroVms:
         except Unreachable:
             raise self._boot_failed(instance) from None
 
-    def shut_down(self, instance: Instance) -> bool:
-        """Ask the guest to power off; whether it did so within the grace time. One that stands still runs for it.
+    def let_go_on(self, instance: Instance) -> bool:
+        """A guest that stands still though it should run goes on; whether it does, by its VMM's word."""
+        if instance.process is None or not self._snapshots.let_run(instance, deadline_s=_GOES_ON_S):
+            return False
+        return self._vmm.state(instance.ref, instance.process) is VmmState.RUNNING
 
-        What does not run again, or answers anything else, is for the caller to end.
+    def shut_down(self, instance: Instance) -> bool:
+        """Ask the guest to power off; whether it did so within the grace time.
+
+        One that stands still runs again for it. What does not, or answers anything else, is for the caller to end.
         """
         if instance.process is None:
             return False

@@ -20,6 +20,7 @@ from mvm.domain.pool import (
     checked_user_data,
 )
 from mvm.domain.snapshot import Compression
+from mvm.domain.vmm import OnExit
 from mvm.errors import Failed, NotAllowed, NotFound
 from mvm.ports.images import ImageBuilder
 from mvm.ports.locks import Locks
@@ -40,7 +41,7 @@ _BUILD_TRIES = 3
 
 
 def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
-    """`pool` with what ``params`` has of ``start, compression, seccomp_policy, egress, pinned, critical``,
+    """`pool` with what ``params`` has of ``start, compression, seccomp_policy, egress, pinned, critical, on_exit``,
     ``metadata_enabled, user_data`` and ``sleep_policy``, which may be a part of one.
     """
     values: dict[str, Any] = {
@@ -57,6 +58,8 @@ def changed(pool: WorkerPool, params: Mapping[str, Any]) -> WorkerPool:
         values["built"] = pool.built or (pool.source if pool.revision else None)
     if "seccomp_policy" in params:
         values["seccomp_policy"] = SeccompPolicy.parse(params["seccomp_policy"])
+    if "on_exit" in params:
+        values["on_exit"] = OnExit(params["on_exit"])
     if "egress" in params:
         values["egress"] = EgressPolicy.from_dict(params["egress"])
     if "user_data" in params:

@@ -195,7 +195,9 @@ class Reconcile:
                 [i for i in observed.instances if i.ref.tenant == tenant.id],
                 host_mib=observed.host_mib,
             )
-            need = PoolNeed(pool.ref, pool.desired, pool.resources, pool.revision, scaled_at=pool.scaled_at)
+            need = PoolNeed(
+                pool.ref, pool.desired, pool.resources, pool.revision, scaled_at=pool.scaled_at, on_exit=pool.on_exit
+            )
             there = [i for i in observed.instances if i.ref.pool_ref == pool.ref]
             scaled = scale(need, there, room, now=observed.now, sleepless=observed.sleepless)
             if scaled.actions and pool.revision is None:
@@ -264,7 +266,7 @@ def job_for(action: Action) -> Asked:
         case DestroyPool(pool):
             return Asked(JobVerb.POOL_DESTROY, str(pool))
         case Request(ref, verb, _, why):
-            told = {"why": why.value} if why is Why.UNHEALTHY else {}
+            told = {"why": why.value} if why in (Why.UNHEALTHY, Why.REBOOTED) else {}
             return Asked(JobVerb(f"instance.{verb}"), str(ref), told)
         case Create():
             raise AssertionError("it has a job for each instance")

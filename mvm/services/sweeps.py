@@ -10,6 +10,7 @@ import structlog
 from mvm.domain.findings import StalePid, StalePidResult
 from mvm.domain.ids import NodeId
 from mvm.domain.instance import Instance
+from mvm.domain.vmm import Ending, told
 from mvm.errors import TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
 from mvm.ports.locks import Locks
@@ -72,11 +73,11 @@ class StalePids:
             if self._vmm.observe(instance.ref, instance.process) is not Presence.ABSENT:
                 self._vmm.trim_console(self._storage.directory(instance.ref), keep=_CONSOLE_BYTES)
                 continue
-            reason = self._reason(instance)
+            ended, reason, code = self._ended(instance)
             try:
-                if self._lifecycle.mark_gone(context.job, instance, reason):
-                    gone.append(StalePid(str(instance.ref), reason))
-                    log.warning("instance gone", instance=str(instance.ref), why=reason)
+                if self._lifecycle.mark_gone(context.job, instance, reason, ended, code):
+                    gone.append(StalePid(str(instance.ref), f"{reason} [{code}]", ended.value))
+                    log.warning("instance gone", instance=str(instance.ref), ended=ended.value, why=reason)
             except TimedOut:
                 continue  # a job holds it and will see for itself
         settled = self._recovery.left(context.job)
@@ -86,13 +87,14 @@ class StalePids:
         self._store.forget_jobs(keep=self._keep_jobs)
         return StalePidResult(gone, settled).to_dict()
 
-    def _reason(self, instance: Instance) -> str:
-        pid = instance.process.pid if instance.process else "?"
+    def _ended(self, instance: Instance) -> tuple[Ending, str, str]:
+        """How its run ended, in words, and the code of that."""
+        pid = instance.process.pid if instance.process else None
         if self._cgroups.out_of_memory(instance.ref):
-            return f"VMM process {pid} reached its memory limit and was ended by the host's kernel [vmm.out_of_memory]"
-        tail = self._vmm.console_tail(self._storage.directory(instance.ref), lines=3)
-        panic = "; the guest panicked" if "Kernel panic" in tail else ""
-        return f"VMM process {pid} was found gone{panic} [vmm.gone]"
+            why = f"VMM process {pid or '?'} reached its memory limit and was ended by the host's kernel"
+            return Ending.CRASHED, why, "vmm.out_of_memory"
+        ended = self._vmm.ending(self._storage.directory(instance.ref))
+        return ended, *told(ended, pid)
 
     def _publish_ends(self) -> None:
         """Tell the registry of jobs that ended while it was away."""

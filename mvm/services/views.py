@@ -55,6 +55,8 @@ def instance_view(network: TenantNetwork, instance: Instance) -> dict[str, Any]:
             else None
         ),
         "last_error": instance.last_error,
+        "ended": instance.ended.value if instance.ended else None,
+        "stalled": instance.stalled.value if instance.stalled else None,
         "created_at": instance.created_at.isoformat(),
         "last_started_at": instance.last_started_at.isoformat() if instance.last_started_at else None,
         "last_stopped_at": instance.last_stopped_at.isoformat() if instance.last_stopped_at else None,
@@ -75,6 +77,7 @@ def pool_view(store: NodeStore, pool: WorkerPool) -> dict[str, Any]:
         "sleep_policy": asdict(pool.sleep_policy),
         "pinned": pool.pinned,
         "critical": pool.critical,
+        "on_exit": pool.on_exit.value,
         "egress": pool.egress.to_dict(),
         "metadata_enabled": pool.metadata_enabled,
         "user_data_bytes": len(pool.user_data.encode()),

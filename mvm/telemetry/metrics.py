@@ -21,6 +21,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from mvm.domain.job import Job, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.domain.remarks import Cause
+from mvm.domain.vmm import VmmState
 
 JOBS = Counter("mvm_jobs_total", "Jobs ended, by verb and final state.", ["verb", "state"])
 JOB_SECONDS = Histogram(
@@ -40,6 +41,11 @@ SHORT = Gauge(
     ["cause"],
     multiprocess_mode="mostrecent",
 )
+STALLED = Gauge(
+    "mvm_stalled_guests", "Guests that stand still though they should run, by their VMMs' words.", ["state"],
+    multiprocess_mode="mostrecent",
+)  # fmt: skip
+ENDED = Counter("mvm_runs_ended_total", "Runs of instances that nobody here ended, by how they did.", ["how"])
 DISK_FREE = Gauge("mvm_disk_free_bytes", "Free space.", multiprocess_mode="mostrecent")
 DISK_USED = Gauge("mvm_disk_used_bytes", "What is stored, by kind.", ["kind"], multiprocess_mode="mostrecent")
 AGENT_REQUESTS = Counter("mvm_agent_requests_total", "Requests to the agent.", ["method", "outcome"])
@@ -70,6 +76,12 @@ def _observe_sweep(verb: JobVerb, result: Mapping[str, Any]) -> None:
         MISSING.set(len(result["missing"]))
     if "failing" in result:
         ILL_GUESTS.set(sum(each["ill"] for each in result["failing"]))
+        still = Counts(each["state"] for each in result["stalled"] if each["then"] != "goes on")
+        for state in VmmState:
+            STALLED.labels(state.value).set(still[state.value])
+    if verb is JobVerb.SWEEP_STALE_PIDS:
+        for each in result["stopped"]:
+            ENDED.labels(each["ended"]).inc()
     if "obstacles" in result:
         short = Counts({cause: 0 for cause in Cause if cause.counts})
         for each in result["obstacles"]:

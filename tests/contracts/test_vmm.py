@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,13 @@ import pytest
 from mvm.domain.addressing import TenantNetwork, parse_subnet
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.pool import ImageSource
+from mvm.domain.vmm import Ending, VmmState
 from mvm.drivers.fake import FakeHost
-from mvm.errors import Failed
+from mvm.errors import Failed, GuestFault, Unreachable
 from mvm.ports.guest import GuestChannel
 from mvm.ports.vmm import BootSpec, Nic, Presence, VmmDriver
 from tests.support.make import instance_ref
-from tests.support.microvm import qemu_host
+from tests.support.microvm import ANSWER_S, BOOT_S, QemuHost, qemu_host
 
 ONE, TWO = instance_ref(1), instance_ref(2)
 NETWORK = TenantNetwork(1, parse_subnet("10.240.1.0/24"))
@@ -30,6 +34,8 @@ class Side:
     vmm: VmmDriver
     guest: GuestChannel
     spec: Callable[[int], BootSpec]
+    end: Callable[[BootSpec, ProcessIdentity, Ending], None]
+    """The guest ends by itself, or its VMM is ended, in one of these ways; returns when it is gone."""
 
 
 def fake_side() -> Side:
@@ -46,14 +52,38 @@ def fake_side() -> Side:
             mem_mib=192, nic=Nic(NETWORK.tap(number + 2), NETWORK.mac(number + 2)), uid=NETWORK.uid(number + 2),
         )  # fmt: skip
 
-    return Side(host.vmm, host.guest, spec)
+    def end(spec: BootSpec, process: ProcessIdentity, how: Ending) -> None:
+        if how.by_guest:
+            host.halt_guest(spec.ref, how)
+        elif how is Ending.PANICKED:
+            host.panic_guest(spec.ref)
+        else:
+            host.end_process(spec.ref, how)
+
+    return Side(host.vmm, host.guest, spec, end)
+
+
+_COMMANDS = {
+    Ending.HALTED: "poweroff -f", Ending.REBOOTED: "reboot -f", Ending.PANICKED: "echo c >/proc/sysrq-trigger",
+}  # fmt: skip
+_SIGNALS = {Ending.TERMINATED: signal.SIGTERM, Ending.CRASHED: signal.SIGKILL}
+
+
+def end_qemu(host: QemuHost, spec: BootSpec, process: ProcessIdentity, how: Ending) -> None:
+    host.guest.hello(spec.ref, spec.directory, deadline_s=BOOT_S)
+    if how in _SIGNALS:
+        os.kill(process.pid, _SIGNALS[how])
+    else:
+        with suppress(GuestFault):
+            host.guest.execute(spec.ref, spec.directory, _COMMANDS[how], deadline_s=ANSWER_S)
+    assert host.vmm.wait_gone(process, deadline_s=ANSWER_S)
 
 
 def open_side(kind: str, root: Path, stack: ExitStack) -> Side:
     if kind == "fake":
         return fake_side()
     host = stack.enter_context(qemu_host(root))
-    return Side(host.vmm, host.guest, host.spec)
+    return Side(host.vmm, host.guest, host.spec, partial(end_qemu, host))
 
 
 @pytest.fixture(params=["fake", pytest.param("qemu", marks=[pytest.mark.root, pytest.mark.guest])])
@@ -103,6 +133,25 @@ def test_wait_gone(side: Side) -> None:
     assert side.vmm.wait_gone(process, deadline_s=0.05) is False
     side.vmm.kill(ONE, process)
     assert side.vmm.wait_gone(process, deadline_s=0.05) is True
+
+
+@pytest.mark.parametrize("how", list(Ending))
+def test_how_a_run_ended_is_known_though_nobody_listened(side: Side, how: Ending) -> None:
+    spec = side.spec(1)
+    process = side.vmm.boot(spec)
+    assert side.vmm.state(ONE, process) is VmmState.RUNNING
+    side.end(spec, process, how)
+    assert side.vmm.ending(spec.directory) is how
+    with pytest.raises(Unreachable) as caught:
+        side.vmm.state(ONE, process)
+    assert caught.value.code == "vmm.gone"
+    again = side.vmm.boot(side.spec(1))
+    side.vmm.kill(ONE, again)
+    assert side.vmm.ending(spec.directory) is Ending.CRASHED  # not what it was the time before
+
+
+def test_of_an_instance_that_never_ran_no_end_is_known(side: Side, tmp_path: Path) -> None:
+    assert side.vmm.ending(tmp_path / "none") is Ending.CRASHED
 
 
 def test_an_instance_boots_again_after_its_end(side: Side) -> None:

@@ -112,7 +112,7 @@ def test_those_that_are_not_running_and_those_that_are_gone_are_not_asked(node: 
     node.ok(V.INSTANCE_WARM, one)
     node.clock.advance(10)
     node.host.kill_process(InstanceRef.parse(two))
-    assert node.sweep(V.SWEEP_HEALTH) == {"changed": False, "checked": 1, "failing": []}
+    assert node.sweep(V.SWEEP_HEALTH) == {"changed": False, "checked": 1, "failing": [], "stalled": []}
     node.ok(V.INSTANCE_STOP, two)
     node.ok(V.INSTANCE_START, two)
     node.host.fail("guest.ping", GuestRefused("guest.refused", "what?"))

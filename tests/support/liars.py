@@ -15,6 +15,7 @@ from pathlib import Path
 from mvm import guest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.layout import StateLayout
+from mvm.domain.vmm import Ending
 from mvm.drivers.clock import SystemClock
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.fake.machines import FakeVmm
@@ -179,9 +180,9 @@ class SocketHost(FakeHost):
         if ref in self.agents:
             self.agents[ref].lie = how
 
-    def kill_process(self, ref: InstanceRef) -> None:
+    def end_process(self, ref: InstanceRef, how: Ending) -> None:
         """As on any fake host; whoever spoke to its agent is cut off."""
-        super().kill_process(ref)
+        super().end_process(ref, how)
         agent = self.agents.pop(ref, None)
         if agent is not None:
             agent.close()

@@ -21,13 +21,13 @@ from mvm.drivers.fake.resources import (
     FakePackets,
     FakeSecrets,
 )
-from mvm.drivers.fake.state import POINTS, HostState, ManualClock
+from mvm.drivers.fake.state import POINTS, HostState, Lie, ManualClock
 from mvm.drivers.fake.storage import FakeStorage
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
 from mvm.ports.guest import Worker
 
-__all__ = ["POINTS", "FakeHost", "ManualClock"]
+__all__ = ["POINTS", "FakeHost", "Lie", "ManualClock"]
 
 
 class FakeHost(HostState):

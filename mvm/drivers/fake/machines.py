@@ -11,10 +11,11 @@ from mvm.domain.commands import ExecEnd, ExecOutput, ExecPart, ExecResult
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.secrets import Secrets
+from mvm.domain.vmm import Ending, VmmState
 from mvm.drivers.fake.sh import run_command
 from mvm.drivers.fake.snapshots import FakeSnapshots
-from mvm.drivers.fake.state import Machine, Part, digests, point
-from mvm.errors import GuestGone, GuestSilent
+from mvm.drivers.fake.state import Lie, Machine, Part, digests, point
+from mvm.errors import GuestGone, GuestRefused, GuestSilent
 from mvm.guest import PROTOCOL_VERSION
 from mvm.ports.guest import GuestHello, GuestIdentity, GuestStatus
 from mvm.ports.vmm import BootSpec, Presence
@@ -31,6 +32,17 @@ class FakeVmm(FakeSnapshots):
         machine = self._host.machines.get(ref)
         runs = machine is not None and process in (None, machine.process)
         return Presence.PRESENT if runs else Presence.ABSENT
+
+    @point("vmm.state", looks=True)
+    def state(self, ref: InstanceRef, process: ProcessIdentity) -> VmmState:
+        """See ports/vmm.py."""
+        machine = self._running(ref, process)
+        return VmmState.PAUSED if machine.paused and machine.state is VmmState.RUNNING else machine.state
+
+    @point("vmm.ending", looks=True)
+    def ending(self, directory: Path) -> Ending:
+        """See ports/vmm.py."""
+        return self._host.endings.get(directory, Ending.CRASHED)
 
     @point("vmm.boot")
     def boot(self, spec: BootSpec) -> ProcessIdentity:
@@ -96,7 +108,9 @@ class FakeGuest(Part):
         machine = self._host.machines.get(ref)
         if machine is None:
             raise GuestGone("guest.gone", f"{ref} has no VMM that runs", hint=f"see: mvm instance logs {ref}")
-        if machine.hung or machine.paused:
+        if machine.lies is Lie.REFUSES:
+            raise GuestRefused("guest.refused", f"the guest of {ref} refused: no", hint=f"see: mvm instance logs {ref}")
+        if machine.hung or machine.still:
             self._host.pass_time(deadline_s)
             raise GuestSilent(
                 "guest.silent", f"the guest of {ref} did not answer within {deadline_s:g} s",
@@ -139,7 +153,9 @@ class FakeGuest(Part):
     @point("guest.prepare_sleep")
     def prepare_sleep(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
         """See ports/guest.py."""
-        self._machine(ref, deadline_s).mounted = {}
+        machine = self._machine(ref, deadline_s)
+        if machine.lies is not Lie.PRETENDS:
+            machine.mounted = {}
 
     @point("guest.wake")
     def wake(
@@ -179,5 +195,5 @@ class FakeGuest(Part):
     def shutdown(self, ref: InstanceRef, directory: Path, *, deadline_s: float) -> None:
         """See ports/guest.py."""
         machine = self._machine(ref, deadline_s)
-        self._host.consoles[machine.spec.directory].append("reboot: Power down")
-        self._host.kill_process(ref)
+        if machine.lies is not Lie.PRETENDS:
+            self._host.halt_guest(ref)

@@ -13,7 +13,7 @@ from mvm.drivers.fake import FakeHost
 from mvm.ports.clock import Clock
 
 _KEPT = ("machines", "consoles", "taps", "bridges", "files", "saved", "spoilt", "revisions", "groups",
-         "out_of_memory", "last_pid", "rules", "tampered", "forwards")  # fmt: skip
+         "out_of_memory", "endings", "last_pid", "rules", "tampered", "forwards")  # fmt: skip
 _MARK_BYTES = 16  # of what a write begins with, so that nobody reads again what he wrote himself
 
 

@@ -22,6 +22,7 @@ from mvm.domain.snapshot import (
     other_version,
     refusal,
 )
+from mvm.domain.vmm import VmmState
 from mvm.drivers.fake.state import Machine, Part, Saved, digests, point
 from mvm.errors import Failed, NotFound, Unreachable
 from mvm.ports.vmm import BootSpec, MemoryUse, Nic, TemplateSpec
@@ -43,6 +44,7 @@ class FakeSnapshots(Part):
             paused=paused, disk=digests(spec.secrets),
         )  # fmt: skip
         host.hangs[ref] -= machine.hung
+        host.endings.pop(spec.directory, None)
         host.machines[ref] = machine
         host.groups.add(ref)
         files.runtime |= {"agent.sock", "qmp.sock", "vmm.pid"}
@@ -99,14 +101,16 @@ class FakeSnapshots(Part):
     def resume(self, ref: InstanceRef, process: ProcessIdentity) -> None:
         """See ports/vmm.py."""
         machine = self._running(ref, process)
-        if machine.paused and ref in self._host.files:
+        if machine.still and ref in self._host.files:
             self._host.files[ref].writes += 1
         machine.paused = False
+        if machine.state.stands_still and self._host.has_room():
+            machine.state = VmmState.RUNNING
 
     @point("vmm.paused")
     def paused(self, ref: InstanceRef, process: ProcessIdentity) -> bool:
         """See ports/vmm.py."""
-        return self._running(ref, process).paused
+        return self._running(ref, process).still
 
     @point("vmm.save")
     def save(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from functools import wraps
 from hashlib import sha256
 from itertools import count
@@ -20,6 +21,7 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.domain.secrets import Secrets
 from mvm.domain.snapshot import SnapshotId, SnapshotManifest
+from mvm.domain.vmm import Ending, VmmState, has_room
 from mvm.errors import MvmError
 from mvm.ports.clock import Clock
 from mvm.ports.guest import GuestIdentity, Worker
@@ -63,7 +65,8 @@ class ManualClock:
 class Machine:
     """A VMM process and its guest; of secrets it knows the names and what `digests` tells of their values.
 
-    `base` is the template whose memory it shares.
+    `base` is the template whose memory it shares. `state` is what its VMM says when it is not `paused`; `lies` says how
+    its agent answers when that is not the truth.
     """
 
     spec: BootSpec
@@ -77,6 +80,22 @@ class Machine:
     disk: Mapping[str, str] = field(default_factory=dict)
     mounted: Mapping[str, str] = field(default_factory=dict)
     base: SnapshotId | None = None
+    state: VmmState = VmmState.RUNNING
+    lies: Lie | None = None
+
+    @property
+    def still(self) -> bool:
+        """Whether no vCPU runs."""
+        return self.paused or self.state is not VmmState.RUNNING
+
+
+class Lie(StrEnum):
+    """How a fake guest's agent may answer."""
+
+    REFUSES = "refuses"
+    """To everything, or says what is no answer."""
+    PRETENDS = "pretends"
+    """Says yes and does nothing."""
 
 
 def digests(secrets: Secrets | None) -> dict[str, str]:
@@ -138,6 +157,7 @@ class HostState:
         self.archive = ""
         self.groups: set[InstanceRef] = set()
         self.out_of_memory: Counter[InstanceRef] = Counter()
+        self.endings: dict[Path, Ending] = {}
         self.last_pid = 999
 
     def turn(self, *, looks: bool = False) -> AbstractContextManager[object]:
@@ -162,8 +182,14 @@ class HostState:
 
     def kill_process(self, ref: InstanceRef) -> None:
         """The VMM process ends at once and leaves everything else as it was."""
+        self.end_process(ref, Ending.CRASHED)
+
+    def end_process(self, ref: InstanceRef, how: Ending) -> None:
+        """As `kill_process`; the VMM says how its run ended."""
         with self.lock:
-            self.machines.pop(ref, None)
+            machine = self.machines.pop(ref, None)
+            if machine is not None:
+                self.endings[machine.spec.directory] = how
 
     def drop_group(self, ref: InstanceRef) -> None:
         """Its processes have ended and nothing is remembered of them."""
@@ -171,6 +197,27 @@ class HostState:
             self.kill_process(ref)
             self.groups.discard(ref)
             self.out_of_memory.pop(ref, None)
+
+    def has_room(self) -> bool:
+        """Whether guests find room on the host's disk."""
+        return has_room(self.disk_free)
+
+    def stall_guest(self, ref: InstanceRef, state: VmmState = VmmState.IO_ERROR) -> None:
+        """Its VMM is there, and says that its guest does not run."""
+        with self.lock:
+            self.machines[ref].state = state
+
+    def halt_guest(self, ref: InstanceRef, how: Ending = Ending.HALTED) -> None:
+        """The guest ends by itself, and its VMM with it."""
+        with self.lock:
+            words = "Restarting system" if how is Ending.REBOOTED else "Power down"
+            self.consoles[self.machines[ref].spec.directory].append(f"reboot: {words}")
+            self.end_process(ref, how)
+
+    def lie(self, ref: InstanceRef, how: Lie | None) -> None:
+        """The guest's agent lies from now on, or no more."""
+        with self.lock:
+            self.machines[ref].lies = how
 
     def exhaust(self, ref: InstanceRef) -> None:
         """The VMM reaches its memory limit, and the kernel ends it."""
@@ -187,7 +234,7 @@ class HostState:
                 return
             self.panics[ref] -= self.panics[ref] > 0
             self.consoles[machine.spec.directory].append("Kernel panic - not syncing: Attempted to kill init!")
-            self.kill_process(ref)
+            self.end_process(ref, Ending.PANICKED)
 
 
 class Part:

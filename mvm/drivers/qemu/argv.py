@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mvm import guest
 from mvm.domain.ids import InstanceRef
+from mvm.drivers.qemu import diary
 from mvm.errors import InvalidInput
 from mvm.ports.vmm import BootSpec, Nic, TemplateSpec
 
@@ -78,7 +79,7 @@ def command(spec: BootSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, ma
     """The command line that boots `spec`."""
     data = _data_file(spec.data_disk) if spec.data_disk else None
     hardware = _hardware(spec, fds, accel, [spec.rootfs, spec.overlay], data, spec.nic.mac)
-    return [*hardware, *_software(spec, tsc_khz), *_name(mark, spec.ref)]
+    return [*hardware, *_software(spec, tsc_khz), *diary.WORDS, *_name(mark, spec.ref)]
 
 
 def template(spec: TemplateSpec, fds: Descriptors, accel: AccelName, tsc_khz: int, mark: str) -> list[str]:
@@ -86,7 +87,7 @@ def template(spec: TemplateSpec, fds: Descriptors, accel: AccelName, tsc_khz: in
     hole = {"driver": "null-co", "node-name": "data", "size": spec.data_disk_mib << 20, "read-zeroes": True}
     data = hole if spec.data_disk_mib else None
     hardware = _hardware(spec, fds, accel, [spec.rootfs, spec.overlay], data, TEMPLATE_MAC)
-    return [*hardware, *_software(spec, tsc_khz), *_name(mark, spec.ref)]
+    return [*hardware, *_software(spec, tsc_khz), *diary.WORDS, *_name(mark, spec.ref)]
 
 
 def restored(
@@ -109,7 +110,7 @@ def restored(
         ]
     return [
         *words, "-S", "-incoming", "defer", "-global", "migration.send-configuration=off",
-        "-global", "migration.announce-rounds=0", *_name(mark, spec.ref),
+        "-global", "migration.announce-rounds=0", *diary.WORDS, *_name(mark, spec.ref),
     ]  # fmt: skip
 
 

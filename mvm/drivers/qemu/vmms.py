@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -20,11 +21,12 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.domain.refusals import out_of_memory
 from mvm.domain.secrets import Secrets
+from mvm.domain.vmm import PANIC, Ending, VmmState, ending
 from mvm.drivers import files, identity, isolation, processes, secrets_disk, tap
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import closing_fd
 from mvm.drivers.instance_sockets import listen
-from mvm.drivers.qemu import argv, cage, pages
+from mvm.drivers.qemu import argv, cage, diary, pages
 from mvm.drivers.qemu.accel import KVM, Accelerator, AcceleratorProbe
 from mvm.drivers.qemu.handover import Handover, readable
 from mvm.drivers.qemu.qmp import MONITOR, CommandFailed, Qmp
@@ -42,11 +44,22 @@ Spec = TypeVar("Spec", bound=BootSpec | TemplateSpec)
 _VMM_LOG = "vmm.log"
 _UP_DEADLINE_S = 15.0
 _KILL_DEADLINE_S = 10.0
+_STATE_S = 5.0
+_LAST_LINES = 12  # of a console, among which a panic is seen
 _TAIL_BYTES = 256 * 1024
 _CONSOLE_BYTES = 64 * 1024
-_PANIC = "Kernel panic - not syncing"
 _PARTIAL = 4  # bytes of the longest character: fewer at the end are no half that is still being written
 _NOT_TEXT = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
+
+
+_STATES = {
+    **{state.value: state for state in VmmState if state not in (VmmState.BETWEEN, VmmState.UNKNOWN)},
+    **dict.fromkeys(
+        ("prelaunch", "inmigrate", "restore-vm", "save-vm", "finish-migrate", "postmigrate", "colo"), VmmState.BETWEEN
+    ),
+    "suspended": VmmState.PAUSED,
+}
+"""QEMU's words for them."""
 
 
 class QemuVmms:
@@ -160,8 +173,10 @@ class QemuVmms:
         self, spec: Spec, words: Sequence[str], log: Path, inherited: Sequence[int], accel: argv.AccelName
     ) -> ProcessIdentity:
         with pages.small() if accel == "tcg" and "-incoming" in words else nullcontext():
+            events = diary.begin(spec.directory)
+            spawn = partial(self._shell.spawn, words, log=log, output=events, stdin=diary.NEGOTIATE)
             if not self._caged:
-                return self._shell.spawn(words, log=log, pass_fds=inherited)
+                return spawn(pass_fds=inherited)
             shown = {cage.KERNEL: spec.kernel, cage.INITRAMFS: spec.initramfs} if "-kernel" in words else {}
             if self._require_isolation:
                 isolation.check(self._cgroups.missing())
@@ -172,9 +187,20 @@ class QemuVmms:
                     devices={"kvm": KVM.stat().st_rdev} if accel == "kvm" else {},
                 )  # fmt: skip
                 with closing_fd(cage.executable(made)) as program, cage.alone():
-                    return self._shell.spawn(
-                        words, log=log, pass_fds=[*inherited, *join], program=f"/proc/self/fd/{program}"
-                    )
+                    return spawn(pass_fds=[*inherited, *join], program=f"/proc/self/fd/{program}")
+
+    def state(self, ref: InstanceRef, process: ProcessIdentity) -> VmmState:
+        """See the port."""
+        with Qmp(ref, self._layout.instance(ref), _STATE_S) as qmp:
+            try:
+                return _STATES.get(str(qmp.run("query-status")["status"]), VmmState.UNKNOWN)
+            except (CommandFailed, KeyError, TypeError):
+                return VmmState.UNKNOWN
+
+    def ending(self, directory: Path) -> Ending:
+        """See the port."""
+        reason, kept = diary.shutdown_reason(directory)
+        return ending(reason, self.console_tail(directory, lines=_LAST_LINES), told=kept)
 
     def wait_gone(self, process: ProcessIdentity, *, deadline_s: float) -> bool:
         """See the port."""
@@ -240,7 +266,7 @@ class QemuVmms:
         except FileNotFoundError:
             return ""
         found = _NOT_TEXT.sub("", text).strip().splitlines()
-        panic = next((at for at, line in enumerate(found) if _PANIC in line), None)
+        panic = next((at for at, line in enumerate(found) if PANIC in line), None)
         end = len(found) if panic is None else panic + max(1, lines // 4)  # mostly what led to it
         return "\n".join(found[max(0, end - lines) : end])
 
@@ -260,7 +286,7 @@ class QemuVmms:
 
     def trim_console(self, directory: Path, *, keep: int) -> None:
         """See the port."""
-        for name in (argv.CONSOLE_LOG, _VMM_LOG):  # a guest can also have QEMU complain without end
+        for name in (argv.CONSOLE_LOG, _VMM_LOG, diary.EVENTS_LOG):  # a guest can also have QEMU complain without end
             with suppress(FileNotFoundError), (directory / name).open("r+b") as file:
                 files.punch(file.fileno(), file.seek(0, os.SEEK_END) - keep)
 
