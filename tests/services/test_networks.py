@@ -100,7 +100,8 @@ def test_a_pool_may_have_its_policy_from_the_start(node: Node) -> None:
     node.ok(JobVerb.TENANT_CREATE, "acme")
     node.ok(JobVerb.POOL_CREATE, "acme/web", flake_ref="builtin:", profile="minimal", egress=LIST)
     assert node.host.rules is not None
-    assert node.host.rules.chains == {"tenant-0": ("ip saddr @pool-0-web ip daddr 192.0.2.0/24 tcp dport 443 accept",)}
+    way_out = "ip saddr @pool-0-web ip daddr 192.0.2.0/24 tcp dport 443 accept"
+    assert node.host.rules.chains == {"tenant-0": ("ct state new ct count over 8192 drop", way_out)}
     assert settled(node)
 
 
