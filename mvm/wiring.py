@@ -323,6 +323,7 @@ def build_node(
     reconcile = Reconcile(
         store=p.store, registry=p.registry, jobs=jobs, lifecycle=lifecycle, locks=p.locks, clock=p.clock, node_id=node,
         health=health, room=room, memory=p.memory, uplink=bool(settings.plan.uplink),
+        period_s=settings.reconcile_sweep_s,
     )  # fmt: skip
     tenants = Tenants(p.store, p.registry, p.locks, networks, secrets)
     pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks, room)

@@ -141,7 +141,7 @@ class Remark:
         return _TEXTS[self.cause].format(
             count=self.count,
             first=self.refs[0].instance if self.refs else "one",
-            until=f" until {self.until:%H:%M:%S} UTC" if self.until else "",
+            until=f"{self.until:%H:%M:%S} UTC" if self.until else "some time",
             limit=self.limit or "quota",
             detail=self.detail,
             pool=self.subject,
@@ -154,7 +154,7 @@ class Remark:
 _TEXTS = {
     Cause.UNDER_WAY: "{count} have a job under way",
     Cause.NEXT_PASS: "{count} are asked for by the next pass",
-    Cause.HELD: "{count} stay as a person left them{until} ({first} first); to end that: mvm pool scale {pool}",
+    Cause.HELD: "{count} stay as a person left them until {until} ({first} first); to end that: mvm pool scale {pool}",
     Cause.QUOTA: "{count} more cannot be had: no room in the tenant's quota ({limit})",
     Cause.POOL_QUOTA: "not created: no room in the tenant's quota ({limit})",
     Cause.SUBNET: "{count} more cannot be created: the tenant's subnet has no free address",
@@ -163,7 +163,7 @@ _TEXTS = {
     Cause.NO_IMAGE: "no image yet: mvm pool build {pool}",
     Cause.NO_UPLINK: "{detail}: its egress needs an uplink, and this node has none (MVM_UPLINK)",
     Cause.NETWORK: "not created: {detail}",
-    Cause.FAILED: "{detail}; it is asked for again{until}",
+    Cause.FAILED: "{detail}; it is asked for again at {until}",
     Cause.PINNED: "{count} too many are up, and stay: the pool is pinned",
     Cause.CRITICAL: "{count} {detail}, and stay: the pool is critical",
     Cause.RESTED: "{count} ended by themselves and rest: the pool's on_exit is stop; mvm instance start {pool} --all",

@@ -26,6 +26,11 @@ _LONGEST_S = 604_800
 _LASTING = frozenset({"vmm.gone", "guest.gone"})
 """Nobody answered, and nobody will: a process has ended."""
 
+FAILURES = "failures"
+"""The name of a job's parameter: how many jobs like it have failed before it, in a row."""
+
+_LONGEST_PAUSE_S = 300.0
+
 _SUSPECT = 2
 """Deaths after which a job runs beside no other suspect, so that the next death tells which of them it was."""
 
@@ -96,6 +101,25 @@ def _stays_so(job: Job, error: MvmError) -> bool:
     if isinstance(error, GuestSilent):
         return job.verb is not JobVerb.INSTANCE_START
     return error.code in _LASTING
+
+
+def asked_again_at(last: Job | None, verb: JobVerb, period_s: float) -> datetime | None:
+    """When reconcile asks for `verb` again, of which `last` is the subject's last job; None: at once.
+
+    What a pass asked for and failed is asked for after a pause that doubles with each failure in a row, from the
+    sweep's period on.
+    """
+    if last is None or last.verb is not verb or last.state is not JobState.FAILED or last.finished_at is None:
+        return None
+    if last.reason is not Reason.RECONCILE:
+        return None
+    pause_s = min(_LONGEST_PAUSE_S, period_s * 2 ** failures_before(last))
+    return last.finished_at + timedelta(seconds=pause_s)
+
+
+def failures_before(job: Job) -> int:
+    """How many jobs in a row had failed, of the same subject, before reconcile asked for `job`."""
+    return int(job.params.get(FAILURES, 0))
 
 
 def expired(job: Job, now: datetime) -> Job:

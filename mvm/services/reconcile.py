@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -26,7 +27,7 @@ from mvm.domain.actions import (
 from mvm.domain.desired import DesiredState, parse
 from mvm.domain.ids import JobId, NodeId, TenantId
 from mvm.domain.instance import InFlight
-from mvm.domain.job import Job, JobVerb, Reason
+from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Verb
 from mvm.domain.planner import Observed, Outcome, as_parameters, decide
 from mvm.domain.plans import Plan
@@ -34,6 +35,7 @@ from mvm.domain.pool import WorkerPool
 from mvm.domain.remarks import Cause, Remark, told
 from mvm.domain.room import Room
 from mvm.domain.scaling import PoolNeed, scale
+from mvm.domain.tries import FAILURES, asked_again_at, failures_before
 from mvm.errors import QuotaExceeded, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.host import HostMemory
@@ -51,6 +53,7 @@ log = structlog.get_logger("mvm.reconcile")
 
 _VERBS = {JobVerb(f"instance.{verb}"): verb for verb in Verb if verb is not Verb.PREPARE}
 _LOCK_S = 120.0
+_LONGEST_REST = timedelta(seconds=600)  # a time further ahead is of a clock that has been set back since
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Reconcile:
 
     def __init__(
         self, *, store: NodeStore, registry: Registry, jobs: Jobs, lifecycle: Lifecycle, locks: Locks, clock: Clock,
-        node_id: NodeId, health: GuestHealth, room: DiskRoom, memory: HostMemory, uplink: bool,
+        node_id: NodeId, health: GuestHealth, room: DiskRoom, memory: HostMemory, uplink: bool, period_s: float,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -88,6 +91,7 @@ class Reconcile:
         self._room = room
         self._memory = memory
         self._uplink = uplink
+        self._period_s = period_s
 
     def desired(self) -> DesiredState:
         """The document that was accepted last; one that asks for nothing if there was none."""
@@ -151,7 +155,9 @@ class Reconcile:
             plan = Plan.make(replace(desired, generation=None), self._observe(open_jobs, desired))
             if expect := context.job.params.get("expect"):
                 plan.check_current(expect)
-            now = ready(plan.actions)
+            now, failed = ready(plan.actions), list[Remark]()
+            if context.job.verb.is_sweep:  # a person who asks wants it tried now
+                now, failed = self._rested(now)
             self._unscale(now)
             actor = "reconcile" if context.job.verb.is_sweep else context.job.actor
             asked, notes = self._asked(now, context.job)
@@ -164,12 +170,38 @@ class Reconcile:
             "changed": bool(asked), "bulk": group.job_id if group else None, "jobs": len(asked),
             "waiting": len(plan.actions) - len(now),
             "under_way": [j.job_id for j in open_jobs if j.verb is JobVerb.BULK and j.reason is Reason.RECONCILE],
-            "remarks": [str(remark) for remark in (*notes, *plan.news)],
-            "obstacles": [remark.to_dict() for remark in (*notes, *plan.remarks)],
+            "remarks": [str(remark) for remark in (*notes, *failed, *plan.news)],
+            "obstacles": [remark.to_dict() for remark in (*notes, *failed, *plan.remarks)],
             "blocked": [str(remark) for remark in (*notes, *plan.remarks) if _is_blocked(remark, desired)],
             "rolling": plan.rolling,
             "pools": sorted({str(scope(action)) for action in now}),
         }  # fmt: skip
+
+    def _rested(self, actions: Sequence[Action]) -> tuple[tuple[Action, ...], list[Remark]]:
+        """Those of `actions` that have not just failed; and the others, with the time when they are asked for again."""
+        now, rested, failed = self._clock.now(), list[Action](), list[Remark]()
+        for action in actions:
+            last = self._failed_before(action)
+            until = asked_again_at(last, job_for(action).verb, self._period_s) if last else None
+            if last is None or until is None or not now < until <= now + _LONGEST_REST:
+                rested.append(action)
+                continue
+            refs = (action.ref,) if isinstance(action, Request) else ()
+            what = f"{last.verb} of {last.subject} failed [{(last.error or {}).get('code')}]"
+            failed.append(Remark(scope(action), Cause.FAILED, len(refs), refs, until, detail=what))
+        return tuple(rested), failed
+
+    def _failed_before(self, action: Action) -> Job | None:
+        """The last job of what `action` is about, if it has failed."""
+        if isinstance(action, Create):
+            return None
+        if isinstance(action, Request):
+            instance = self._store.instance(action.ref)
+            revision = self._store.pool(action.ref.pool_ref).revision
+            if instance.last_error is None or (action.verb is Verb.START and instance.revision != revision):
+                return None  # it has not failed, or not with what it would start from now
+        last = self._store.last_job(job_for(action).subject)
+        return last if last is not None and last.state is JobState.FAILED else None
 
     def _unscale(self, actions: Iterable[Action]) -> None:
         """What goes is not filled up again meanwhile by a pass that does not prune."""
@@ -214,6 +246,12 @@ class Reconcile:
         note = "; ".join([*(remark.text for remark in news), *self._overruled(pool)])
         return Submitted(tuple(jobs), note or None, news)
 
+    def _counting_failures(self, action: Action) -> Asked:
+        asked, last = job_for(action), self._failed_before(action)
+        if last is None or last.verb is not asked.verb or last.reason is not Reason.RECONCILE:
+            return asked
+        return asked._replace(params={**asked.params, FAILURES: failures_before(last) + 1})
+
     def _overruled(self, pool: WorkerPool) -> Iterator[str]:
         """Where the document has other counts than a person has just given."""
         for wanted in (each for tenant in self.desired().tenants for each in tenant.pools if each.ref == pool.ref):
@@ -226,7 +264,7 @@ class Reconcile:
         notes: list[Remark] = []
         for action in actions:
             if not isinstance(action, Create):
-                asked.append(job_for(action))
+                asked.append(self._counting_failures(action))
                 continue
             try:
                 created = self._lifecycle.add(action.pool, action.count, job)

@@ -15,6 +15,7 @@ from mvm.domain.idleness import Choice
 from mvm.domain.ids import InstanceRef, TenantId
 from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
+from mvm.domain.pool import DesiredCounts
 from mvm.domain.tenant import Quota
 from mvm.errors import Failed, GuestSilent, NotFound
 from mvm.ports.host import MemoryLeft
@@ -197,6 +198,27 @@ def test_no_image_is_built_again_and_again_on_a_full_disk(mvm: CommandLine, node
     node.host.disk_free = free
     passes(node)
     assert statuses(node) == ["running", "running"]
+
+
+def test_what_has_failed_is_asked_for_again_after_a_pause_that_doubles(node: Node) -> None:
+    node.pool(cold=True)
+    node.ok(V.POOL_SCALE, "acme/web", running=0)
+    node.create()
+    with node.services.store.transaction():
+        pool = node.services.store.pools()[0]
+        node.services.store.put_pool(replace(pool, desired=DesiredCounts(1)))
+    node.host.fail("vmm.boot", Failed("vmm.failed", "it does not"), times=100)
+    for _ in range(40):  # ten minutes
+        swept = node.sweep(V.SWEEP_RECONCILE)
+        node.clock.advance(15)
+    assert failed_jobs(node).count("instance.start vmm.failed") == 6
+    (failed,) = [obstacle for obstacle in swept["obstacles"] if obstacle["cause"] == "failed"]
+    assert "instance.start of acme/web/i-" in failed["text"]
+    assert "failed [vmm.failed]; it is asked for again at " in failed["text"]
+    node.host._faults.clear()
+    node.clock.advance(300)
+    node.sweep(V.SWEEP_RECONCILE)
+    assert statuses(node) == ["running"]
 
 
 def test_nobody_is_made_warm_beyond_what_the_quota_gives(node: Node) -> None:

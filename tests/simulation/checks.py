@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 
+from mvm.domain.desired import DesiredState
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
-from mvm.domain.job import Job, JobState, JobVerb
+from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
-from mvm.domain.planner import decide
+from mvm.domain.planner import Outcome, decide
 from mvm.domain.room import usage_of
+from mvm.domain.scaling import at_counts
 from tests.simulation.world import NODE, SETTINGS, World
 
 _UP = (Status.RUNNING, Status.WARM)
+
+
+_FORESEEN = (
+    "quota.exceeded",
+    "disk.low",
+    "instance.invalid_transition",
+    "pool.exists",
+    "pool.no_uplink",
+    "pool.not_built",
+    "tenant.exists",
+    "tenant.net_id_used",
+    "tenant.subnet_full",
+    "tenant.subnet_overlap",
+)
+"""How a job ends that should not have been asked for: what it needed was known not to be there."""
+
+
+def had_to_fail(world: World, since: datetime) -> list[str]:
+    """Jobs that sweeps have asked for since then, when nobody else did anything, and that could not succeed."""
+    return [
+        f"asked in vain: {job.verb} {job.subject}: {job.error['message']}"
+        for job in world.registry.all_jobs().values()
+        if job.reason in (Reason.RECONCILE, Reason.SLEEP_POLICY)
+        and job.submitted_at >= since
+        and job.error is not None
+        and job.error["code"] in _FORESEEN
+    ]
 
 
 def after_event(world: World) -> list[str]:
@@ -235,5 +265,17 @@ def _plan(world: World) -> Iterator[str]:
     outcome = decide(desired, reconcile.observe(desired))
     if outcome.actions:
         yield f"not converged: {'; '.join(map(str, outcome.actions[:3]))}"
+    yield from _without_a_reason(world, desired, outcome)
     if outcome.rolling:
         yield f"not converged: {outcome.remarks}"
+
+
+def _without_a_reason(world: World, desired: DesiredState, outcome: Outcome) -> Iterator[str]:
+    """A pool that is not at its counts says what keeps it from them."""
+    listed = {pool.ref: pool.desired for tenant in desired.tenants for pool in tenant.pools}
+    named = {remark.subject for remark in outcome.remarks if remark.cause.counts}
+    for ref, pool in world.store._pools.items():
+        counts = listed.get(ref) or pool.desired
+        there = [row for row in world.rows().values() if row.ref.pool_ref == ref]
+        if counts is not None and not pool.pinned and not at_counts(counts, there) and ref not in named:
+            yield f"no reason: {ref} is not at {counts}: {[row.status.value for row in there]}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mvm.domain.job import JobVerb
 from tests.simulation.bases import begin
-from tests.simulation.checks import after_event, at_the_end, left_lying
+from tests.simulation.checks import after_event, at_the_end, had_to_fail, left_lying
 from tests.simulation.events import Event, events_of
 from tests.simulation.world import HOLD_S, World
 
@@ -66,19 +66,22 @@ def settle(world: World) -> tuple[int, list[str]]:
     if until:
         world.pass_time(max(wait, HOLD_S) + 1)
     breaches: list[str] = []
+    quiet = world.clock.now()
     for number in range(1, ROUNDS + 1):
         world.pass_time(35.0)
         sweeps = [JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE]
         if world.has_ill or world.rolls():
             sweeps.insert(0, JobVerb.SWEEP_HEALTH)
+        if number == 1:
+            sweeps.append(JobVerb.SWEEP_IDLENESS)
         if world.was_low:
             sweeps.append(JobVerb.SWEEP_DISK)
         for verb in sweeps:
             world.heartbeat()  # a sweep may have waited for silent guests
             world.jobs().sweep(verb, every_s=15.0)
             _drain(world)
-        if world.breaches:
-            return number, list(world.breaches)
+        if world.breaches or (vain := had_to_fail(world, quiet)):
+            return number, list(world.breaches) or vain
         breaches = at_the_end(world)
         world.tell(f"--- round {number}: {breaches or 'all is well'}")
         if not breaches:
