@@ -32,6 +32,7 @@ log = structlog.get_logger("mvm.secrets")
 
 _GUEST_S = 10.0
 _LOCK_S = 60.0
+_CATCH_UP_S = 10.0  # after which a sweep asks no further guest
 
 
 class TenantSecrets:
@@ -167,29 +168,47 @@ class TenantSecrets:
         self._note(ref, self._epoch(secrets))
         log.info("secrets delivered", instance=str(ref), epoch=self._epoch(secrets))
 
-    def try_refresh(self, instance: Instance) -> None:
-        """`refresh` where something else matters more; a sweep tries again."""
+    def try_refresh(self, instance: Instance) -> bool:
+        """`refresh` where something else matters more; whether it worked. A sweep tries again."""
         try:
             self.refresh(instance)
         except MvmError as error:
             log.warning("secrets not delivered", instance=str(instance.ref), code=error.code, why=error.message)
+            return False
+        return True
 
     def catch_up(self) -> list[str]:
-        """Running guests that lack their tenant's secrets of now are given them; which ones were tried."""
-        epochs = {tenant.id: tenant.secrets_epoch for tenant in self._store.tenants() if tenant.secrets_epoch}
-        notes = self._store.notes(Note.SECRETS) if epochs else {}
-        tried = []
-        for instance in self._store.instances() if epochs else ():
-            ref = instance.ref
-            wanted, has = epochs.get(ref.tenant, 0), int(notes.get(ref, {}).get("epoch", 0))
-            if instance.status is not Status.RUNNING or instance.in_flight or wanted <= has:
-                continue
-            with suppress(TimedOut, NotFound), self._locks.hold(f"instance {ref}", deadline_s=0):
-                instance = self._store.instance(ref)
+        """Running guests that lack their tenant's secrets of now are given them; which ones were tried.
+
+        Some guests may answer none, for ever, and a sweep has other things to do: it takes a bounded time, and those
+        come last that were tried in vain before.
+        """
+        end = self._clock.monotonic() + _CATCH_UP_S
+        tried: list[str] = []
+        for seen in self._lagging():
+            if self._clock.monotonic() >= end:
+                break
+            with suppress(TimedOut, NotFound), self._locks.hold(f"instance {seen.ref}", deadline_s=0):
+                instance = self._store.instance(seen.ref)
                 if instance.status is Status.RUNNING:
-                    tried.append(str(ref))
-                    self.try_refresh(instance)
+                    tried.append(str(seen.ref))
+                    if not self.try_refresh(instance):
+                        note = self._store.note(seen.ref, Note.SECRETS) or {"epoch": 0}
+                        self._store.put_note(seen.ref, Note.SECRETS, {**note, "tried": self._clock.now().isoformat()})
         return tried
+
+    def _lagging(self) -> list[Instance]:
+        """Running guests without their tenant's secrets of now; those first that were not tried, or long ago."""
+        epochs = {tenant.id: tenant.secrets_epoch for tenant in self._store.tenants() if tenant.secrets_epoch}
+        if not epochs:
+            return []
+        notes = self._store.notes(Note.SECRETS)
+        lagging = [
+            i for i in self._store.instances()
+            if i.status is Status.RUNNING and i.in_flight is None
+            and epochs.get(i.ref.tenant, 0) > int(notes.get(i.ref, {}).get("epoch", 0))
+        ]  # fmt: skip
+        return sorted(lagging, key=lambda i: str(notes.get(i.ref, {}).get("tried", "")))
 
     # --- inside
     def _rotate(self, tenant: TenantId, job: JobId) -> None:

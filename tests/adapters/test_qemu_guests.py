@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,9 +24,10 @@ import pytest
 
 from mvm import guest
 from mvm.domain.commands import ExecEnd, ExecOutput
+from mvm.domain.vmm import VmmState
 from mvm.drivers.builtin import cpio
 from mvm.drivers.builtin.tree import Tree
-from mvm.errors import Failed, InvalidInput, MvmError, TimedOut, Unreachable
+from mvm.errors import Failed, GuestFault, GuestRefused, GuestSilent, InvalidInput, MvmError, TimedOut, Unreachable
 from mvm.ports.guest import ExecResult
 from mvm.ports.vmm import BootSpec, Presence
 from tests import support
@@ -534,3 +536,79 @@ def _ssh(host: QemuHost, spec: BootSpec, command: str) -> subprocess.CompletedPr
              f"root@{address}", command],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
+
+
+# --- what the VMM says of its guest
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with little room."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=755", "small", str(mount)], check=True)
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_a_guest_without_room_stands_still_and_goes_on_when_there_is_room(host: QemuHost, small_disk: Path) -> None:
+    data = small_disk / "data.img"
+    with data.open("wb") as file:
+        file.truncate(64 * MIB)
+    spec = host.spec(4, data_disk=data)
+    process = host.vmm.boot(spec)
+    try:
+        host.guest.hello(spec.ref, spec.directory, deadline_s=BOOT_S)
+        write = 'for d in /sys/block/vd*; do [ "$(cat $d/serial)" = data ] && o=/dev/${d##*/}; done; '
+        write += "dd if=/dev/urandom of=$o bs=1M count=24 conv=fsync 2>/dev/null && echo written"
+        with ThreadPoolExecutor(1) as threads:
+            written = threads.submit(host.guest.execute, spec.ref, spec.directory, write, deadline_s=BOOT_S + ANSWER_S)
+            until(lambda: host.vmm.state(spec.ref, process) is VmmState.IO_ERROR, BOOT_S, "it stands still")
+            with pytest.raises(GuestSilent):
+                host.guest.ping(spec.ref, spec.directory, deadline_s=1)
+            host.vmm.resume(spec.ref, process)  # while there is no room, it stands still again at once
+            until(lambda: host.vmm.state(spec.ref, process) is VmmState.IO_ERROR, ANSWER_S, "it stands still")
+            subprocess.run(["mount", "-o", "remount,size=96m", str(small_disk)], check=True)
+            host.vmm.resume(spec.ref, process)
+            assert written.result().stdout == b"written\n"
+        assert host.vmm.state(spec.ref, process) is VmmState.RUNNING
+        assert host.guest.ping(spec.ref, spec.directory, deadline_s=ANSWER_S) > 0
+    finally:
+        host.vmm.kill(spec.ref, process)
+
+
+@pytest.mark.parametrize("how", ["yes ''", "cat /dev/urandom", "sleep 1000"])
+def test_an_agent_that_a_guest_has_replaced_is_heard_for_a_bounded_time_only(host: QemuHost, how: str) -> None:
+    """Its control port is held by another program, which writes without end; who asks is not kept busy by that."""
+    spec = host.spec(5)
+    process = host.vmm.boot(spec)
+    try:
+        host.guest.hello(spec.ref, spec.directory, deadline_s=BOOT_S)
+        liar = b64encode(f"#!/bin/sh\nexec <>$(cat /run/port) >&0\n{how}\n".encode()).decode()
+        replace_agent = (
+            "for p in /sys/class/virtio-ports/*; do "
+            "[ $(cat $p/name) = mvm.agent.0 ] && echo /dev/${p##*/} >/run/port; done; "
+            f"echo {liar} | base64 -d >/run/liar; chmod +x /run/liar; mount -o bind /run/liar /usr/lib/mvm/agent; "
+            "kill -9 $(grep -l agent.mvm.agent.0 /proc/[0-9]*/cmdline | cut -d/ -f3)"
+        )
+        with suppress(MvmError):  # its own shell may be among them
+            host.guest.execute(spec.ref, spec.directory, replace_agent, deadline_s=ANSWER_S)
+        until(lambda: _is_liar(host, spec), ANSWER_S, "its agent is replaced")
+        for ask in (host.guest.ping, host.guest.status, host.guest.prepare_sleep, host.guest.shutdown):
+            began, cpu = time.monotonic(), time.thread_time()
+            with pytest.raises(GuestSilent if "sleep" in how else GuestRefused):
+                ask(spec.ref, spec.directory, deadline_s=1 if "sleep" in how else 3)
+            assert time.monotonic() - began < 3 + ANSWER_S
+            assert time.thread_time() - cpu < 0.5
+        host.vmm.kill(spec.ref, process)
+        assert host.vmm.observe(spec.ref, process) is Presence.ABSENT
+    finally:
+        host.vmm.kill(spec.ref, process)
+
+
+def _is_liar(host: QemuHost, spec: BootSpec) -> bool:
+    try:
+        host.guest.ping(spec.ref, spec.directory, deadline_s=1)
+    except GuestFault:
+        return True
+    return False

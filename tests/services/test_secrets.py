@@ -269,3 +269,18 @@ def test_the_commands(mvm: CommandLine, node: Node, tmp_path: Path) -> None:
     jobs = json.dumps(mvm.json("job", "list"))
     assert "tenant.secrets" in jobs
     assert "hush" not in jobs
+
+
+def test_guests_that_never_answer_hold_up_neither_the_sweep_nor_others(node: Node) -> None:
+    node.pool()
+    refs = node.create(4)
+    for ref in refs:
+        node.ok(V.INSTANCE_START, ref)
+    node.services.view.set_secrets(TenantId("acme"), b"KEY=value\n", "test")
+    for ref in refs[:3]:
+        node.host.machines[InstanceRef.parse(ref)].hung = True
+    for _ in range(4):
+        began = node.clock.monotonic()
+        node.sweep(V.SWEEP_STALE_PIDS)
+        assert node.clock.monotonic() - began < 25
+    assert node.host.machines[InstanceRef.parse(refs[3])].mounted

@@ -13,6 +13,7 @@ from mvm.domain.lifecycle import Status
 from mvm.domain.planner import Outcome, decide
 from mvm.domain.room import usage_of
 from mvm.domain.scaling import at_counts
+from mvm.domain.vmm import Ending, VmmState
 from tests.simulation.world import NODE, SETTINGS, World
 
 _UP = (Status.RUNNING, Status.WARM)
@@ -154,11 +155,23 @@ def at_the_end(world: World) -> list[str]:
     """What is not as it should be when faults are over and sweeps have had their time: of the first kind that is."""
     world.tainted.clear()
     world.harmed.clear()
-    for look in (after_event, _jobs, _host, _images, _plan, _agreement, _trails):
+    for look in (after_event, _jobs, _guests, _host, _images, _plan, _agreement, _trails):
         breaches = list(look(world))
         if breaches:
             return breaches
     return []
+
+
+def _guests(world: World) -> Iterator[str]:
+    """Whoever should run does, and no reboot is told that was none."""
+    for ref, row in world.rows().items():
+        machine = world.host.machines.get(ref)
+        if row.status is Status.RUNNING and machine is not None and machine.state is not VmmState.RUNNING:
+            yield f"stands still: {ref} should run, there is room, and its VMM says {machine.state}"
+        if row.stalled is not None:
+            yield f"stands still: {ref} is told as {row.stalled}"
+        if row.ended is Ending.REBOOTED and world.host.endings.get(world.host.layout.instance(ref)) is not row.ended:
+            yield f"stores disagree: {ref} is told as {row.ended}"
 
 
 def _jobs(world: World) -> Iterator[str]:

@@ -16,6 +16,7 @@ WORK = {
 FAULTS = {
     "crash": 5, "restart": 3, "reboot": 1, "redis": 3, "lose": 3, "duplicate": 4, "delay": 3, "fail": 4, "full": 2,
     "silence": 3, "vmm": 4, "clock": 2, "low": 3, "memory": 3, "untap": 2,
+    "end": 3, "still": 3, "lie": 2,
 }  # fmt: skip
 RESTORES = 0.15
 """The part of the runs in which the node is restored from a backup."""

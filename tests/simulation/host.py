@@ -224,6 +224,10 @@ class SimHost(FakeHost):
             self.world.hurt(point)
             raise faults.popleft()
 
+    def has_room(self) -> bool:
+        """Whether guests find room on the host's disk."""
+        return not self.disk_full
+
     def launching(self, ref: InstanceRef) -> None:
         """Somebody is about to start a VMM for `ref`, or to take over one that failed work has left."""
         maker, current = self.makers.get(ref), self.world.current

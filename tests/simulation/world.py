@@ -15,6 +15,8 @@ from mvm.domain.job import Job, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.scaling import proving
 from mvm.domain.tenant import Quota
+from mvm.domain.vmm import Ending, VmmState
+from mvm.drivers.fake import Lie
 from mvm.errors import Failed, GuestRefused, GuestSilent, MvmError
 from mvm.ports.guest import Worker
 from mvm.ports.host import MemoryLeft
@@ -183,10 +185,13 @@ class World:
 
     @property
     def has_ill(self) -> bool:
-        """Whether some guest is silent, or has no TAP."""
+        """Whether some guest is silent, lies or stands still, or has no TAP."""
         rows = (self.rows().get(ref) for ref in self.host.machines)
         taps = {self.store._tenants[row.ref.tenant].network.tap(row.offset) for row in rows if row}
-        return not taps <= self.host.taps.keys() or any(machine.hung for machine in self.host.machines.values())
+        return not taps <= self.host.taps.keys() or any(
+            machine.hung or machine.lies or machine.state is not VmmState.RUNNING
+            for machine in self.host.machines.values()
+        )
 
     # --- what it is made of
     def rows(self) -> dict[InstanceRef, Instance]:
@@ -388,8 +393,11 @@ class World:
                 return self._submit(event, V.POOL_BUILD, str(pool), {})
             case "update":
                 source = {"flake_ref": "builtin:", "profile": ("minimal", "python")[value % 2]}
-                params = ({"pinned": True}, {"pinned": False}, {"critical": bool(value % 8 == 7)}, {"source": source})
-                return self._submit(event, V.POOL_UPDATE, str(pool), params[value // 2 % 4])
+                params = (
+                    {"pinned": True}, {"pinned": False}, {"critical": bool(value % 8 == 7)}, {"source": source},
+                    {"on_exit": ("stop", "restart")[value % 2]},
+                )  # fmt: skip
+                return self._submit(event, V.POOL_UPDATE, str(pool), params[value // 2 % len(params)])
             case "quota":
                 return self._submit(event, V.TENANT_UPDATE, pool.tenant, {"quota": {"max_running": 2 + value % 3}})
             case "rotate":
@@ -632,6 +640,38 @@ class World:
         (self.host.kill_process, self.host.exhaust, self.host.panic_guest)[event.value % 3](ref)
         self.harmed.add(ref)
         return f"of {ref} ends"
+
+    def _guest(self, pick: int) -> InstanceRef | None:
+        refs = sorted((ref for ref in self.host.machines if ref in self.rows()), key=str)
+        return refs[pick % len(refs)] if refs else None
+
+    def _do_end(self, event: Event) -> str:
+        ref = self._guest(event.pick)
+        if ref is None:
+            return "nobody"
+        how = (Ending.HALTED, Ending.REBOOTED)[event.value % 2]
+        self.host.halt_guest(ref, how)
+        self.harmed.add(ref)
+        return f"{ref} has {how}"
+
+    def _do_still(self, event: Event) -> str:
+        ref = self._guest(event.pick)
+        if ref is None:
+            return "nobody"
+        state = (VmmState.IO_ERROR, VmmState.IO_ERROR, VmmState.PAUSED, VmmState.BROKEN, VmmState.ENDED)[
+            event.value % 5
+        ]
+        self.host.stall_guest(ref, state)
+        self.harmed.add(ref)
+        return f"the VMM of {ref} says {state}"
+
+    def _do_lie(self, event: Event) -> str:
+        ref = self._guest(event.pick)
+        if ref is None:
+            return "nobody"
+        lie = (Lie.REFUSES, Lie.PRETENDS, None)[event.value % 3]
+        self.host.lie(ref, lie)
+        return f"the guest of {ref} {lie or 'is honest'}"
 
     def _do_clock(self, event: Event) -> str:
         jump = _JUMPS[event.pick % len(_JUMPS)]
