@@ -77,8 +77,8 @@ class JobTask(Task):  # type: ignore[misc]
                 raise InvalidInput("job.option_refused", f"{self.name} takes no link_error", hint="see docs/celery.md")
             if "submitted_at" in words:
                 return job_of(self.name, job_id, words).with_(canvas=canvas)
-            return app.jobs.accept(self._called(job_id, read_call(JobVerb(self.name.removeprefix("mvm.")), args, words))
-                                   .with_(canvas=canvas))  # fmt: skip
+            call = read_call(JobVerb(self.name.removeprefix("mvm.")), args, words)
+            return app.jobs.accept(self._called(job_id, call).with_(canvas=canvas))
         except InvalidInput as error:
             app.jobs.refuse(self.request.id, error)
             raise

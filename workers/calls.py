@@ -43,8 +43,15 @@ _REFUSED: Mapping[str, str] = {
 }
 """Options of Celery's that a job cannot have, and why."""
 
-_CANVAS = {"group_id": "group", "group_index": "group_index", "chain": "chain", "chord": "chord", "link": "callbacks",
-           "root_id": "root_id", "parent_id": "parent_id"}  # fmt: skip
+_CANVAS = {
+    "group_id": "group",
+    "group_index": "group_index",
+    "chain": "chain",
+    "chord": "chord",
+    "link": "callbacks",
+    "root_id": "root_id",
+    "parent_id": "parent_id",
+}
 
 
 class JobsApp(Celery):  # type: ignore[misc]
@@ -90,9 +97,16 @@ class JobsApp(Celery):  # type: ignore[misc]
         queue = node_queue(job.node_id, job.lane)
         try:
             return super().send_task(
-                name, (), words, task_id=str(job.job_id), queue=Queue(queue, routing_key=queue),
-                priority=priority_of(job.lane), eta=job.retry_at, kwargsrepr=readable(words), **options,
-            )  # fmt: skip
+                name,
+                (),
+                words,
+                task_id=str(job.job_id),
+                queue=Queue(queue, routing_key=queue),
+                priority=priority_of(job.lane),
+                eta=job.retry_at,
+                kwargsrepr=readable(words),
+                **options,
+            )
         except (KombuError, OSError) as error:
             failure = Unreachable("broker.unreachable", f"the broker does not take it: {error}", hint="see: mvm status")
             self.jobs.not_sent(job, failure)
@@ -103,15 +117,20 @@ class JobsApp(Celery):  # type: ignore[misc]
         inherited = asker.request.kwargs.get("actor") if asker and asker.request.kwargs else None
         node, lane = self._place(call, options)
         job = self.jobs.new(
-            call.verb, call.subject, node, params=call.params, actor=call.actor or inherited or getpass.getuser(),
+            call.verb,
+            call.subject,
+            node,
+            params=call.params,
+            actor=call.actor or inherited or getpass.getuser(),
             lane=lane,
-        )  # fmt: skip
+        )
         if options.get("task_id"):
             job = job.with_(job_id=JobId(str(options["task_id"])))
         return job.with_(
-            retry_at=self._eta(options), expires_at=_time(options.get("expires")) or job.expires_at,
+            retry_at=self._eta(options),
+            expires_at=_time(options.get("expires")) or job.expires_at,
             canvas=_canvas(options, asker, job.job_id),
-        )  # fmt: skip
+        )
 
     def _place(self, call: Call, options: Mapping[str, Any]) -> tuple[NodeId, Lane | None]:
         """The job's node and lane: of its queue when one is named, else of its subject."""
@@ -141,9 +160,10 @@ class JobsApp(Celery):  # type: ignore[misc]
         when = _time(options.get("eta") if options.get("eta") is not None else options.get("countdown") or None)
         if when is not None and when - datetime.now(UTC) > timedelta(seconds=self.jobs.ahead_s):
             raise _option(
-                "eta", f"a job waits for {self.jobs.ahead_s:g} s at most: its worker would hold it all the while; "
-                "let Beat, cron or a timer call it at its time"
-            )  # fmt: skip
+                "eta",
+                f"a job waits for {self.jobs.ahead_s:g} s at most: its worker would hold it all the while; "
+                "let Beat, cron or a timer call it at its time",
+            )
         return when
 
 

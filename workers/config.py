@@ -57,4 +57,4 @@ def celery_settings(settings: Settings, role: str) -> dict[str, Any]:
         },
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
-    }  # fmt: skip
+    }

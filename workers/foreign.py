@@ -116,9 +116,13 @@ def _check_unacked(raw: bytes | None) -> None:
 def _set_aside(channel: Any, queue: str, raw: bytes, error: ForeignMessage) -> None:
     _count(queue, error)
     note = {
-        "at": time.time(), "queue": queue, "why": error.why.value, "message": error.message, "bytes": len(raw),
+        "at": time.time(),
+        "queue": queue,
+        "why": error.why.value,
+        "message": error.message,
+        "bytes": len(raw),
         "text": raw[:_SHOWN_BYTES].decode(errors="backslashreplace"),
-    }  # fmt: skip
+    }
     with channel.conn_or_acquire() as client:
         pipe = client.pipeline()
         pipe.lpush(SET_ASIDE_KEY, json.dumps(note)).ltrim(SET_ASIDE_KEY, 0, KEPT - 1).expire(SET_ASIDE_KEY, _KEPT_S)

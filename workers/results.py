@@ -95,9 +95,13 @@ class JobResults(BaseBackend):  # type: ignore[misc]
             return True
 
     def wait_for(
-        self, task_id: str, timeout: float | None = None, interval: float = 0.5, no_ack: bool = True,
+        self,
+        task_id: str,
+        timeout: float | None = None,
+        interval: float = 0.5,
+        no_ack: bool = True,
         on_interval: Callable[[], Any] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """The job's end, told at once; `on_interval` is called every `interval` seconds at least."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -146,11 +150,18 @@ def _meta(job: Job) -> dict[str, Any]:
     if status in states.EXCEPTION_STATES:
         result = _setback(job) if status == states.RETRY else error_of(job.error)
     return {
-        "task_id": str(job.job_id), "status": status, "result": result, "traceback": None, "children": [],
-        "date_done": job.finished_at.isoformat() if job.finished_at else None, "name": job.verb.task_name,
-        "args": [job.subject], "kwargs": dict(job.params), "retries": max(0, job.attempt - 1),
+        "task_id": str(job.job_id),
+        "status": status,
+        "result": result,
+        "traceback": None,
+        "children": [],
+        "date_done": job.finished_at.isoformat() if job.finished_at else None,
+        "name": job.verb.task_name,
+        "args": [job.subject],
+        "kwargs": dict(job.params),
+        "retries": max(0, job.attempt - 1),
         "parent_id": (job.canvas or {}).get("parent_id") or job.parent,
-    }  # fmt: skip
+    }
 
 
 def _setback(job: Job) -> MvmError:

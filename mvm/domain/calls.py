@@ -131,8 +131,11 @@ def _kind(verb: JobVerb) -> str:
 
 
 _KINDS: Mapping[str, Any] = {
-    "tenant": TenantId, "pool": PoolRef.parse, "instance": InstanceRef.parse, "node": NodeId,
-}  # fmt: skip
+    "tenant": TenantId,
+    "pool": PoolRef.parse,
+    "instance": InstanceRef.parse,
+    "node": NodeId,
+}
 _EXAMPLES = {"tenant": "acme", "pool": "acme/web", "instance": "acme/web/i-7f2c91ab", "node": "n1"}
 
 

@@ -37,8 +37,9 @@ class OneNode:
 
     @property
     def settings(self) -> Settings:
-        return Settings(state_dir=self.main.state_dir, redis_url=self.redis.host_url, node_id=NODE, netns="host",
-                        driver="fake")  # fmt: skip
+        return Settings(
+            state_dir=self.main.state_dir, redis_url=self.redis.host_url, node_id=NODE, netns="host", driver="fake"
+        )
 
     @property
     def env(self) -> dict[str, str]:

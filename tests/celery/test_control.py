@@ -75,8 +75,24 @@ def test_a_queue_that_is_not_consumed_is_seen(node: OneNode) -> None:
 
 def test_a_second_worker_of_a_role_is_refused(node: OneNode) -> None:
     for role, queue in (("main", "node.n1"), ("urgent", "node.n1.urgent")):
-        argv = [sys.executable, "-m", "celery", "-A", "workers", "worker", "-n", f"{role}@n1", "-Q", queue,
-                "-P", "threads", "-c", "1", "--without-gossip", "--without-mingle"]  # fmt: skip
+        argv = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "workers",
+            "worker",
+            "-n",
+            f"{role}@n1",
+            "-Q",
+            queue,
+            "-P",
+            "threads",
+            "-c",
+            "1",
+            "--without-gossip",
+            "--without-mingle",
+        ]
         done = node.run(*argv, check=False, MVM_WORKER_ROLE=role)
         assert done.returncode == 1, done.stderr
         assert "worker.already_running" in done.stdout + done.stderr

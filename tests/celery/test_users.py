@@ -77,12 +77,16 @@ print(json.dumps(told))
     option = dict.fromkeys(
         ("countdown", "eta", "link_error", "time_limit", "soft", "priority", "queue", "serializer", "compression"),
         "job.option_refused",
-    )  # fmt: skip
+    )
     arguments = dict.fromkeys(("sweep", "none", "word", "kind"), "job.invalid_arguments")
     assert told == option | arguments | {
-        "task_id": "job.invalid_id", "direct": "job.called_directly", "eager": "job.called_directly",
-        "forget": "job.read_only", "subject": "instance.invalid_ref", "pool": "pool.not_found",
-    }  # fmt: skip
+        "task_id": "job.invalid_id",
+        "direct": "job.called_directly",
+        "eager": "job.called_directly",
+        "forget": "job.read_only",
+        "subject": "instance.invalid_ref",
+        "pool": "pool.not_found",
+    }
     assert [job.verb for job in node.jobs.list(subject=ref)] == [], "nothing was recorded"
 
 

@@ -21,8 +21,9 @@ from tests.support.strategies import json_objects
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("node.n1"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
 TASKS = {verb.task_name for verb in JobVerb}
 
 
@@ -82,5 +83,7 @@ def test_a_job_by_itself_has_no_canvas_and_a_bulk_jobs_child_neither() -> None:
     assert canvas_of({"root_id": "a", "parent_id": None, "chain": [], "group": None}, "a", None) is None
     assert canvas_of({"root_id": "p", "parent_id": "p"}, "a", "p") is None
     assert canvas_of({"root_id": "r", "parent_id": "q", "chain": [{}]}, "a", None) == {
-        "root_id": "r", "parent_id": "q", "chain": [{}],
-    }  # fmt: skip
+        "root_id": "r",
+        "parent_id": "q",
+        "chain": [{}],
+    }

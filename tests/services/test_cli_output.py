@@ -15,9 +15,14 @@ def run(words: str, **env: str) -> subprocess.CompletedProcess[str]:
     """The command line through a shell, as root's would be; exit code and what reached stderr."""
     command = f"{sys.executable} -m mvm {words}"
     return subprocess.run(
-        command, shell=True, capture_output=True, text=True, check=False, timeout=120,
+        command,
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
         env={**os.environ, "MVM_STATE_DIR": "/nonexistent/mvm", **env},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("words", ["--help", "job --help", "--version", "status", "status -o json", "doctor -o yaml"])

@@ -41,8 +41,12 @@ print(json.dumps({"whole": verdict["whole"], "entries": verdict["entries"], "tai
 def test_a_trail_is_verified_on_a_full_disk(tmp_path: Path) -> None:
     mount = f'mount -t tmpfs -o size=2m none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mount, _READER], capture_output=True, text=True, check=False, timeout=120,
+        ["unshare", "-m", "sh", "-c", mount, _READER],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"whole": True, "entries": 5, "tail": 5}

@@ -399,10 +399,24 @@ def test_files_that_hold_no_document(mvm: CommandLine, tmp_path: Path) -> None:
 
 
 PROMISES = (
-    "x: !!bool 'zz'", "x: !!int zz", "x: !!int ''", "x: !!float zz", "x: !!binary 'a'", "x: !!set {a, b}",
-    "x: !!omap [a: 1]", "x: !!pairs [a: 1]", "x: !!map 5", "x: !!seq 5", "x: !!str [a]", "x: !!int [1]", "x: !what 5",
-    "x: " + "9" * 5000, "x: !!int 1:" + "9" * 5000, "!!bool z: 1", "x: !!null [1]",
-)  # fmt: skip
+    "x: !!bool 'zz'",
+    "x: !!int zz",
+    "x: !!int ''",
+    "x: !!float zz",
+    "x: !!binary 'a'",
+    "x: !!set {a, b}",
+    "x: !!omap [a: 1]",
+    "x: !!pairs [a: 1]",
+    "x: !!map 5",
+    "x: !!seq 5",
+    "x: !!str [a]",
+    "x: !!int [1]",
+    "x: !what 5",
+    "x: " + "9" * 5000,
+    "x: !!int 1:" + "9" * 5000,
+    "!!bool z: 1",
+    "x: !!null [1]",
+)
 """YAML whose tags promise what the text does not hold, and what JSON has not."""
 
 
