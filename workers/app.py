@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from pathlib import Path
 
 from mvm.settings import Settings, load_settings
 from workers.calls import JobsApp
@@ -22,6 +23,15 @@ def _settings(role: str | None) -> Settings:
     from mvm.drivers.stack import running_settings
 
     return running_settings(settings)
+
+
+def _owner(settings: Settings) -> str:
+    """The state directory, known by this boot of the host and its place on a disk."""
+    try:
+        place = settings.state_dir.stat()
+    except OSError:  # a program beside the workers, which claims nothing
+        return ""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{place.st_dev}:{place.st_ino}"
 
 
 _role = os.environ.get("MVM_WORKER_ROLE")
@@ -44,4 +54,4 @@ app.conf.update(celery_settings(settings, role), result_backend="workers.results
 guard_detached_channels()
 guard_deliveries(_task_names, app.refuse)
 keep_clients()
-install_steps(app)
+install_steps(app, _owner(settings))

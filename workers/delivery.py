@@ -5,6 +5,7 @@ Measured on celery and kombu 5.7.0; each guard has a test against a real Redis a
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -13,9 +14,69 @@ import structlog
 from celery import Celery, bootsteps
 from kombu.transport.redis import Channel
 
+from mvm.errors import NotAllowed
+
 log = structlog.get_logger("mvm.delivery")
 
 _GATHER_S = 0.2
+_CLAIM_S = 12
+
+
+class SoleWorker(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Claims this worker's unacknowledged set, before anything of it is touched, and keeps it claimed.
+
+    A lock in the state directory refuses a second worker there; this refuses that of another state directory, perhaps
+    on another host, which has the same node id at the same broker. `owner` names the state directory.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+    owner = ""
+
+    def start(self, consumer: Any) -> None:
+        """Celery's hook: the consumer is connected. Waits for the claim of a worker that has just ended."""
+        channel = consumer.task_consumer.channel
+        end = time.monotonic() + _CLAIM_S + 2
+        while not self._claim(channel):
+            if time.monotonic() > end:
+                self._refuse(channel)
+            threading.Event().wait(0.5)
+        self._timer = consumer.timer.call_repeatedly(_CLAIM_S / 4, self._renew, (consumer,))
+
+    def stop(self, consumer: Any) -> None:
+        """Celery's hook: the connection is lost or the worker ends."""
+        timer = getattr(self, "_timer", None)
+        if timer is not None:
+            timer.cancel()
+
+    def _claim(self, channel: Any) -> bool:
+        """Whether the set is ours, for `_CLAIM_S` from now."""
+        key = f"{channel.unacked_key}:owner"
+        with channel.conn_or_acquire() as client:
+            if client.set(key, self.owner, nx=True, ex=_CLAIM_S):
+                return True
+            if client.get(key) != self.owner.encode():
+                return False
+            client.expire(key, _CLAIM_S)
+            return True
+
+    def _renew(self, consumer: Any) -> None:
+        if consumer.task_consumer is None:
+            return
+        channel = consumer.task_consumer.channel
+        try:
+            if not self._claim(channel):
+                self._refuse(channel)
+        except channel.connection_errors as error:
+            log.warning("could not keep the claim", error=str(error))
+
+    def _refuse(self, channel: Any) -> None:
+        error = NotAllowed(
+            "worker.already_running",
+            f"another state directory has a worker for {channel.unacked_key.removeprefix('mvm:unacked:')}",
+            hint="two nodes need two ids: MVM_NODE_ID",
+        )
+        log.error("ends", code=error.code, error=error.message)
+        raise SystemExit(str(error))
 
 
 class AdoptUnacked(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -26,7 +87,7 @@ class AdoptUnacked(bootsteps.StartStopStep):  # type: ignore[misc]
     timeout.
     """
 
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    requires = (SoleWorker,)
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
@@ -109,9 +170,10 @@ class GatherEvents(bootsteps.StartStopStep):  # type: ignore[misc]
         self._consumer._flush_events()
 
 
-def install_steps(app: Celery) -> None:
-    """Add the steps to the app's consumers."""
-    app.steps["consumer"].update((AdoptUnacked, VisibilityHeartbeat, GatherEvents))
+def install_steps(app: Celery, owner: str) -> None:
+    """Add the steps to the app's consumers; `owner` names the state directory, however its path is spelt."""
+    SoleWorker.owner = owner
+    app.steps["consumer"].update((SoleWorker, AdoptUnacked, VisibilityHeartbeat, GatherEvents))
 
 
 def keep_clients() -> None:

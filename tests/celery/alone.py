@@ -14,6 +14,8 @@ from typing import Any
 
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb
+from mvm.domain.layout import StateLayout
+from mvm.drivers import state_dir
 from mvm.drivers.locks import FileLocks
 from mvm.drivers.redis_link import RedisLink
 from mvm.services.jobs import Jobs
@@ -105,6 +107,7 @@ class OneNode:
 def one_node(directory: Path) -> Iterator[OneNode]:
     redis = _redis(directory, "broker")
     url = redis.host_url
+    state_dir.prepare(StateLayout(directory / f"state-{NODE}"))
     workers = [start_worker(directory, NODE, url, role=role) for role in ("main", "urgent")]
     link = RedisLink(url, code="x")
     jobs = Client({"node_id": NODE, "redis_url": url, "broker_url": url}, Settings().layout).jobs

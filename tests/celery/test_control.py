@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -65,12 +66,12 @@ other.send_task("mvm.tenant.create", ["early"], task_id={task_id!r}, queue="node
 def test_a_queue_that_is_not_consumed_is_seen(node: OneNode) -> None:
     probes = Probes(node.settings)
     for part, worker, queue in (("worker", "main", "node.n1"), ("urgent", "urgent", "node.n1.urgent")):
-        assert probes.ask(part, {}) is None
+        assert probes.ask(part, {}).well
         node.celery("control", "cancel_consumer", queue, "-d", f"{worker}@n1")
-        told = probes.ask(part, {}) or ""
+        told = probes.ask(part, {}).note or ""
         assert told.startswith("takes nothing from its queue"), told
         node.run("sh", "-c", told.partition(": ")[2].replace("celery", f"{sys.executable} -m celery", 1))
-        assert probes.ask(part, {}) is None
+        assert probes.ask(part, {}).well
 
 
 def test_a_second_worker_of_a_role_is_refused(node: OneNode) -> None:
@@ -97,12 +98,26 @@ def test_a_second_worker_of_a_role_is_refused(node: OneNode) -> None:
         assert done.returncode == 1, done.stderr
         assert "worker.already_running" in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-    node.ok(JobVerb.TENANT_UPDATE, "acme")
+    assert node.instance(), "it takes jobs as before"
     assert (node.main._container.status, node.urgent._container.status) == ("running", "running")
+
+
+def test_a_worker_of_another_state_directory_with_the_same_node_id_is_refused(node: OneNode, tmp_path: Path) -> None:
+    """It would take over what the first one has in flight."""
+    words = "worker -n main@n1 -Q node.n1 -P threads -c 1 --without-gossip --without-mingle"
+    done = node.run(
+        *(sys.executable, "-m", "celery", "-A", "workers", *words.split()),
+        check=False,
+        MVM_WORKER_ROLE="main",
+        MVM_STATE_DIR=str(tmp_path),
+    )
+    assert done.returncode != 0, done.stderr
+    assert "another state directory has a worker for n1:main" in done.stdout + done.stderr
+    assert node.instance(), "it takes jobs as before"
 
 
 def test_the_next_worker_of_a_role_starts_after_the_last_was_killed(node: OneNode) -> None:
     node.main._container.kill()
     node.main._container.start()
-    node.ok(JobVerb.TENANT_UPDATE, "acme")
+    assert node.instance(), "it takes jobs as before"
     assert node.main._container.status == "running"
