@@ -40,7 +40,7 @@ def had_to_fail(world: World, since: datetime) -> list[str]:
         f"asked in vain: {job.verb} {job.subject}: {job.error['message']}"
         for job in world.registry.all_jobs().values()
         if job.reason in (Reason.RECONCILE, Reason.SLEEP_POLICY)
-        and job.submitted_at >= since
+        and job.submitted_at > since
         and job.error is not None
         and job.error["code"] in _FORESEEN
     ]

@@ -15,7 +15,7 @@ RUNS = 300
 NEAR = 150
 """Seeds that are looked through for a planted bug; the first of them has it, as long as runs mean what they do now."""
 FOUND_AT = {
-    "drop-the-lock": 30, "ack-early": 30, "forget-an-undo": 180, "count-ready-as-gone": 5, "compare-pid-only": 200,
+    "drop-the-lock": 30, "ack-early": 30, "forget-an-undo": 1250, "count-ready-as-gone": 5, "compare-pid-only": 200,
 }  # fmt: skip
 
 
