@@ -32,7 +32,8 @@ def settle(settings: Settings) -> Identity:
     """
     layout = settings.layout
     known = remembered(layout) or _first(settings)
-    known.check_node(settings.node)
+    if settings.node_id:  # else it is the node's that it was
+        known.check_node(settings.node)
     text = json.dumps(known.to_dict())
     if not layout.identity.exists() or layout.identity.read_text() != text:
         write_private(layout.identity, text.encode())

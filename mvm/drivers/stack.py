@@ -121,6 +121,7 @@ class Stack:
         self._settings = settings
         self._layout = settings.layout
         self._shell = shell
+        self._given = parts
         self._programs = programs(settings) if parts is None else parts
         self._supervisor = Supervisor(settings.layout, shell)
         self._probes = Probes(settings)
@@ -165,6 +166,7 @@ class Stack:
             update={"node_id": str(known.node_id), "netns": self._settings.netns or known.netns}
         )
         self._probes = Probes(self._settings)
+        self._programs = programs(self._settings) if self._given is None else self._given
         for note in certs.init(self._layout, self._settings.node):
             report(f"WARNING: {note}")
         self._layout.metrics.mkdir(mode=0o700, exist_ok=True)

@@ -24,6 +24,7 @@ from mvm.domain.layout import MAX_ROOT_BYTES, StateLayout
 from mvm.errors import Failed, InvalidInput, NotAllowed, TimedOut, Unreachable
 from mvm.ports.shell import Shell
 
+_OF_ANY = (b"SUPERVISOR_SERVER_URL=unix://", b"mvm.drivers.supervisord")
 _START_S = 20.0
 _MORE_S = 10.0  # beyond what supervisord itself allows its parts
 
@@ -210,7 +211,8 @@ class Supervisor:
 
     def _pids(self, session: int) -> frozenset[int]:
         marks = (os.fsencode(f"SUPERVISOR_SERVER_URL=unix://{_socket(self._layout)}"), os.fsencode(str(self._conf())))
-        return frozenset(pid for pid in _session(session) if _marked(pid, marks))
+        root = self._layout.root
+        return frozenset(pid for pid in _session(session) if _marked(pid, marks) or _works_at(pid, root))
 
     def stop(self) -> None:
         """Stop all parts and supervisord and wait until every process of them is gone; nothing when none is there.
@@ -329,6 +331,14 @@ def _marked(pid: int, marks: Sequence[bytes]) -> bool:
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
     return any(mark in words for mark in marks)
+
+
+def _works_at(pid: int, root: Path) -> bool:
+    """Whether it is of a supervisord that was started at `root`, by whatever path: all of it works there."""
+    try:
+        return _marked(pid, _OF_ANY) and Path(f"/proc/{pid}/cwd").samefile(root)
+    except OSError:
+        return False
 
 
 def _pidfd(pid: int) -> int | None:

@@ -181,6 +181,24 @@ def test_it_is_the_same_by_every_path(settings: Settings, root: Path) -> None:
         LocalShell().run(["umount", str(root / "bound")])
 
 
+@pytest.mark.parametrize("started_by", ["s", "bound"])
+def test_a_stack_is_taken_down_by_another_path(settings: Settings, root: Path, started_by: str) -> None:
+    redis_only(settings).prepare()
+    (root / "bound").mkdir()
+    LocalShell().run(["mount", "--bind", str(root / "s"), str(root / "bound")])
+    try:
+        first, second = (root / started_by, root / ({"s", "bound"} - {started_by}).pop())
+        stack = redis_only(settings, state_dir=str(first))
+        stack.up(quiet)
+        pids = [part.pid for part in stack.status()]
+        redis_only(settings, state_dir=str(second)).down(quiet)
+        assert not [pid for pid in pids if pid and Path(f"/proc/{pid}").exists()]
+        stack.up(quiet)
+        stack.down(quiet)
+    finally:
+        LocalShell().run(["umount", str(root / "bound")])
+
+
 def test_two_directories_that_lay_at_one_path_are_two(settings: Settings, root: Path) -> None:
     redis_only(settings).prepare()
     first = identity.mark(settings.layout)
@@ -258,10 +276,13 @@ def test_a_former_versions_node_is_known_by_its_pools(settings: Settings) -> Non
     with closing(SqliteStore(settings.layout.database)) as store:
         store.put_pool(WorkerPool(WEB, ImageSource("builtin:", "minimal"), InstanceResources(), node, START))
     with pytest.raises(NotAllowed) as caught:
-        redis_only(settings).prepare()
+        redis_only(settings, node_id="renamed").prepare()
     assert caught.value.code == "node.renamed"
     assert "old-name" in caught.value.hint
-    redis_only(settings, node_id=node).prepare()
+    stack = Stack(settings, LocalShell())
+    stack.prepare()  # whatever the host's name is
+    assert stack.settings.node == node
+    assert any(f"main@{node}" in program.argv for program in stack._programs)
     known = remembered(settings.layout)
     assert known is not None
     assert known.node_id == node

@@ -20,7 +20,7 @@ PATIENCE_S = 120.0
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with running_stack() as stack:
+    with running_stack(MVM_IDLENESS_SWEEP_S="86400") as stack:  # on a slow machine they are idle for long
         shape = ("--flake", "builtin:", "--profile", "minimal", "--mem", "128", "--data-disk", "16")
         stack.mvm("tenant", "create", "acme")
         stack.mvm("pool", "create", "acme/web", *shape)
