@@ -47,6 +47,9 @@ class Actor:
         self.name = name
         self.verb = ""
         self.subject = ""
+        self.forced = False
+        """Its job does not wait for a guest, or is given up and undone."""
+        self.has_resumed = False
         self.late = False
         """It began when the record of its job was final already."""
         self.began = datetime.max.replace(tzinfo=UTC)

@@ -21,6 +21,9 @@ FAULTS = {
 RESTORES = 0.15
 """The part of the runs in which the node is restored from a backup."""
 
+RESTARTS = 0.25
+"""The part of the runs in which the stack goes down and up again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -47,7 +50,7 @@ def events_of(seed: int) -> list[Event]:
     if "crash" in kinds:
         weights["restart"] = FAULTS["restart"]
     events = list(_drawn(random, list(weights), list(weights.values())))
-    return _restored(Random(~seed), events)
+    return _restarted(Random(f"stack {seed}"), _restored(Random(~seed), events))
 
 
 def _restored(random: Random, events: list[Event]) -> list[Event]:
@@ -56,6 +59,15 @@ def _restored(random: Random, events: list[Event]) -> list[Event]:
         return events
     taken, restored = sorted(random.sample(range(len(events)), 2))
     return [*events[:taken], Event("backup"), *events[taken:restored], Event("restore"), *events[restored:]]
+
+
+def _restarted(random: Random, events: list[Event]) -> list[Event]:
+    """In some runs the stack goes down and up again, once or twice. Drawn apart as well."""
+    if random.random() >= RESTARTS:
+        return events
+    for _ in range(random.choice((1, 1, 2))):
+        events.insert(random.randrange(len(events) + 1), Event("stack"))
+    return events
 
 
 def _drawn(random: Random, names: list[str], weights: list[int]) -> Iterator[Event]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mvm.domain.firewall import Ruleset
 from mvm.domain.ids import InstanceRef, PoolRef, Revision
 from mvm.domain.instance import ProcessIdentity
+from mvm.domain.job import JobVerb
 from mvm.domain.layout import StateLayout
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.fake.machines import FakeVmm
@@ -147,6 +148,11 @@ class SimVmm(FakeVmm):
         self._host.launching(spec.ref)
         return super().boot(spec)
 
+    def kill(self, ref: InstanceRef, process: ProcessIdentity | None) -> None:
+        """See ports/vmm.py."""
+        self._host.ending(ref)
+        super().kill(ref, process)
+
     def _restored(self, snapshot: Path, template: Path | None, spec: BootSpec, revision: Revision) -> ProcessIdentity:
         self._host.launching(spec.ref)
         return super()._restored(snapshot, template, spec, revision)
@@ -216,6 +222,8 @@ class SimHost(FakeHost):
     def meet(self, point: str) -> None:
         """Something is about to be done to the host: the scheduler may have other plans."""
         self.world.call(point)
+        if point == "vmm.resume" and self.world.current is not None:
+            self.world.current.has_resumed = True
         if self.disk_full and point in WRITES:
             self.world.hurt(point)
             raise Failed("disk.full", "no space left on device", hint="free some space")
@@ -236,6 +244,24 @@ class SimHost(FakeHost):
         row = self.world.rows().get(ref)
         if not maker.done or (row is not None and row.has_vmm):
             self.world.breach(f"double start: {ref} is started by {current and current.name}, and was by {maker.name}")
+
+    def ending(self, ref: InstanceRef) -> None:
+        """A VMM is about to be ended: by a stop only once its guest could have written down what it has."""
+        machine, actor = self.machines.get(ref), self.world.current
+        if machine is None or actor is None or actor.doomed or actor.verb != JobVerb.INSTANCE_STOP or actor.forced:
+            return
+        if machine.paused and not actor.has_resumed:
+            self.world.breach(f"lost: {actor.name} ends {ref}, which stands still, without having let it run")
+
+    def down(self) -> str:
+        """The stack has gone down: what a network namespace holds goes with it, unless some VMM runs on."""
+        if self.machines:
+            return f"{len(self.machines)} VMMs run on"
+        self.taps.clear()
+        self.bridges.clear()
+        self.rules, self.forwards = None, frozenset()
+        self.tampered.clear()
+        return "its network is gone"
 
     def pass_time(self, seconds: float) -> None:
         """Somebody waited in vain."""

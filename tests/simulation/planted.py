@@ -14,6 +14,7 @@ from mvm.domain.lifecycle import Status
 from mvm.drivers.fake.machines import FakeVmm
 from mvm.ports.vmm import Presence
 from mvm.services.lifecycle import Lifecycle
+from mvm.services.snapshots import Snapshots
 from tests.simulation.broker import Message, SimQueue
 
 
@@ -70,7 +71,21 @@ def compare_pid_only() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def stop_what_stands_still() -> Iterator[None]:
+    """A warm instance is ended as it is, with what its guest has not written yet."""
+    with patch.object(Snapshots, "let_run", lambda self, instance, deadline_s: True):
+        yield
+
+
 PLANTED: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
     function.__name__.replace("_", "-"): function
-    for function in (drop_the_lock, ack_early, forget_an_undo, count_ready_as_gone, compare_pid_only)
+    for function in (
+        drop_the_lock,
+        ack_early,
+        forget_an_undo,
+        count_ready_as_gone,
+        compare_pid_only,
+        stop_what_stands_still,
+    )
 }

@@ -316,6 +316,8 @@ class World:
         known = self.store._jobs.get(job.job_id)
         actor = Actor(self.processes[name], f"{name}: {told_job(job)}", lambda: self.services(name).runner.run(job))
         actor.verb, actor.subject, actor.late = job.verb, job.subject, known is not None and known.state.final
+        deaths = known.deaths if known else 0
+        actor.forced = bool(job.params.get("force")) or deaths + 1 >= SETTINGS.job_worker_deaths
         actor.began = self.clock.now()
         actor.then = lambda: self.queue.ack(message)
         self.step(actor, calls)
@@ -542,6 +544,20 @@ class World:
             return "there is no backup"
         backups.put_back(self, self.backup)
         return "a new host has what the backup has"
+
+    def _do_stack(self, event: Event) -> str:
+        """``mvm down``, and ``mvm up`` again; what its workers held comes again. Guests must not notice."""
+        before = {ref: (machine.process, machine.paused) for ref, machine in self.host.machines.items()}
+        for process in (*self.processes.values(), *self.others):
+            self.kill(process)
+        told = self.host.down()
+        if {ref: (machine.process, machine.paused) for ref, machine in self.host.machines.items()} != before:
+            self.breach("lost: a guest has noticed that the stack went down")
+        self.redis_down = False
+        for name in ("worker", "urgent"):
+            self.queue.give_back(name)
+        self.restart()
+        return told
 
     def _do_redis(self, event: Event) -> str:
         if not self.redis_down:
