@@ -240,7 +240,8 @@ class Supervisor:
         while left := self._pids(session):
             fds = [fd for fd in map(_pidfd, left) if fd is not None]
             try:
-                if fds and not _wait(fds, deadline - monotonic()):
+                # Each of them: one that is ending has no environment any more, and its files are still open.
+                if not all(_wait([fd], max(0.0, deadline - monotonic())) for fd in fds):
                     return False
             finally:
                 for fd in fds:
