@@ -28,7 +28,7 @@ from mvm.domain.desired import DesiredState, parse
 from mvm.domain.ids import JobId, NodeId, TenantId
 from mvm.domain.instance import InFlight
 from mvm.domain.job import Job, JobState, JobVerb, Reason
-from mvm.domain.lifecycle import Verb
+from mvm.domain.lifecycle import Status, Verb
 from mvm.domain.planner import Observed, Outcome, as_parameters, decide
 from mvm.domain.plans import Plan
 from mvm.domain.pool import WorkerPool
@@ -195,6 +195,8 @@ class Reconcile:
         """The last job of what `action` is about, if it has failed."""
         if isinstance(action, Create):
             return None
+        if isinstance(action, Request) and (action.verb, action.status) == (Verb.SLEEP, Status.WARM):
+            return None  # that it is silent is a check of its health: after some of them it is replaced
         if isinstance(action, Request):
             instance = self._store.instance(action.ref)
             revision = self._store.pool(action.ref.pool_ref).revision
