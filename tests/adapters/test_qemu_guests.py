@@ -229,12 +229,13 @@ def test_a_client_that_goes_away_takes_its_command_along_and_frees_the_port(host
 
 @pytest.fixture
 def older(host: QemuHost, own: BootSpec, tmp_path: Path) -> BootSpec:
-    """A running guest whose agent is that of protocol 4, as older images and snapshots have it."""
+    """A running guest whose scripts are those of protocol 4, as older images and snapshots have them."""
     rootfs = tmp_path / "rootfs.ext4"
     shutil.copyfile(own.rootfs, rootfs)
-    agent, script = "/usr/lib/mvm/agent", Path(support.__file__).with_name("guest_agent_4.sh")
-    for words in (f"rm {agent}", f"write {script} {agent}", f"sif {agent} mode 0100755"):
-        host.shell.run(["debugfs", "-w", "-R", words, str(rootfs)])
+    for name in ("agent", "rc"):
+        inside, script = f"/usr/lib/mvm/{name}", Path(support.__file__).with_name(f"guest_{name}_4.sh")
+        for words in (f"rm {inside}", f"write {script} {inside}", f"sif {inside} mode 0100755"):
+            host.shell.run(["debugfs", "-w", "-R", words, str(rootfs)])
     spec = replace(own, rootfs=rootfs)
     host.running(spec)
     return spec
