@@ -82,11 +82,11 @@ def count(stack: Stack, ref: str, words: str) -> int:
 @contextmanager
 def watched(stack: Stack, ref: str, words: str) -> Iterator[Callable[[], None]]:
     """A process in the guest watches for another with these words, which runs now; what is given waits for its end."""
-    seen = f"until pgrep -fx '{words}' >/dev/null; do usleep 10000; done; echo seen"
-    gone = f"while pgrep -fx '{words}' >/dev/null; do usleep 10000; done; echo gone"
+    seen = f"until pgrep -f '^{words}' >/dev/null; do usleep 10000; done; echo seen"
+    gone = f"while pgrep -f '^{words}' >/dev/null; do usleep 10000; done; echo gone"
     watcher = begun(stack, "instance", "exec", ref, "--timeout", "600", "--", "sh", "-c", f"{seen}; {gone}",
                     stdout=subprocess.PIPE)  # fmt: skip
-    with watcher:
+    with ended_at_last(watcher):
         assert watcher.stdout is not None
         lines = iter(watcher.stdout)
         assert next(lines) == b"seen\n"
@@ -199,7 +199,7 @@ def all_ports_taken(stack: Stack, ref: str) -> bool:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_command_is_gone_within_a_second_of_its_client(stack: Stack, loud: str, how: signal.Signals) -> None:
     words = f"sleep 40{how.value:02}"
-    with begun(stack, "instance", "exec", loud, "--timeout", LONG, "--", *words.split()) as client:
+    with ended_at_last(begun(stack, "instance", "exec", loud, "--timeout", LONG, "--", *words.split())) as client:
         with watched(stack, loud, words) as wait_for_its_end:
             began = time.monotonic()
             client.send_signal(how)
@@ -213,12 +213,13 @@ def test_a_command_is_gone_within_a_second_of_its_client(stack: Stack, loud: str
 
 
 def test_a_killed_agent_takes_its_commands_along(stack: Stack, loud: str) -> None:
-    with begun(stack, "instance", "exec", loud, "--timeout", LONG, "--", "sleep", "4002") as client:
-        until(lambda: count(stack, loud, "sleep 4002") == 1, 60, "it runs")
+    words = ("instance", "exec", loud, "--timeout", LONG, "--", "sleep", "4099")
+    with ended_at_last(begun(stack, *words)) as client:
+        until(lambda: count(stack, loud, "sleep 4099") == 1, 60, "it runs")
         os.kill(stack.pid("agent"), signal.SIGKILL)
         assert client.wait(60) == 6
     until(lambda: stack.run("status").returncode == 0, 60, "the agent is back")
-    assert count(stack, loud, "sleep 4002") == 0
+    assert count(stack, loud, "sleep 4099") == 0
 
 
 # --- the urgent beside the endless
