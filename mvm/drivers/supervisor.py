@@ -24,7 +24,7 @@ from mvm.domain.layout import MAX_ROOT_BYTES, StateLayout
 from mvm.errors import Failed, InvalidInput, NotAllowed, TimedOut, Unreachable
 from mvm.ports.shell import Shell
 
-_OF_ANY = (b"SUPERVISOR_SERVER_URL=unix://", b"mvm.drivers.supervisord")
+_URL = b"SUPERVISOR_SERVER_URL=unix://"
 _START_S = 20.0
 _MORE_S = 10.0  # beyond what supervisord itself allows its parts
 
@@ -211,8 +211,8 @@ class Supervisor:
 
     def _pids(self, session: int) -> frozenset[int]:
         marks = (os.fsencode(f"SUPERVISOR_SERVER_URL=unix://{_socket(self._layout)}"), os.fsencode(str(self._conf())))
-        root = self._layout.root
-        return frozenset(pid for pid in _session(session) if _marked(pid, marks) or _works_at(pid, root))
+        run = self._layout.run
+        return frozenset(pid for pid in _session(session) if _marked(pid, marks) or _works_at(pid, run))
 
     def stop(self) -> None:
         """Stop all parts and supervisord and wait until every process of them is gone; nothing when none is there.
@@ -334,10 +334,13 @@ def _marked(pid: int, marks: Sequence[bytes]) -> bool:
     return any(mark in words for mark in marks)
 
 
-def _works_at(pid: int, root: Path) -> bool:
-    """Whether it is of a supervisord that was started at `root`, by whatever path: all of it works there."""
+def _works_at(pid: int, run: Path) -> bool:
+    """Whether its environment or its command line names `run`, by whatever path."""
     try:
-        return _marked(pid, _OF_ANY) and Path(f"/proc/{pid}/cwd").samefile(root)
+        words = Path(f"/proc/{pid}/environ").read_bytes() + b"\0" + Path(f"/proc/{pid}/cmdline").read_bytes()
+        wanted = [word for word in words.split(b"\0") if word.startswith(_URL) or word.endswith(b"/supervisord.conf")]
+        named = [Path(os.fsdecode(word.rpartition(b"unix://")[2])).parent for word in wanted]
+        return any(path.samefile(run) for path in named)
     except OSError:
         return False
 
