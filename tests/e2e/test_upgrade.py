@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from tests.support import old_state
 from tests.support.stack import Stack, running_stack
 
-pytestmark = [pytest.mark.redis]
+ROOT = Path(__file__).parents[2]
+OLD = "6e69ba5"
+
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(900)]
 
 
 def test_a_state_directory_of_6e69ba5_comes_up_and_its_guests_are_untouched() -> None:
@@ -25,3 +31,63 @@ def test_a_state_directory_of_6e69ba5_comes_up_and_its_guests_are_untouched() ->
         assert stack.mvm("audit", "verify", "acme").split()[1] == "whole"
         assert stack.fails(4, "tenant.exists", "tenant", "create", "acme")
         assert stack.json("tenant", "create", "new")["net_id"] == 2, "a net id is never given twice"
+
+
+def old_code(into: Path) -> Path:
+    """The mvm of that commit."""
+    archive = subprocess.run(
+        ["git", "-c", "safe.directory=*", "archive", OLD, "mvm", "workers", "beat"],
+        cwd=ROOT, capture_output=True, check=False,
+    )  # fmt: skip
+    assert archive.returncode == 0, f"a clone with its history is needed: {archive.stderr.decode()}"
+    into.mkdir()
+    subprocess.run(["tar", "-x", "-C", str(into)], input=archive.stdout, check=True)
+    return into
+
+
+def execute(stack: Stack, ref: str, command: str) -> str:
+    return stack.mvm("instance", "exec", ref, "--", "sh", "-c", command).strip()
+
+
+class OldNode:
+    """Real guests that 6e69ba5 started: two running, one warm, one asleep; the new mvm has ended its stack."""
+
+    def __init__(self, code: Path) -> None:
+        self._code = code
+        self.refs: list[str] = []
+        self.vmms: set[int] = set()
+
+    def __call__(self, stack: Stack) -> None:
+        old = Stack(stack.layout, stack.env | {"PYTHONPATH": str(self._code)}, old_code(self._code))
+        old.mvm("up", "--detach")
+        old.mvm("tenant", "create", "acme")
+        pool = ("acme/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128", "--data-disk", "16")
+        old.mvm("pool", "create", *pool)
+        old.mvm("pool", "build", "acme/web")
+        self.refs = [i["ref"] for i in old.json("instance", "create", "acme/web", "--count", "4")]
+        for ref in self.refs:  # one after the other, on however slow a machine
+            old.mvm("instance", "start", ref)
+        for ref in self.refs:
+            execute(old, ref, "echo old >/data/f; echo $$ >/run/kept")
+        old.mvm("instance", "warm", self.refs[2])
+        old.mvm("instance", "sleep", self.refs[3])
+        self.vmms = set(stack.vmms())
+        stack.mvm("down")  # its own would take the guests' network along
+
+
+@pytest.mark.root
+@pytest.mark.guest
+def test_guests_of_6e69ba5_go_on_under_the_new_stack(tmp_path: Path) -> None:
+    node = OldNode(tmp_path / "old")
+    with running_stack(before=node, MVM_BOOT_DEADLINE_S="120") as stack:
+        one, two, warm, asleep = node.refs
+        assert stack.statuses() == {one: "running", two: "running", warm: "warm", asleep: "sleeping"}
+        assert set(stack.vmms()) == node.vmms
+        for ref in (one, two):
+            assert execute(stack, ref, "cat /data/f") == "old"
+            assert stack.mvm("instance", "ssh", ref, "--", "cat", "/data/f").strip() == "old"
+        for ref in (warm, asleep):
+            stack.mvm("instance", "wake", ref)
+            assert execute(stack, ref, "test -s /run/kept; cat /data/f") == "old"
+        assert set(stack.vmms()) >= node.vmms
+        assert stack.mvm("audit", "verify", "acme").split()[1] == "whole"
