@@ -126,7 +126,8 @@ def test_exec_passes_words_streams_and_exit_code(mvm: CommandLine, node: Node) -
     assert (missing.exit_code, missing.stdout, missing.stderr) == (127, "", "sh: nonsense: not found\n")
     parsed = mvm("instance", "exec", ref, "-o", "json", "--", "false")
     assert parsed.exit_code == 1
-    assert json.loads(parsed.stdout) == {"exit_code": 1, "stdout": "", "stderr": "", "truncated": False}
+    told = {"exit_code": 1, "stdout": "", "stderr": "", "truncated": False, "timed_out": False}
+    assert json.loads(parsed.stdout) == told
     assert mvm("instance", "exec", ref).exit_code == 2
 
 

@@ -322,7 +322,7 @@ def test_a_file_that_may_not_be_read_is_a_matter_of_root(mvm: CommandLine, monke
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     mvm.fails(7, "permission.denied", "node", "list")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    mvm.fails(1, "internal", "node", "list")
+    mvm.fails(1, "io.failed", "node", "list")
 
 
 def test_another_users_state_directory_is_no_matter_of_usage(
