@@ -48,6 +48,7 @@ _WAYS = _optional(
     seccomp_policy=_POOL["seccomp_policy"].kind,
     pinned=Boolean(),
     critical=Boolean(),
+    on_exit=_POOL["on_exit"].kind,
     metadata_enabled=Boolean(),
     user_data=Text(lambda text: checked_user_data(text.encode(errors="surrogatepass"))),
     sleep_policy=_POOL["sleep_policy"].kind,
