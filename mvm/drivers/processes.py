@@ -90,23 +90,32 @@ def pids() -> Iterator[int]:
 
 
 class Reaper:
-    """Takes leave of children as they end, whoever ends them: one that nobody asks about would stay a zombie."""
+    """Takes leave of children as they end, whoever ends them: one that nobody asks about would stay a zombie.
+
+    A process that is forked off has children of its own: it begins anew, for what it registered with its parent's
+    epoll would be told to the parent, by descriptors that the parent does not have.
+    """
 
     def __init__(self) -> None:
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
         self._ended = select.epoll()
-        threading.Thread(target=self._work, name="reaper", daemon=True).start()
+        threading.Thread(target=self._work, args=(self._ended,), name="reaper", daemon=True).start()
 
     def watch(self, pid: int) -> None:
         """The child `pid` is no zombie once it has ended."""
         with suppress(ProcessLookupError):  # somebody was faster
             self._ended.register(os.pidfd_open(pid), select.EPOLLIN)
 
-    def _work(self) -> None:
+    @staticmethod
+    def _work(ended: select.epoll) -> None:
         while True:
-            for pidfd, _ in self._ended.poll():
+            for pidfd, _ in ended.poll():
                 with suppress(ChildProcessError):  # `runs` was faster
                     os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-                self._ended.unregister(pidfd)
+                ended.unregister(pidfd)
                 os.close(pidfd)
 
 

@@ -166,3 +166,18 @@ def test_a_child_that_another_process_ended_is_no_zombie(shell: LocalShell, tmp_
 def test_many_children_that_end_at_once_are_all_reaped(shell: LocalShell, tmp_path: Path) -> None:
     children = [spawn(shell, tmp_path, "true") for _ in range(30)]
     until(lambda: not any(Path(f"/proc/{each.pid}").exists() for each in children), LONG, "they are gone")
+
+
+def test_a_process_that_is_forked_off_takes_leave_of_its_own_children(shell: LocalShell, tmp_path: Path) -> None:
+    """And its parent hears of none of them: it would look for descriptors that it does not have."""
+    forked = os.fork()
+    if not forked:
+        try:
+            ended = spawn(shell, tmp_path, "true").pid
+            until(lambda: processes.identify(ended) is None, LONG, "it is gone though nobody asked")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(forked, 0)[1] == 0
+    mine = spawn(shell, tmp_path, "true").pid
+    until(lambda: processes.identify(mine) is None, LONG, "that of the parent is gone, too")

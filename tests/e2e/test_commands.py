@@ -82,8 +82,9 @@ def count(stack: Stack, ref: str, words: str) -> int:
 @contextmanager
 def watched(stack: Stack, ref: str, words: str) -> Iterator[Callable[[], None]]:
     """A process in the guest watches for another with these words, which runs now; what is given waits for its end."""
-    seen = f"until pgrep -f '^{words}' >/dev/null; do usleep 10000; done; echo seen"
-    gone = f"while pgrep -f '^{words}' >/dev/null; do usleep 10000; done; echo gone"
+    there = f"ps | grep -q '[{words[0]}]{words[1:]}$'"  # Debian's busybox has no pgrep
+    seen = f"until {there}; do usleep 10000; done; echo seen"
+    gone = f"while {there}; do usleep 10000; done; echo gone"
     watcher = begun(stack, "instance", "exec", ref, "--timeout", "600", "--", "sh", "-c", f"{seen}; {gone}",
                     stdout=subprocess.PIPE)  # fmt: skip
     with ended_at_last(watcher):
