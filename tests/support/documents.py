@@ -124,6 +124,7 @@ esac
         if _KILL.match(text.strip()):
             text = f"kill -9 {self._stack.vmms()[0]}"
         here = {
+            "scripts/setup": f"{ROOT}/scripts/setup",  # it finds its tree by its own path
             "/var/lib/mvm": str(self._stack.layout.root),
             "/srv/mvm": f"{self._place}/restored",
             "/backups": f"{self._place}/backups",
