@@ -99,7 +99,8 @@ def test_a_vmm_sees_and_holds_only_what_it_needs(host: QemuHost, own: BootSpec) 
         assert all("nosuid" in options.split(",") for _, options in mounts)
         opened = {str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()}
         files = {path for path in opened if path.startswith("/") and not path.startswith(("/dev/", "/memfd:"))}
-        allowed = {own.rootfs, own.overlay, own.directory / "console.log", own.directory / "vmm.log"}
+        logs = {own.directory / name for name in ("console.log", "events.log", "vmm.log")}
+        allowed = {own.rootfs, own.overlay, *logs}
         assert {Path(path).resolve() for path in files} == {path.resolve() for path in allowed}
         words = " ".join(processes.arguments(process.pid))
         assert str(host.layout.root) not in words
