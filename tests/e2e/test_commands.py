@@ -261,6 +261,7 @@ def test_wakes_are_not_affected_by_who_follows_and_abandons(stack: Stack, loud: 
                 client.wait()
             beside = wake_times(stack, quiet, STREAMS_S)
             until(lambda: count(stack, loud, "sleep 4003") == 0, 60, "what was abandoned has ended")
+            inside(stack, quiet, "echo here >/dev/console")  # a clone's is empty
             with ended_at_last(begun(stack, "instance", "logs", "-f", quiet, stdout=subprocess.PIPE)) as other:
                 assert other.stdout is not None
                 assert other.stdout.readline(), "another tenant follows"
