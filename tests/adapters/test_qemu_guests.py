@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -42,6 +41,7 @@ from tests.support.microvm import (
     minimal_image,
     qemu_host,
 )
+from tests.support.replaced import agent_replaced_by
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.guest]
@@ -585,15 +585,8 @@ def test_an_agent_that_a_guest_has_replaced_is_heard_for_a_bounded_time_only(hos
     process = host.vmm.boot(spec)
     try:
         host.guest.hello(spec.ref, spec.directory, deadline_s=BOOT_S)
-        liar = b64encode(f"#!/bin/sh\nexec <>$(cat /run/port) >&0\n{how}\n".encode()).decode()
-        replace_agent = (
-            "for p in /sys/class/virtio-ports/*; do "
-            "[ $(cat $p/name) = mvm.agent.0 ] && echo /dev/${p##*/} >/run/port; done; "
-            f"echo {liar} | base64 -d >/run/liar; chmod +x /run/liar; mount -o bind /run/liar /usr/lib/mvm/agent; "
-            "kill -9 $(grep -l agent.mvm.agent.0 /proc/[0-9]*/cmdline | cut -d/ -f3)"
-        )
         with suppress(MvmError):  # its own shell may be among them
-            host.guest.execute(spec.ref, spec.directory, replace_agent, deadline_s=ANSWER_S)
+            host.guest.execute(spec.ref, spec.directory, agent_replaced_by(how), deadline_s=ANSWER_S)
         until(lambda: _is_liar(host, spec), ANSWER_S, "its agent is replaced")
         for ask in (host.guest.ping, host.guest.status, host.guest.prepare_sleep, host.guest.shutdown):
             began, cpu = time.monotonic(), time.thread_time()

@@ -32,6 +32,7 @@ from mvm.drivers.quic.identity import Credentials, load_certificates
 from mvm.drivers.veth_probes import PacketWire
 from mvm.errors import MvmError
 from mvm.wiring import Client, open_client
+from tests.support.replaced import agent_replaced_by
 
 BATCH = 64
 STRANGER = "127.0.0.2"
@@ -39,8 +40,6 @@ INSIDE = {  # in the guest itself
     "processors": "while :; do :; done",
     "disk": "while :; do dd if=/dev/zero of=/root/filled bs=64k count=64 2>/dev/null; done",
     "console": "while :; do echo a line of nothing in particular; done >/dev/console",
-    "control channel": "for port in /sys/class/virtio-ports/*; do [ $(cat $port/name) = mvm.agent.0 ] && break; done; "
-    "while :; do echo; done >/dev/${port##*/}",
 }
 
 
@@ -53,6 +52,7 @@ class Throttle:
         self._home = home
         self._network = network
         self._stand = Stand(network, offset)
+        self.refused = 0
 
     def client(self) -> Client:
         return open_client(json.loads(self._layout.connection.read_text()), self._layout)
@@ -71,6 +71,24 @@ class Throttle:
         thread.start()
         while thread.is_alive():
             thread.join(0.1)
+            yield
+
+    def channel(self) -> Iterator[None]:
+        """A guest that fills its control channel, and its tenant that asks for commands in it all the time."""
+        client = self.client()
+
+        def ask(command: str) -> bool:
+            words = b64encode(command.encode()).decode()
+            params = {"ref": str(self._ref), "command_b64": words, "deadline_s": 2.0}
+            try:
+                client.agents.call(_address(client), "instance.exec", params, deadline_s=5)
+            except MvmError:
+                return False
+            return True
+
+        ask(agent_replaced_by("yes ''"))
+        while True:
+            self.refused += not ask("true")
             yield
 
     def connections(self) -> Iterator[None]:
@@ -180,7 +198,7 @@ def _send(wire: PacketWire, frame: bytes) -> None:
         wire.send(frame)
 
 
-ALL = (*INSIDE, "connections", "neighbours", "metadata", "handshakes", "streams", "jobs", "documents")
+ALL = (*INSIDE, "connections", "neighbours", "metadata", "handshakes", "streams", "jobs", "documents", "channel")
 
 
 def main() -> None:
@@ -198,6 +216,8 @@ def main() -> None:
             pieces += 1
             if time.monotonic() > end or select.select([sys.stdin], [], [], 0)[0]:
                 break
+    if what == "channel" and not throttle.refused:
+        sys.exit("the guest answered every command: its channel was not filled")
     print(pieces, flush=True)
 
 
