@@ -66,6 +66,16 @@ class RedisLink:
         self._timeout_s = timeout_s
         self._local = threading.local()
 
+    def listens(self) -> bool:
+        """Whether somebody listens there, though he may not answer, or not yet: only what is refused is not there."""
+        try:
+            self._connect().close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True
+        return True
+
     def command(self, *words: str | bytes | int | float, timeout_s: float | None = None) -> Any:
         """One command and its reply: bytes, int, None or lists of them. `Failed` when Redis refuses it."""
         return self.pipeline([words], timeout_s=timeout_s)[0]

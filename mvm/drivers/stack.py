@@ -20,6 +20,7 @@ from mvm.domain.migration import settings_of
 from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor, uplink
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.probes import WORKERS, Probes, agent_address
+from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.registry_rebuild import rebuild
 from mvm.drivers.supervisor import Program, Supervisor
 from mvm.drivers.upgrade import upgrade
@@ -142,7 +143,7 @@ class Stack:
         """The state directory is ready for a stack that others start; one that runs already is left alone."""
         self.prepare(report)
         with state_dir.held(self._layout):
-            if not self._probes.ask("redis", {}).well or self._external:
+            if self._external or not self._is_served():
                 self._make_ready(report)
         self.publish()
 
@@ -153,7 +154,12 @@ class Stack:
         upgrade(self._settings, self._shell, report)
         if lost:
             jobs = rebuild(self._layout, self._settings.node, self._shell)
+            redis_files.made_good(self._layout.redis)
             report(f"the registry is put back from the node's store: tenants, pools, net ids and {jobs} jobs")
+
+    def _is_served(self) -> bool:
+        """Whether a Redis has the private one's files open. While it loads them it listens, and does not answer."""
+        return RedisLink(f"unix://{self._layout.redis_socket}", code="redis.unreachable").listens()
 
     def prepare(self, report: Report = lambda _: None) -> None:
         """The state directory exists, with all keys and certificates."""
@@ -200,6 +206,7 @@ class Stack:
                 raise supervisor.already_up(self._layout)
             self._check_reach()
             self._supervisor.stop()  # what is left of one that was killed
+            self._check_unserved()
             self._check_ports()
             self._check_isolation(report)
             self._make_ready(report)
@@ -226,6 +233,10 @@ class Stack:
     def stop_part(self, name: str) -> None:
         """Stop one part for good. Raises `Unreachable` (``stack.down``)."""
         self._supervisor.stop_part(name)
+
+    def start_part(self, name: str) -> None:
+        """Start one part that was stopped. Raises `Unreachable` (``stack.down``)."""
+        self._supervisor.start_part(name)
 
     def watch(self) -> None:
         """Wait for the end of supervisord; raises `Failed` (``stack.died``) when it comes."""
@@ -331,6 +342,15 @@ class Stack:
         log = supervisor.log_of(self._layout, "agent" if name == "metrics" else name)
         return Failed("stack.part_failed", f"{name} {why}; its last words:\n{supervisor.tail(log)}",
                       hint=f"see {log}", part=name)  # fmt: skip
+
+    def _check_unserved(self) -> None:
+        """Nobody else has the private Redis's files open: they are mended, and a Redis of ours is to have them."""
+        if not self._external and self._is_served():
+            raise NotAllowed(
+                "stack.already_up", f"a Redis that this stack has not started listens at {self._layout.redis_socket}",
+                hint="stop it first; who is it? fuser " + str(self._layout.redis_socket),
+                state_dir=str(self._layout.root),
+            )  # fmt: skip
 
     def _check_ports(self) -> None:
         ports = {"flower": self._settings.flower_port, "metrics": self._settings.metrics_port}

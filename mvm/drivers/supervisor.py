@@ -21,6 +21,7 @@ from time import monotonic
 from typing import Any, cast
 
 from mvm.domain.layout import MAX_ROOT_BYTES, StateLayout
+from mvm.drivers import processes
 from mvm.errors import Failed, InvalidInput, NotAllowed, TimedOut, Unreachable
 from mvm.ports.shell import Shell
 
@@ -155,14 +156,10 @@ class Supervisor:
         form = environment.get("MVM_LOG_FORMAT", "text")
         process = self._shell.spawn([sys.executable, "-m", "mvm.drivers.supervisord", form, "-c", str(path)], log=log)
         deadline = monotonic() + _START_S
-        pidfd = os.pidfd_open(process.pid)
-        try:
-            while not self.running():
-                # Nothing tells when its socket answers, but its end can be waited for meanwhile.
-                if _wait([pidfd], 0.05) or monotonic() > deadline:
-                    raise Failed("stack.start_failed", f"supervisord did not start:\n{tail(log)}", hint=f"see {log}")
-        finally:
-            os.close(pidfd)
+        while not self.running():
+            # Nothing tells when its socket answers, but its end can be waited for meanwhile.
+            if processes.wait_gone(process, 0.05) or monotonic() > deadline:
+                raise Failed("stack.start_failed", f"supervisord did not start:\n{tail(log)}", hint=f"see {log}")
 
     def running(self) -> bool:
         """Whether its control socket answers."""
@@ -189,6 +186,12 @@ class Supervisor:
         for info in self._call("getAllProcessInfo"):
             if info["name"] == name and info["statename"] in ("STARTING", "RUNNING", "BACKOFF"):
                 self._call("stopProcess", f"{info['group']}:{name}")
+
+    def start_part(self, name: str) -> None:
+        """Start one part that was stopped, and see it stay up for a second; one that runs is left alone."""
+        for info in self._call("getAllProcessInfo"):
+            if info["name"] == name and info["statename"] in ("STOPPED", "EXITED", "FATAL"):
+                self._call("startProcess", f"{info['group']}:{name}")
 
     def wait(self) -> None:
         """Wait until supervisord has ended."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mvm.domain.instance import ProcessIdentity
+from mvm.drivers import processes, redis_files
 from mvm.drivers.redis_files import mend, served
+from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.shell import LocalShell
+from mvm.errors import Failed
 
 pytestmark = pytest.mark.redis
 SHELL = LocalShell()
@@ -95,7 +100,10 @@ def test_what_can_be_read_is_loaded_and_nothing_is_deleted(
     assert str(aside) in said[0]
     with served(directory, SHELL) as link:
         assert least <= link.command("DBSIZE") <= most
-    assert not mend(directory, SHELL, said.append), "it is whole now"
+    assert mend(directory, SHELL, said.append), "whole as it is, it lacks something"
+    assert str(aside) in said[1]
+    redis_files.made_good(directory)
+    assert not mend(directory, SHELL, said.append)
 
 
 def test_what_is_whole_is_not_touched(directory: Path, tmp_path: Path) -> None:
@@ -105,3 +113,28 @@ def test_what_is_whole_is_not_touched(directory: Path, tmp_path: Path) -> None:
     assert not mend(tmp_path / "none", SHELL, said.append)
     assert contents(directory) == before
     assert not said
+
+
+def test_one_that_does_not_end_may_not_have_written_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_files, "_END_S", 0.1)
+
+    def stopped(link: RedisLink) -> ProcessIdentity:
+        pid = int(link.command("INFO", "server").split(b"process_id:")[1].split()[0])
+        monkeypatch.setattr(link, "_timeout_s", 0.1)
+        process = processes.identify(pid)
+        os.kill(pid, signal.SIGSTOP)
+        assert process is not None
+        return process
+
+    with pytest.raises(Failed) as caught, served(tmp_path, SHELL) as link:
+        process = stopped(link)
+    assert caught.value.code == "redis.not_ended"
+    assert not processes.runs(process), "nothing is left at the files"
+
+
+def test_one_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "appendonlydir").touch()  # where its directory would be
+    with pytest.raises(Failed) as caught, served(tmp_path, SHELL):
+        pytest.fail("it came up")
+    assert caught.value.code == "redis.not_loaded"
+    assert "appendonlydir" in caught.value.message

@@ -6,23 +6,36 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from mvm.drivers import isolation, netns, state_dir
+from mvm.domain.tenant import Quota, Tenant
+from mvm.drivers import isolation, netns, redis_files, state_dir
+from mvm.drivers import stack as stacks
 from mvm.drivers.qemu import cage
+from mvm.drivers.redis_registry import RedisRegistry
 from mvm.drivers.shell import LocalShell
+from mvm.drivers.sqlite_store import SqliteStore
 from mvm.drivers.stack import Stack, programs, running_settings
 from mvm.drivers.supervisor import Program
 from mvm.errors import Failed, Forbidden, InvalidInput, NotAllowed, Unreachable
 from mvm.settings import Settings, load_settings
+from tests.support.fleets import network
 from tests.support.local import free_port
+from tests.support.make import ACME, START
 from tests.support.redis_server import RedisServer
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.redis
+
+
+class Killed(BaseException):
+    """What a process does not survive."""
 
 
 @pytest.fixture
@@ -207,6 +220,66 @@ def test_a_namespace_of_somebody_else_is_used_and_kept(settings: Settings) -> No
         assert netns.exists(name)
     finally:
         netns.delete(shell, name)
+
+
+# --- the private Redis's files
+def cut_off(settings: Settings) -> bytes:
+    """The private Redis has data, of which a power cut took the end; what is left of it."""
+    with redis_files.served(settings.layout.redis, LocalShell()) as link:
+        link.pipeline([("SET", f"key{number}", "x" * 20) for number in range(50)])
+    grown = next(settings.layout.redis.rglob("*.incr.aof"))
+    os.truncate(grown, grown.stat().st_size - 5)
+    return grown.read_bytes()
+
+
+@pytest.mark.parametrize("step", ["upgrade", "rebuild"])
+def test_what_was_lost_is_put_back_though_the_first_attempt_was_killed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The files are whole after the first attempt: nothing about them tells that the registry lacks something."""
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    stack = redis_only(settings)
+    stack.prepare_alone(quiet)
+    acme = Tenant(ACME, network(1), Quota(), START)
+    with closing(SqliteStore(settings.layout.database)) as store:
+        store.put_tenant(acme)
+    cut_off(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(stacks, step, die)
+        with pytest.raises(Killed):
+            stack.prepare_alone(quiet)
+    said: list[str] = []
+    stack.prepare_alone(said.append)
+    with redis_files.served(settings.layout.redis, LocalShell()) as link:
+        assert RedisRegistry(link).tenant(ACME) == acme
+    assert any("is put back" in text for text in said)
+    said.clear()
+    stack.prepare_alone(said.append)
+    assert not said, "once is enough"
+
+
+def test_files_that_a_redis_still_loads_are_left_alone(settings: Settings) -> None:
+    """As in Compose, where others start it."""
+    stack = redis_only(settings)
+    stack.prepare_alone(quiet)
+    before = cut_off(settings)
+    slow = [*redis_files.server(settings.layout.redis, settings.layout.redis_socket), "--key-load-delay", "60000000"]
+    redis = subprocess.Popen(slow, stdout=subprocess.DEVNULL)
+    try:
+        until(settings.layout.redis_socket.exists, 60, "it listens")
+        said: list[str] = []
+        stack.prepare_alone(said.append)
+        assert not said
+        assert next(settings.layout.redis.rglob("*.incr.aof")).read_bytes() == before
+        with pytest.raises(NotAllowed) as caught:
+            stack.up(quiet)
+        assert caught.value.code == "stack.already_up"
+    finally:
+        redis.kill()
+        redis.wait()
 
 
 # --- isolation

@@ -85,6 +85,16 @@ def test_a_part_that_dies_is_started_again(supervisor: Supervisor) -> None:
     until(lambda: supervisor.parts()["part"].pid not in (None, first), 60, "another one runs")
 
 
+def test_a_part_that_was_stopped_is_started_when_it_is_asked_for(supervisor: Supervisor) -> None:
+    supervisor.start([Program("part", SLEEP, 10)], {})
+    until(lambda: supervisor.parts()["part"].state == "RUNNING", 60, "the part runs")
+    supervisor.stop_part("part")
+    assert supervisor.parts()["part"].state == "STOPPED"
+    for _ in range(2):
+        supervisor.start_part("part")
+        assert supervisor.parts()["part"].state == "RUNNING"
+
+
 def test_a_disk_too_full_for_logs_does_not_end_it(supervisor: Supervisor, layout: StateLayout) -> None:
     for name in ("supervisord.log", "supervisord.out", "part.log"):
         (layout.logs / name).symlink_to("/dev/full")
