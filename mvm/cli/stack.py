@@ -82,10 +82,11 @@ def down(ctx: click.Context, instances: bool) -> None:
     settings = running_settings(_settings(ctx))
     stack = _stack(settings)
     if instances:
-        from mvm.cli.stop_all import stop_instances
+        from mvm.cli.stop_all import down_with_instances
 
-        stop_instances(settings, stack, _say)
-    stack.down(_say)
+        down_with_instances(settings, stack, _say)
+    else:
+        stack.down(_say)
     if output_of(ctx) == "table":
         _say("down")
     else:

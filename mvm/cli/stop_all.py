@@ -1,11 +1,13 @@
-"""Stopping all instances that have a VMM, for ``mvm down --instances``."""
+"""``mvm down --instances``: all instances that have a VMM are stopped, and then the stack."""
 
 from __future__ import annotations
 
 import getpass
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, cast
 
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, JobState, JobVerb, Reason
@@ -18,25 +20,42 @@ from mvm.wiring import Client, open_client
 _PATIENCE_S = 20.0
 
 
-def stop_instances(settings: Settings, stack: Stack, say: Callable[[str], None]) -> None:
-    """Cancel what is queued or running, stop every instance that has a VMM by one bulk job, and wait for it.
+def down_with_instances(settings: Settings, stack: Stack, say: Callable[[str], None]) -> None:
+    """Cancel what is queued or running, stop every instance that has a VMM by one bulk job, then stop the stack.
 
     Those that sleep sleep on. What somebody wakes meanwhile is stopped, too.
 
-    Raises `Unreachable` (``stack.down``) when instances run on without a stack, and `Failed`
-    (``instance.stop_failed``) when one could not be stopped: the stack then stays up.
+    Raises `Unreachable` (``stack.down``) when instances run on without a stack, `Failed` (``instance.stop_failed``)
+    when one could not be stopped, and what `Stack.down` does: the stack then stays up as it was.
     """
+    facts = _connection(settings, stack)
+    if facts is None:
+        stack.down(say)
+        return
+    stack.stop_part("beat")  # its reconcile would start again what stops here
     try:
-        facts = json.loads(settings.layout.connection.read_text())
+        _stop_all(open_client(facts, settings.layout), facts, say)
+        stack.down(say)
+    except BaseException:
+        with suppress(Unreachable):  # all of it is down
+            stack.start_part("beat")
+        raise
+
+
+def _connection(settings: Settings, stack: Stack) -> Mapping[str, Any] | None:
+    """How to reach the stack; None when neither it nor an instance runs."""
+    try:
+        return cast("Mapping[str, Any]", json.loads(settings.layout.connection.read_text()))
     except FileNotFoundError:
         if not (left := stack.remaining()):
-            return
-        raise Unreachable(
-            "stack.down", f"the stack is not running, so nothing can stop what runs on: {left[0]}",
-            hint="mvm up --detach, then again",
-        ) from None  # fmt: skip
-    client = open_client(facts, settings.layout)
-    stack.stop_part("beat")  # its reconcile would start again what stops here
+            return None
+    raise Unreachable(
+        "stack.down", f"the stack is not running, so nothing can stop what runs on: {left[0]}",
+        hint="mvm up --detach, then again",
+    )  # fmt: skip
+
+
+def _stop_all(client: Client, facts: Mapping[str, Any], say: Callable[[str], None]) -> None:
     node = NodeId(facts["node_id"])
     actor = os.environ.get("SUDO_USER") or getpass.getuser()
     _cancel_open_jobs(client, node, actor, say)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from unittest.mock import create_autospec
+from typing import cast
+from unittest.mock import Mock, create_autospec
 
 import pytest
 
@@ -13,7 +14,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.drivers.stack import Stack
-from mvm.errors import Failed
+from mvm.errors import Failed, MvmError, NotAllowed
 from mvm.settings import Settings
 from tests.services.conftest import NODE, Node
 from tests.support.command_line import ADDRESS, CommandLine
@@ -65,15 +66,46 @@ def test_a_warm_one_that_does_not_come_back_is_ended_all_the_same(node: Node, tr
     assert not node.host.vmm.processes()
 
 
-def test_down_with_instances_stops_warm_ones_too(
-    node: Node, mvm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    up, warm, asleep = running(node, 3)
-    node.ok(V.INSTANCE_WARM, warm)
-    node.ok(V.INSTANCE_SLEEP, asleep)
+@pytest.fixture
+def up(mvm: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Of a stack that is up."""
     settings = Settings(state_dir=tmp_path / "state", node_id=str(NODE), driver="fake", netns="host")
     settings.layout.run.mkdir(parents=True)
     settings.layout.connection.write_text(json.dumps({"node_id": str(NODE), "agent_address": ADDRESS}))
     monkeypatch.setattr(stop_all, "open_client", lambda *_: mvm.client)
-    stop_all.stop_instances(settings, create_autospec(Stack, instance=True), lambda _: None)
-    assert [node.instance(ref).status for ref in (up, warm, asleep)] == [S.STOPPED, S.STOPPED, S.SLEEPING]
+    return settings
+
+
+@pytest.fixture
+def stack() -> Mock:
+    return cast("Mock", create_autospec(Stack, instance=True))
+
+
+def calls(stack: Mock) -> list[tuple[str, ...]]:
+    return [(name, *args) for name, args, _ in stack.method_calls if name != "down"]
+
+
+def test_down_with_instances_stops_warm_ones_too(node: Node, up: Settings, stack: Mock) -> None:
+    awake, warm, asleep = running(node, 3)
+    node.ok(V.INSTANCE_WARM, warm)
+    node.ok(V.INSTANCE_SLEEP, asleep)
+    stop_all.down_with_instances(up, stack, lambda _: None)
+    assert [node.instance(ref).status for ref in (awake, warm, asleep)] == [S.STOPPED, S.STOPPED, S.SLEEPING]
+    stack.down.assert_called_once()
+    assert calls(stack) == [("stop_part", "beat")]
+
+
+@pytest.mark.parametrize("trouble", ["an instance stays up", "another down is at work"])
+def test_where_down_with_instances_fails_beat_goes_on_as_the_stack_does(
+    node: Node, up: Settings, stack: Mock, trouble: str
+) -> None:
+    running(node)
+    if trouble == "an instance stays up":
+        node.host.fail("vmm.kill", Failed("vmm.failed", "it does not die"), times=9)
+        node.host.fail("guest.shutdown", Failed("guest.failed", "no"), times=9)
+    else:
+        stack.down.side_effect = NotAllowed("stack.busy", "another one is at it")
+    with pytest.raises(MvmError) as caught:
+        stop_all.down_with_instances(up, stack, lambda _: None)
+    assert caught.value.code in ("instance.stop_failed", "stack.busy")
+    assert calls(stack) == [("stop_part", "beat"), ("start_part", "beat")]
