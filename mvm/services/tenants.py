@@ -44,8 +44,7 @@ class Tenants:
         known = self._registry.tenant(tenant_id)
         # A tenant made at the very moment this job was asked for is this job's, left by a crash.
         # And one that another node has too is adopted, for a desired state that gives it the same network.
-        mine = known is not None and (known.created_at == job.submitted_at or _adopts(params, known))
-        if known is None or not mine:
+        if known is None or not _is_of(job, known):
             known = self._registry.reserve_tenant(
                 tenant_id,
                 parse_net_id(net_id) if net_id is not None else None,
@@ -64,17 +63,20 @@ class Tenants:
     def undo_create(self, context: JobContext) -> None:
         """What a create has reserved that will not be done to its end is given back, unless the tenant is there."""
         known = self._registry.tenant(TenantId(context.job.subject))
-        if known is not None:
+        if known is not None and _is_of(context.job, known):
             self._undo_create(known, context.job)
 
     def _undo_create(self, known: Tenant, job: Job) -> None:
-        """A tenant exists for all or for none. One that `job` did not reserve, but adopt, stays where it is."""
+        """A tenant exists for all or for none. One that `job` did not reserve, but adopt, stays where it is.
+
+        The bridge goes first: once the net id is given back, it may be another tenant's.
+        """
         try:
             self._store.tenant(known.id)
         except NotFound:
+            self._networks.close(known.network)
             if known.created_at == job.submitted_at:
                 self._registry.withdraw_tenant(known)
-            self._networks.close(known.network)
 
     def withdraw_ghosts(self) -> list[TenantId]:
         """Tenants that a job of this node has reserved and could neither make nor give back are given back now."""
@@ -149,6 +151,11 @@ class Tenants:
 def _left_by(job: Job, ghost: Tenant) -> bool:
     ended = job.state.final and job.state is not JobState.SUCCEEDED
     return ended and job.verb is JobVerb.TENANT_CREATE and ghost.created_at == job.submitted_at
+
+
+def _is_of(job: Job, known: Tenant) -> bool:
+    """Whether `job` has made it, or is to make it here as it is."""
+    return known.created_at == job.submitted_at or _adopts(job.params, known)
 
 
 def _adopts(params: Mapping[str, Any], known: Tenant) -> bool:

@@ -16,7 +16,7 @@ from mvm.domain.ids import InstanceRef, TenantId
 from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import DesiredCounts
-from mvm.domain.tenant import Quota
+from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import Failed, GuestSilent, NotFound
 from mvm.ports.host import MemoryLeft
 from tests.services.conftest import NODE, Node
@@ -298,6 +298,51 @@ def test_what_could_not_be_given_back_is_given_back_by_a_sweep(node: Node, monke
     assert exists(node) == (True, False)
     node.sweep(V.SWEEP_ORPHANS)
     assert exists(node) == (False, False)
+
+
+def _unwritable(tenant: object) -> None:
+    raise Failed("store.failed", "not now")
+
+
+def test_an_undone_tenants_net_id_is_given_back_when_its_bridge_is_gone(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is made in the very moment in which it is given back gets it."""
+    withdraw, put = node.registry.withdraw_tenant, node.services.store.put_tenant
+
+    def overtaken(reserved: Tenant) -> None:
+        withdraw(reserved)
+        monkeypatch.setattr(node.services.store, "put_tenant", put)
+        job = node.services.jobs.new(V.TENANT_CREATE, "bolt", NODE, actor="ann")
+        assert node.services.runner.run(job).state is JobState.SUCCEEDED
+
+    monkeypatch.setattr(node.registry, "withdraw_tenant", overtaken)
+    monkeypatch.setattr(node.services.store, "put_tenant", _unwritable)
+    node.fails("store.failed", V.TENANT_CREATE, "acme")
+    bolt = node.services.store.tenant(TenantId("bolt")).network
+    assert node.host.network.bridges() == {bolt.bridge}
+    assert node.sweep(V.SWEEP_ORPHANS)["repaired"] == []
+
+
+def test_an_undone_tenants_bridge_goes_though_the_registry_is_away(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(reserved: object) -> None:
+        raise Failed("registry.failed", "not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.services.store, "put_tenant", _unwritable)
+        patch.setattr(node.registry, "withdraw_tenant", away)
+        node.fails("registry.failed", V.TENANT_CREATE, "acme")
+    assert node.host.network.bridges() == frozenset()
+
+
+def test_a_create_that_is_given_up_leaves_another_ones_bridge_alone(node: Node) -> None:
+    """The other has reserved the tenant, and has made its bridge but not yet its record."""
+    theirs = node.registry.reserve_tenant(ACME, None, None, Quota(), node.clock.now() - timedelta(seconds=1))
+    node.services.networks.open(theirs.network)
+    job = node.services.jobs.new(V.TENANT_CREATE, "acme", NODE, actor="ann")
+    node.services.runner.run(job.with_(state=JobState.RUNNING, attempt=1, deaths=4))
+    assert node.registry.tenant(ACME) == theirs
+    assert node.host.network.bridges() == {theirs.network.bridge}
 
 
 def test_a_tenant_of_another_node_is_not_given_back(node: Node) -> None:
