@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mvm.domain.ids import InstanceRef, PoolRef, Revision, TenantId
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """Of everything that is kept: the store, the registry, settings. See `mvm.domain.migration`."""
 DEFAULT_STATE_DIR = Path("/var/lib/mvm")
 _UNIX_PATH_MAX = 107  # sockaddr_un holds 108 bytes with the closing zero

@@ -40,5 +40,5 @@ def migrate(link: RedisLink, *, unnumbered: int | None = None) -> None:
         draft = RegistryDraft(link)
         migration.apply(draft)
         link.pipeline([("MULTI",), *draft.commands, ("SET", VERSION_KEY, migration.to), ("EXEC",)])
-    if number is None:
+    if number is None or found < STATE_VERSION:
         link.command("SET", VERSION_KEY, STATE_VERSION)

@@ -31,7 +31,8 @@ from mvm.errors import Fenced, NotAllowed
 from mvm.ports.store import Note
 
 _PUT_JOB = """
-INSERT INTO jobs VALUES (?1, ?2, ?3) ON CONFLICT (id) DO UPDATE SET final = ?2, doc = ?3
+INSERT INTO jobs (id, final, doc, subject, submitted_at) VALUES (?1, ?2, ?3, ?3 ->> 'subject', ?3 ->> 'submitted_at')
+ON CONFLICT (id) DO UPDATE SET final = ?2, doc = ?3
 WHERE final = 0 AND coalesce(doc ->> 'attempt', 0) + coalesce(doc ->> 'deaths', 0) <= ?4
 """
 _BUSY_MS = 10_000
@@ -295,8 +296,8 @@ class SqliteStore:
     def last_job(self, subject: str, *, state: JobState | None = None) -> Job | None:
         """See ports/store.py."""
         rows = self._rows(
-            "SELECT doc FROM jobs WHERE doc ->> 'subject' = ? AND doc ->> 'state' = coalesce(?, doc ->> 'state') "
-            "ORDER BY doc ->> 'submitted_at' DESC, id DESC LIMIT 1", subject, state,
+            "SELECT doc FROM jobs WHERE subject = ?1 AND (?2 IS NULL OR doc ->> 'state' = ?2) "
+            "ORDER BY submitted_at DESC, id DESC LIMIT 1", subject, state,
         )  # fmt: skip
         return Job.from_dict(json.loads(rows[0][0])) if rows else None
 
@@ -335,11 +336,8 @@ class SqliteStore:
 
     def forget_jobs(self, *, keep: int) -> int:
         """See ports/store.py."""
-        return self._write(
-            "DELETE FROM jobs WHERE final = 1 AND id NOT IN "
-            "(SELECT id FROM jobs ORDER BY doc ->> 'submitted_at' DESC, id DESC LIMIT ?)",
-            keep,
-        )
+        newest = "SELECT submitted_at, id FROM jobs ORDER BY submitted_at DESC, id DESC LIMIT 1 OFFSET ?"
+        return self._write(f"DELETE FROM jobs WHERE final = 1 AND (submitted_at, id) <= ({newest})", keep)
 
 
 def _refuse_older(path: Path, db: sqlite3.Connection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
+from mvm.domain.layout import STATE_VERSION
 from mvm.domain.migration import Migration, due
 
 _RECORDS = """
@@ -28,6 +29,15 @@ CREATE TABLE IF NOT EXISTS audit_pending (tenant TEXT NOT NULL, seq INTEGER NOT 
 CREATE TABLE IF NOT EXISTS desired (id INTEGER PRIMARY KEY CHECK (id = 1), doc TEXT NOT NULL)
 """
 
+# Both never change, so the many updates of a job touch neither index.
+_JOBS_BY_SUBJECT = """
+ALTER TABLE jobs ADD COLUMN subject TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN submitted_at TEXT NOT NULL DEFAULT '';
+UPDATE jobs SET subject = doc ->> 'subject', submitted_at = doc ->> 'submitted_at';
+CREATE INDEX jobs_by_subject ON jobs (subject, submitted_at, id);
+CREATE INDEX jobs_by_age ON jobs (submitted_at, id)
+"""
+
 
 def version(db: sqlite3.Connection) -> int:
     """The version of a store; 0 for an empty one."""
@@ -41,7 +51,7 @@ def migrate(db: sqlite3.Connection) -> None:
     """
     for migration in due(STORE, version(db)):
         migration.apply(db)
-        db.execute(f"PRAGMA user_version = {migration.to}")
+    db.execute(f"PRAGMA user_version = {STATE_VERSION}")
 
 
 def _run(script: str, db: sqlite3.Connection) -> None:
@@ -52,4 +62,5 @@ def _run(script: str, db: sqlite3.Connection) -> None:
 STORE: tuple[Migration[sqlite3.Connection], ...] = (
     Migration(1, "tenants, pools, instances and jobs", lambda db: _run(_RECORDS, db)),
     Migration(2, "notes, audit trails and desired states", lambda db: _run(_NOTES_AND_TRAILS, db)),
+    Migration(3, "jobs by subject and by age", lambda db: _run(_JOBS_BY_SUBJECT, db)),
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from mvm.domain.job import Job
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import Migration
 from mvm.drivers import redis_files, registry_migrations, state_dir, store_migrations, upgrade
@@ -77,6 +79,20 @@ def test_what_6e69ba5_wrote_comes_up_to_date(settings: Settings) -> None:
     assert contents(settings.layout.root).keys() == after.keys()
 
 
+def test_what_version_2_wrote_comes_up_to_date(settings: Settings) -> None:
+    layout = settings.layout
+    with closing(sqlite3.connect(layout.database, isolation_level=None)) as db:
+        (last,) = db.execute("SELECT doc FROM jobs ORDER BY doc ->> 'submitted_at' DESC, id DESC LIMIT 1").fetchone()
+        store_migrations.STORE[1].apply(db)
+        db.execute("PRAGMA user_version = 2")
+    layout.version.write_text("2\n")
+    upgrade.upgrade(settings, SHELL, quiet)
+    assert_up_to_date(layout)
+    job = Job.from_dict(json.loads(last))
+    with closing(SqliteStore(layout.database)) as store:
+        assert store.last_job(job.subject) == job
+
+
 def test_a_part_of_the_stack_refuses_an_older_store(settings: Settings) -> None:
     with pytest.raises(NotAllowed) as caught:
         SqliteStore(settings.layout.database)
@@ -106,6 +122,9 @@ def test_an_empty_registry_gets_this_version_and_an_old_one_is_migrated(redis_se
     link.command("HSET", "mvm:nodes", "n1", "{}")
     registry_migrations.migrate(link)
     assert link.command("GET", registry_migrations.VERSION_KEY) == b"%d" % STATE_VERSION
+    link.command("SET", registry_migrations.VERSION_KEY, 2)
+    registry_migrations.migrate(link)
+    assert link.command("GET", registry_migrations.VERSION_KEY) == b"%d" % STATE_VERSION, "also without a migration"
     link.close()
 
 
@@ -118,7 +137,8 @@ def test_a_migration_that_fails_leaves_all_as_it_was(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     module = {"STORE": store_migrations, "REGISTRY": registry_migrations}[kind]
-    broken = tuple(Migration(m.to, m.what, _broken) if m.to == STATE_VERSION else m for m in getattr(module, kind))
+    *others, last = getattr(module, kind)
+    broken = (*others, Migration(last.to, last.what, _broken))
     before = contents(settings.layout.root)
     with monkeypatch.context() as patch:
         patch.setattr(module, kind, broken)
