@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mvm.domain.ids import InstanceRef, JobId, TenantId
-from mvm.errors import Failed, NotAllowed, NotFound, Unreachable
+from mvm.errors import Failed, GuestGone, GuestRefused, GuestSilent, NotAllowed, NotFound, Unreachable
 
 _LISTS = {"tenant": "mvm tenant list", "pool": "mvm pool list", "instance": "mvm instance list"}
 
@@ -41,4 +43,27 @@ def tenant_exists(tenant: TenantId) -> NotAllowed:
     return NotAllowed(
         "tenant.exists", f"tenant {tenant} exists already", hint=f"see: mvm tenant info {tenant}",
         field="tenant", value=str(tenant),
+    )  # fmt: skip
+
+
+def guest_gone(ref: InstanceRef) -> GuestGone:
+    """Nobody can answer."""
+    return GuestGone(
+        "guest.gone", f"the VMM of {ref} does not run", hint="mvm instance info tells its status", subject=str(ref)
+    )
+
+
+def guest_silent(ref: InstanceRef) -> GuestSilent:
+    """It has not answered by the deadline."""
+    return GuestSilent(
+        "guest.silent", f"the guest of {ref} did not answer in time",
+        hint="its console may tell why: mvm instance logs", subject=str(ref),
+    )  # fmt: skip
+
+
+def guest_refused(ref: InstanceRef, words: str, missing: Sequence[str] = ()) -> GuestRefused:
+    """It answered, but not as it should; `missing` are the parts of a request that it has not acknowledged."""
+    return GuestRefused(
+        "guest.refused", f"the guest of {ref} refused: {words[:500]}",
+        hint="its console may tell more: mvm instance logs", subject=str(ref), missing=list(missing),
     )  # fmt: skip

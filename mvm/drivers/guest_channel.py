@@ -16,17 +16,17 @@ from pathlib import Path
 from mvm import guest
 from mvm.domain.commands import ExecPart, ExecResult, collected
 from mvm.domain.ids import InstanceRef
+from mvm.domain.refusals import guest_gone, guest_refused, guest_silent
 from mvm.drivers import guest_commands
+from mvm.drivers.guest_hearing import Bounds, Hearing
 from mvm.drivers.instance_sockets import Connection, remaining
-from mvm.errors import GuestGone, GuestRefused, GuestSilent, InvalidInput
+from mvm.errors import InvalidInput
 from mvm.ports.guest import GuestHello, GuestIdentity, GuestStatus, Worker
 
 _PLAIN = (string.ascii_letters + "+-./:;=@^_,~").encode()  # they mean themselves, also after an octal
 _CLOCK_S, _CLOCK_TRIES = 0.01, 4
 _HUGE = 1e18
-# How much a guest may say in one call, with what was left over from replies that nobody waited for. Each line and each
-# read is work, however short it is.
-_MOST_BYTES, _MOST_READS, _MOST_LINES = 64 << 10, 2048, 256
+_BOUNDS = Bounds(64 << 10, 2048, 256)  # of one call, with what was left over from replies that nobody waited for
 
 
 class UnixGuestChannel:
@@ -130,34 +130,34 @@ class _Call:
         self._directory = directory
         self._ports = ports
         self._end = time.monotonic() + deadline_s
-        self._heard = self._reads = 0
+        self._hearing = Hearing(ref, _BOUNDS)
 
     def __enter__(self) -> _Call:
         try:
             self._connection = Connection(self._directory, self._ports, self._end)
         except TimeoutError:
-            raise self._silent() from None
+            raise guest_silent(self._ref) from None
         except ConnectionError:
-            raise self._gone() from None
+            raise guest_gone(self._ref) from None
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._connection.close()
         if isinstance(error, ValueError | OverflowError):  # its guest says what it likes
-            raise self.refused("unreadable reply") from None
+            raise guest_refused(self._ref, "unreadable reply") from None
 
     def left(self) -> float:
         """Seconds until the deadline; raises `TimedOut` past it."""
         try:
             return remaining(self._end)
         except TimeoutError:
-            raise self._silent() from None
+            raise guest_silent(self._ref) from None
 
     def ask(self, *request: str, words: int = 0) -> Sequence[str]:
         """Send a request whose reply begins with 0; returns the words after it, of which there must be `words`."""
         code, *reply = self.send(*request, words=1 + words)
         if code != "0":
-            raise self.refused(" ".join(reply))
+            raise guest_refused(self._ref, " ".join(reply))
         return reply
 
     def set_moment(self, now: datetime, asked: float, entropy: bytes, later: Sequence[str]) -> None:
@@ -172,7 +172,8 @@ class _Call:
             told = divmod(start + round((before - asked) * 1e9), 10**9)
             code = self._exchange(guest.MOMENT.pack(entropy[: guest.ENTROPY_BYTES], *told, token), token)
             if code != b"0":
-                raise self.refused(f"moment: call {code.decode('ascii', 'replace')} failed", ["moment", *later])
+                words = f"moment: call {code.decode('ascii', 'replace')} failed"
+                raise guest_refused(self._ref, words, ["moment", *later])
             if time.monotonic() - before < _CLOCK_S:
                 return
 
@@ -184,7 +185,7 @@ class _Call:
             at = steps.index(reply[0].rstrip(":")) if reply and reply[0].rstrip(":") in steps else 0
             missing = list(steps[at:])
         if missing:
-            raise self.refused(" ".join(reply), missing)
+            raise guest_refused(self._ref, " ".join(reply), missing)
 
     def send(self, *request: str, words: int) -> Sequence[str]:
         """Send a request and return the words of its reply after the id, at least `words` of them."""
@@ -196,13 +197,13 @@ class _Call:
                 first, *reply = line.split(" ")
                 if first == token:
                     if len(reply) < words:
-                        raise self.refused(f"unreadable reply to {request[0]}")
+                        raise guest_refused(self._ref, f"unreadable reply to {request[0]}")
                     return reply
         except TimeoutError:
-            raise self._silent() from None
+            raise guest_silent(self._ref) from None
         except ConnectionError:
             pass
-        raise self._gone()
+        raise guest_gone(self._ref)
 
     def _exchange(self, request: bytes, token: bytes) -> bytes:
         """The digit after `token` in what comes after `request`."""
@@ -217,55 +218,21 @@ class _Call:
                     return rest[:1]
                 said = said[-len(token) :]
         except TimeoutError:
-            raise self._silent() from None
+            raise guest_silent(self._ref) from None
         except ConnectionError:
             pass
-        raise self._gone()
-
-    def refused(self, words: str, missing: Sequence[str] = ()) -> GuestRefused:
-        """The error for a guest that answered, but not as it should."""
-        return GuestRefused(
-            "guest.refused", f"the guest of {self._ref} refused: {words[:500]}",
-            hint="its console may tell more: mvm instance logs", subject=str(self._ref), missing=list(missing),
-        )  # fmt: skip
+        raise guest_gone(self._ref)
 
     def _lines(self) -> Iterator[str]:
-        """Complete lines as they arrive, until the VMM closes the socket; of empty ones nothing is said."""
-        pieces: list[bytes] = []
-        seen = 0
+        """Complete lines as they arrive, until the VMM closes the socket."""
         while data := self._receive():
-            *complete, rest = data.split(b"\n", _MOST_LINES)
-            for line in complete:
-                whole = b"".join((*pieces, line))
-                pieces.clear()
-                seen += 1
-                if whole:
-                    yield whole.decode("ascii", "replace")
-            if seen > _MOST_LINES or b"\n" in rest:
-                raise self.refused("more lines than it was asked for")
-            pieces.append(rest)
+            for line in self._hearing.lines(data):
+                yield line.decode("ascii", "replace")
 
     def _receive(self) -> bytes:
-        """What comes next. All that comes in one call is bounded: in bytes, and in the reads that it takes."""
+        """What comes next."""
         self._connection.socket.settimeout(self.left())
-        data = self._connection.socket.recv(1 << 16)
-        self._heard += len(data)
-        self._reads += 1
-        if self._heard > _MOST_BYTES or self._reads > _MOST_READS:
-            raise self.refused("a reply without end")
-        return data
-
-    def _gone(self) -> GuestGone:
-        return GuestGone(
-            "guest.gone", f"the VMM of {self._ref} does not run", hint="mvm instance info tells its status",
-            subject=str(self._ref),
-        )  # fmt: skip
-
-    def _silent(self) -> GuestSilent:
-        return GuestSilent(
-            "guest.silent", f"the guest of {self._ref} did not answer in time",
-            hint="its console may tell why: mvm instance logs", subject=str(self._ref),
-        )  # fmt: skip
+        return self._hearing.read(self._connection.socket.recv(1 << 16))
 
 
 def _escaped(data: bytes) -> str:

@@ -143,7 +143,7 @@ class GuestChannel(Protocol):
     ) -> Generator[ExecPart, None, None]:
         """Run `command` with the guest's ``sh -c`` as root: its output as it comes, and at last how it ended.
 
-        While nothing comes it yields an empty part several times a second: that is when a caller who has gone is
+        It yields an empty part several times a second, whatever comes: that is when a caller who has gone is
         noticed. Closing the generator ends the command in the guest, and so does the deadline, which `ExecEnd` tells.
         Raises `TimedOut` (``guest.busy``) when until then others ran as many as the guest takes at once.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from mvm.domain.commands import ExecResult
 from mvm.domain.ids import InstanceRef
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.instance_sockets import listen
-from mvm.errors import Failed, Unreachable
+from mvm.errors import Failed, TimedOut, Unreachable
 
 REF = InstanceRef.parse("acme/web/i-00000001")
 Ask = Callable[[UnixGuestChannel, Path], object]
@@ -160,3 +161,66 @@ def test_a_reply_without_end_is_not_kept(tmp_path: Path) -> None:
     with answering(tmp_path, guest.CONTROL, "ID 0 " + "x" * (6 << 20)), pytest.raises(Failed) as caught:
         UnixGuestChannel().ping(REF, tmp_path, deadline_s=20)
     assert caught.value.code == "guest.refused"
+
+
+def test_a_command_begins_once(tmp_path: Path) -> None:
+    begun = guest.FRAME.pack(b"IDIDIDID", guest.BEGUN, 0)
+    with saying(tmp_path, guest.EXEC[0], begun * 2), pytest.raises(Failed) as caught:
+        UnixGuestChannel().execute(REF, tmp_path, "true", deadline_s=20)
+    assert caught.value.code == "guest.refused"
+
+
+@pytest.mark.parametrize("words", ["0 0 - -" + " -" * 2_000_000, "\n" * 5000])
+def test_an_older_guests_words_are_counted(tmp_path: Path, words: str) -> None:
+    with (
+        saying(tmp_path, guest.EXEC[0], b"\nIDIDIDID 127 unknown request\n", f"\nIDIDIDID {words}\n".encode()),
+        pytest.raises(Failed) as caught,
+    ):
+        UnixGuestChannel().execute(REF, tmp_path, "true", deadline_s=20)
+    assert caught.value.code == "guest.refused"
+
+
+BEGUN = guest.FRAME.pack(b"IDIDIDID", guest.BEGUN, 0)
+CRUMB, OTHER = (guest.FRAME.pack(b"IDIDIDID", kind, 1) + b"x" for kind in (guest.STDOUT, guest.STDERR))
+FLOODS = {
+    "it begins again and again": (BEGUN, BEGUN * 64),
+    "output, a byte a frame": (BEGUN, CRUMB * 4096),
+    "output, a byte a read": (BEGUN, CRUMB),
+    "both streams in turn": (BEGUN, (CRUMB + OTHER) * 64),
+    "noise of others": (b"", b"another0"),
+    "an older one's newlines": (b"\nIDIDIDID 127 unknown request\n", b"\n"),
+}
+HEARD_S = 2.0
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_costs_a_share_of_a_core_and_who_goes_is_noticed(tmp_path: Path, name: str) -> None:
+    with flooding(tmp_path, guest.EXEC[0], *FLOODS[name]):
+        parts = UnixGuestChannel().run(REF, tmp_path, b"yes", deadline_s=HEARD_S)
+        began, used, told = time.monotonic(), time.thread_time(), 0
+        with suppress(Failed, TimedOut):
+            for _ in parts:
+                told += 1
+        passed = time.monotonic() - began
+    assert time.thread_time() - used < 0.2 + passed / 2
+    assert told >= int(passed), "a part each second, at least"
+
+
+@contextmanager
+def flooding(directory: Path, port: str, begun: bytes, piece: bytes) -> Iterator[None]:
+    """A guest that says `begun`, and then `piece` until it is not heard any more."""
+    with listen(directory, port) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as client, suppress(BrokenPipeError, ConnectionResetError):
+                token = client.recv(65536).split()[0]
+                client.sendall(begun.replace(b"IDIDIDID", token))
+                again = piece.replace(b"IDIDIDID", token)
+                while again:
+                    client.sendall(again)
+                client.recv(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()

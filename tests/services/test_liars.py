@@ -17,13 +17,16 @@ from unittest.mock import patch
 
 import pytest
 
+from mvm.domain.commands import ExecEnd
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
+from mvm.drivers import guest_commands
 from mvm.drivers.guest_channel import UnixGuestChannel
 from mvm.drivers.memory_queue import MemoryQueue
 from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.drivers.sqlite_store import SqliteStore
+from mvm.errors import MvmError
 from mvm.settings import Settings
 from mvm.wiring import NodePorts, NodeServices, build_node
 from tests.services.conftest import NODE
@@ -96,6 +99,18 @@ class Told:
             assert row.seconds < within_s + GRACE_S, row
             assert row.sent < MOST_SENT, row
         return jobs
+
+    def command(self, lie: Lie) -> Row:
+        """What came of a command in the guest that tells this lie."""
+        ref, began, ended = self.guests[lie], monotonic(), "nothing"
+        before = self.host.heard[ref]
+        try:
+            for part in self.services.view.run(ref, b"true", deadline_s=SHORT_S):
+                if isinstance(part, ExecEnd):
+                    ended = "timed out" if part.timed_out else "believed"
+        except MvmError as error:
+            ended = error.code
+        return Row("exec", lie, ended, monotonic() - began, self.host.heard[ref] - before)
 
     def _one(self, name: str, verb: JobVerb, lie: Lie, params: dict[str, object]) -> Job:
         ref = self.guests[lie]
@@ -197,6 +212,19 @@ def test_a_wake_fails_and_it_sleeps_on_and_wakes_once_it_is_honest(told: Told) -
         told.host.lie(ref, None)
         if told.status(lie) is S.SLEEPING:
             told.ok(V.INSTANCE_WAKE, str(ref))
+
+
+def test_a_command_ends_in_time_and_nobody_is_believed(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_commands, "_OLD_GRACE_S", GUEST_S)
+    for lie, ref in told.guests.items():
+        told.host.lie(ref, lie)
+    with ThreadPoolExecutor(len(Lie)) as threads:
+        rows = list(threads.map(told.command, Lie))
+    told.rows += rows
+    for row in rows:
+        assert row.seconds < SHORT_S + GUEST_S + GRACE_S, row
+        assert row.ended in ("guest.refused", "guest.silent", "guest.gone", "timed out"), row
+    assert [row.lie for row in rows if row.ended == "timed out"] == [Lie.CRUMBS]  # it is output
 
 
 @pytest.mark.parametrize("verb", [V.INSTANCE_STOP, V.INSTANCE_DESTROY])

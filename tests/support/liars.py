@@ -23,7 +23,6 @@ from mvm.drivers.fake.state import Machine
 from mvm.drivers.instance_sockets import listen
 from mvm.ports.vmm import BootSpec
 
-_DRIP_S = 0.02
 _SHOTS = b"\n" * 65536
 
 
@@ -46,6 +45,12 @@ class Lie(StrEnum):
     BINARY = "binary"
     SILENT = "nothing"
     PRETENDS = "yes, and does nothing"
+    BEGINS = "begins without end"
+    OLDER = "an older one's newlines"
+    CRUMBS = "a byte a frame"
+
+
+_PAUSE_S = {Lie.DRIPS: 0.02, Lie.OLDER: 0.0005}  # after each piece
 
 
 def said(lie: Lie, token: str) -> Iterator[bytes]:
@@ -86,6 +91,14 @@ def said(lie: Lie, token: str) -> Iterator[bytes]:
                 yield os.urandom(65536)
         case Lie.PRETENDS:
             yield b"\n" + mine + b" 0 " + " ".join(guest.CONFIGURE_STEPS).encode() + b"\n"
+        case Lie.BEGINS:
+            yield from repeat(guest.FRAME.pack(mine, guest.BEGUN, 0) * 4096)
+        case Lie.OLDER:
+            yield b"\n" + mine + b" 127 unknown request\n"
+            yield from repeat(b"\n")
+        case Lie.CRUMBS:
+            yield guest.FRAME.pack(mine, guest.BEGUN, 0)
+            yield from repeat((guest.FRAME.pack(mine, guest.STDOUT, 1) + b"x") * 4096)
 
 
 class Agent:
@@ -126,7 +139,7 @@ class Agent:
                 continue
             for piece in said(self.lie, token or "moment"):
                 self._heard(client.send(piece.replace(b"moment", mine) if clock else piece))
-                if self.lie is Lie.DRIPS and self._over.wait(_DRIP_S):
+                if self.lie in _PAUSE_S and self._over.wait(_PAUSE_S[self.lie]):
                     return
             if self.lie is Lie.CLOSES:
                 return
