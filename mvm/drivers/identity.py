@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 
 from mvm.domain.identity import Identity, id_of_path, mark_of
@@ -13,6 +12,7 @@ from mvm.domain.ids import NodeId
 from mvm.domain.layout import StateLayout
 from mvm.drivers import store_glance
 from mvm.drivers.files import write_private
+from mvm.errors import Failed
 from mvm.settings import Settings, place_of, remembered
 
 _ID_BYTES = 6
@@ -28,7 +28,8 @@ def settle(settings: Settings) -> Identity:
     """The state directory, which is there, has an identity, and `settings` are those of its node.
 
     One that a former version made keeps the mark that its VMMs have; a copy becomes a directory of its own. For whoever
-    holds the directory. Raises `NotAllowed` (``node.renamed``) for another node's.
+    holds the directory. Raises `NotAllowed` (``node.renamed``) for another node's, and what `store_glance` does when a
+    former version's store cannot be read: whose the directory is is written down for good.
     """
     layout = settings.layout
     known = remembered(layout) or _first(settings)
@@ -62,12 +63,20 @@ def _first(settings: Settings) -> Identity:
 
 
 def _former_path(layout: StateLayout) -> Path | None:
-    """By which path a former version last started a stack here, as it was spelled; None when none did."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    """By which path a former version last started a stack here, as it was spelled; None when none did.
+
+    Raises `Failed` (``state.damaged``): its VMMs are marked by that path, and are not to be lost by a guess.
+    """
+    try:
         former = Path(json.loads(layout.settings.read_text())["state_dir"])
-        if former.samefile(layout.root):  # not so of a copy
-            return former
-    return None
+        return former if former.samefile(layout.root) else None  # not so of a copy
+    except (FileNotFoundError, NotADirectoryError, PermissionError, KeyError, TypeError):
+        return None
+    except (OSError, ValueError) as error:
+        raise Failed(
+            "state.damaged", f"{layout.settings} cannot be read: {error}",
+            hint="where no microVM of this state directory runs, remove it", path=str(layout.settings),
+        ) from None  # fmt: skip
 
 
 def _former_node(now: NodeId, recorded: Collection[NodeId]) -> NodeId:

@@ -214,7 +214,7 @@ class Stack:
                 self._start(report)
                 self._wait_ready(report)
                 self.publish()
-                self._check_uplink(report)
+                self._tell_of_uplink(report)
             except BaseException:
                 try:
                     self._down(report)
@@ -377,9 +377,14 @@ class Stack:
             report(f"WARNING: guests are not fully isolated: no {name} limit: {why}" if name != "cage" else
                    f"WARNING: guests will not start, for QEMU cannot be caged: {why}")  # fmt: skip
 
-    def _check_uplink(self, report: Report) -> None:
-        """Told where guests of a pool would reach nothing outside; they run all the same."""
-        lacking = uplink.lacking(self._settings) if self._settings.driver != "fake" else None
+    def _tell_of_uplink(self, report: Report) -> None:
+        """Told where guests of a pool would reach nothing outside; they run all the same, and so does the stack."""
+        if self._settings.driver == "fake":
+            return
+        try:
+            lacking = uplink.lacking(self._settings)
+        except MvmError as error:
+            lacking = f"it cannot be told whether pools that reach outside have their uplink: {error.message}"
         if lacking:
             report(f"WARNING: {lacking}")
 
@@ -398,13 +403,20 @@ class Stack:
         self._layout.connection.unlink(missing_ok=True)
         self._supervisor.stop()
         name = self._made_namespace()
-        if self.remaining():
-            report(f"instances run on; network namespace {name} stays" if name else "instances run on")
+        if why := self._why_it_stays():
+            report(f"{why}; network namespace {name} stays" if name else why)
             return
         if name:
             netns.delete(self._shell, name)
         _namespace_mark(self._layout).unlink(missing_ok=True)
         LinuxCgroups(identity.mark(self._layout)).close()
+
+    def _why_it_stays(self) -> str | None:
+        """Why what instances need has to stay; None when none of them has a VMM. What cannot be read may have one."""
+        try:
+            return "instances run on" if self.remaining() else None
+        except MvmError as error:
+            return f"WARNING: it cannot be told whether instances run on: {error.message}"
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

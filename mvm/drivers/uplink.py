@@ -10,15 +10,17 @@ from pathlib import Path
 from mvm.domain.desired import parse
 from mvm.domain.egress import Egress
 from mvm.domain.ids import PoolRef
-from mvm.drivers import netns
-from mvm.drivers.sqlite_store import SqliteStore
+from mvm.drivers import netns, store_glance
 from mvm.settings import Settings
 
 _SEE = "see docs/operations.md, Network"
 
 
 def lacking(settings: Settings) -> str | None:
-    """What is wrong with the uplink that some pool of this node, or of its desired state, needs; None: nothing is."""
+    """What is wrong with the uplink that some pool of this node, or of its desired state, needs; None: nothing is.
+
+    Raises `MvmError` when it cannot be looked at: of the store, of the document, of the namespace.
+    """
     pools = sorted(set(_reaching_out(settings)))
     if not pools:
         return None
@@ -30,14 +32,11 @@ def lacking(settings: Settings) -> str | None:
 
 
 def _reaching_out(settings: Settings) -> Iterator[PoolRef]:
-    store = SqliteStore(settings.layout.database)
-    try:
-        document = store.desired()
-        asked = parse(document).tenants if document is not None else ()
-        yield from (pool.ref for pool in store.pools() if pool.egress.kind is not Egress.NONE)
-        yield from (p.ref for tenant in asked for p in tenant.pools if p.egress.kind is not Egress.NONE)
-    finally:
-        store.close()
+    database = settings.layout.database
+    document = store_glance.desired(database)
+    asked = parse(document).tenants if document is not None else ()
+    yield from (pool.ref for pool in store_glance.pools(database) if pool.egress.kind is not Egress.NONE)
+    yield from (p.ref for tenant in asked for p in tenant.pools if p.egress.kind is not Egress.NONE)
 
 
 def _missing(settings: Settings) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,15 +21,16 @@ from mvm.domain.instance import Instance
 from mvm.domain.layout import StateLayout
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import ImageSource, InstanceResources, WorkerPool
-from mvm.drivers import identity, netns, processes, state_dir, tap
+from mvm.drivers import identity, netns, processes, sqlite_store, state_dir, store_glance, tap
 from mvm.drivers.files import closing_fd
 from mvm.drivers.linux_network import LinuxNetwork
 from mvm.drivers.qemu.argv import BINARY
 from mvm.drivers.shell import LocalShell
 from mvm.drivers.sqlite_store import SqliteStore
 from mvm.drivers.stack import Stack, programs, running_settings
-from mvm.errors import Failed, NotAllowed
+from mvm.errors import Failed, MvmError, NotAllowed
 from mvm.settings import Settings, load_settings, remembered
+from tests.support import old_state
 from tests.support.local import free_port, running
 from tests.support.make import START, WEB, instance_ref
 from tests.support.waiting import until
@@ -286,3 +288,101 @@ def test_a_former_versions_node_is_known_by_its_pools(settings: Settings) -> Non
     known = remembered(settings.layout)
     assert known is not None
     assert known.node_id == node
+
+
+# --- a store that cannot be read is no empty one
+@contextmanager
+def locked(database: Path) -> Iterator[None]:
+    """Another program has it for itself."""
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("INSERT OR REPLACE INTO net_ids VALUES (4095)")
+        yield
+
+
+@contextmanager
+def damaged(database: Path) -> Iterator[None]:
+    """A disk returns something else."""
+    former = {path: path.read_bytes() for path in database.parent.glob(f"{database.name}*")}
+    for path in former:
+        path.write_bytes(b"no database at all" * 1000)
+    yield
+    for path, content in former.items():
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_glance, "_BUSY_S", 0.1)
+
+
+Trouble = Callable[[Path], AbstractContextManager[None]]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("trouble", "code"), [(locked, "store.busy"), (damaged, "store.damaged")])
+def test_a_former_versions_node_is_not_guessed_while_its_store_cannot_be_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch, trouble: Trouble, code: str
+) -> None:
+    """The wrong name would be written down for good, and its pools be stranded."""
+    old_state.unpack(root / "s")
+    monkeypatch.setattr("socket.gethostname", lambda: "quite-another.example")
+    settings = load_settings(state_dir=root / "s", driver="fake", netns="host")
+    with trouble(settings.layout.database), pytest.raises(MvmError) as caught:
+        Stack(settings, LocalShell()).prepare()
+    assert caught.value.code == code
+    assert remembered(settings.layout) is None
+    stack = Stack(settings, LocalShell())
+    stack.prepare()
+    assert store_glance.nodes(settings.layout.database) == {stack.settings.node}
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("trouble", [locked, damaged])
+def test_what_instances_need_stays_while_the_store_cannot_be_read(settings: Settings, trouble: Trouble) -> None:
+    stack = redis_only(settings)
+    stack.up(quiet)
+    namespace = stack.settings.namespace
+    assert namespace is not None
+    SqliteStore(settings.layout.database).close()
+    said: list[str] = []
+    with trouble(settings.layout.database):
+        stack.down(said.append)
+        assert [part.answers for part in stack.status()] == [False], "the stack is down all the same"
+        assert netns.exists(namespace)
+        assert "cannot be told whether instances run on" in said[-1]
+    stack.down(quiet)
+    assert not netns.exists(namespace)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("trouble", [locked, damaged])
+def test_a_stack_that_answers_stays_up_though_its_uplink_cannot_be_looked_at(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, trouble: Trouble
+) -> None:
+    monkeypatch.setattr(sqlite_store, "_BUSY_MS", 100)
+    stack = redis_only(settings)
+    stack.prepare()
+    SqliteStore(settings.layout.database).close()
+    said: list[str] = []
+    with trouble(settings.layout.database):
+        stack.up(said.append)
+    assert [part.answers for part in stack.status()] == [True]
+    assert "cannot be told whether pools that reach outside have their uplink" in said[-1]
+    stack.down(quiet)
+
+
+def test_damaged_settings_of_a_former_version_are_no_reason_to_guess(settings: Settings) -> None:
+    """By the path in them its VMMs are marked."""
+    state_dir.prepare(settings.layout)
+    settings.layout.settings.write_text("")
+    with pytest.raises(Failed) as caught:
+        identity.mark(settings.layout)
+    assert caught.value.code == "state.damaged"
+
+
+def test_a_store_that_was_only_begun_is_an_empty_one(settings: Settings) -> None:
+    state_dir.prepare(settings.layout)
+    settings.layout.database.touch()
+    assert not store_glance.instances(settings.layout.database)
