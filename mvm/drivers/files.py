@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,19 +46,35 @@ def punch(fd: int, length: int) -> None:
 def take_place(new: Path, old: Path) -> None:
     """The directory `new` is where `old` is, or was not; what was there is at `new`, if it was there.
 
-    In one step, but on a file system that cannot: there nothing is in between.
+    In one step, but on a file system that cannot: there nothing is in between, and a crash then leaves what was there
+    at `former`. For one caller at a time.
     """
     try:
         exchange(new, old)
     except FileNotFoundError:
         new.rename(old)
+        shutil.rmtree(former(old), ignore_errors=True)  # of one that was killed
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        aside = old.with_name(f"{old.name}.former")
-        old.rename(aside)
+        _step_aside(new, old)
+
+
+def former(place: Path) -> Path:
+    """Where `take_place` puts what was at `place`, for a moment, on a file system that cannot exchange."""
+    return place.with_name(f"{place.name}.former")
+
+
+def _step_aside(new: Path, old: Path) -> None:
+    aside = former(old)
+    shutil.rmtree(aside, ignore_errors=True)  # of one that was killed: another is at its place by now
+    old.rename(aside)
+    try:
         new.rename(old)
-        aside.rename(new)
+    except OSError:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import NoReturn
 
 from mvm.domain.snapshot import FileDigest, SnapshotManifest
-from mvm.drivers.files import take_place
+from mvm.drivers.files import former, take_place
 from mvm.errors import Failed, NotFound
 
 MANIFEST = "manifest.json"
@@ -75,8 +75,8 @@ def whole(name: str) -> str:
 
 
 def discard(directory: Path) -> None:
-    """It is gone, and what was left of one that had not yet appeared."""
-    for path in (directory.with_name(directory.name + _HALF), directory):
+    """It is gone, and what was left of one that had not yet appeared, or of the one before."""
+    for path in (directory.with_name(directory.name + _HALF), former(directory), directory):
         try:
             shutil.rmtree(path)
         except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from mvm.domain.ids import NodeId
 from mvm.domain.layout import StateLayout
+from mvm.drivers import files
 from mvm.drivers.quic import certs
 from mvm.drivers.quic.certs import Issued, issue
 from mvm.errors import Failed, InvalidInput
@@ -165,6 +167,76 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(Failed) as caught:
         make_certs(tmp_path / "file")
     assert caught.value.code == "certs.unwritable"
+
+
+# --- on a file system that cannot exchange two directories
+class Killed(BaseException):
+    """What a process does not survive."""
+
+
+@pytest.fixture
+def plain_renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(_one: Path, other: Path) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument", str(other))
+
+    monkeypatch.setattr(files, "exchange", cannot)
+    monkeypatch.setattr(certs, "exchange", cannot, raising=False)
+
+
+@pytest.mark.usefixtures("plain_renames")
+def test_a_set_is_made_and_replaced_there_too(tmp_path: Path) -> None:
+    directory = make_certs(tmp_path)
+    before = contents(directory)
+    (directory / "node.pem").unlink()
+    make_certs(tmp_path)
+    assert problems(tmp_path) == {"ca": "", "node": "", "coordinator": ""}
+    assert contents(directory)["ca.pem"] == before["ca.pem"]
+    assert [path.name for path in tmp_path.iterdir()] == ["certs"]
+
+
+@pytest.mark.usefixtures("plain_renames")
+@pytest.mark.parametrize("way", ["plain", "link"])
+def test_killed_at_any_rename_it_has_the_ca_that_others_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    if way == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        (tmp_path / "certs").symlink_to(tmp_path / "elsewhere")
+    directory = make_certs(tmp_path)
+    ca = (directory / "ca.pem").read_bytes()
+    (directory / "note.txt").write_text("not ours")
+    survived = []
+    for number in range(1, 6):
+        (directory / "node.pem").unlink()
+        survived.append(_killed_at(tmp_path, number, monkeypatch))
+        make_certs(tmp_path)
+        assert problems(tmp_path) == {"ca": "", "node": "", "coordinator": ""}
+        assert (directory / "ca.pem").read_bytes() == ca
+        assert (directory / "note.txt").read_text() == "not ours"
+        assert len(list(tmp_path.iterdir())) == (2 if way == "link" else 1), "nothing is left over"
+    assert survived[0] is False
+    assert survived[-1] is True
+
+
+def _killed_at(root: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether it went through although it was to be killed before its rename `number`."""
+    left, real = [number], Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        left[0] -= 1
+        if not left[0]:
+            patch.setattr(certs.shutil, "rmtree", lambda *_, **__: None)  # who is killed tidies nothing up
+        if left[0] <= 0:
+            raise Killed
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        try:
+            make_certs(root)
+        except Killed:
+            return False
+    return True
 
 
 def test_many_at_once_make_one_set(tmp_path: Path) -> None:

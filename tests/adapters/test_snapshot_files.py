@@ -38,6 +38,7 @@ def test_a_file_system_that_cannot_exchange_still_replaces(tmp_path: Path, monke
         raise OSError(errno.EINVAL, "cannot")
 
     monkeypatch.setattr(plain, "exchange", cannot)
+    (tmp_path / "there.former" / "older").mkdir(parents=True)  # somebody was killed here before
     for word in ("old", "new"):
         (tmp_path / "draft").mkdir()
         (tmp_path / "draft" / word).touch()
@@ -47,6 +48,7 @@ def test_a_file_system_that_cannot_exchange_still_replaces(tmp_path: Path, monke
             plain.take_place(tmp_path / "draft", tmp_path / "there")
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["new"]
     assert [path.name for path in (tmp_path / "draft").iterdir()] == ["old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", "there"]
 
 
 @pytest.mark.parametrize("read", [files.manifest, lambda directory: files.read(directory, files.MANIFEST, {})])

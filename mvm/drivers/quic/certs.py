@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mvm.domain.ids import NodeId
 from mvm.domain.layout import StateLayout
-from mvm.drivers.files import exchange
+from mvm.drivers.files import former, take_place
 from mvm.drivers.quic.authority import Authority, Issued, issue, problem_of, read_authority, time_problem
 from mvm.drivers.quic.identity import (
     COORDINATOR_URI,
@@ -67,7 +67,8 @@ def init(layout: StateLayout, node_id: NodeId, ca: Path | None = None) -> tuple[
 
     A usable set stays as it is, and a CA that is there is never replaced unless `ca` is given: a PEM file (or pipe)
     with a CA's key and certificate, and those above it. It issues, and its key is not kept here.
-    A new set is written beside the old one and proven by a handshake before it takes its place, in one step.
+    A new set is written beside the old one and proven by a handshake before it takes its place, in one step; where the
+    file system cannot do that, what a crash left aside is back with the next call.
 
     Raises `InvalidInput` (``certs.damaged``) for an unusable CA, and `Failed`: ``certs.no_ca_key`` when a
     certificate is needed and only the CA's own is here, ``certs.unusable`` when a new set does not work,
@@ -244,12 +245,15 @@ def _locked(certs: Path) -> Iterator[Path]:
     The lock is on the directory above, since this one is replaced.
     """
     try:
-        certs.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = certs.resolve()
-        directory.chmod(0o700)
+        directory.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            if not directory.exists() and former(directory).exists():  # a crash left neither set in its place
+                former(directory).rename(directory)
+            directory.mkdir(mode=0o700, exist_ok=True)
+            directory.chmod(0o700)
             yield directory
         finally:
             os.close(lock)
@@ -273,10 +277,11 @@ def _replace(directory: Path, files: Mapping[str, bytes | None], node_id: NodeId
                 _write(draft / name, content)
         _sync(draft)
         _prove(draft, node_id, ca)
-        exchange(draft, directory)
+        take_place(draft, directory)
         _sync(directory.parent)
     finally:
-        _put_away(draft, directory)
+        if draft.exists():
+            _put_away(draft, directory)
 
 
 def _prove(draft: Path, node_id: NodeId, ca: Path | None) -> None:
@@ -303,14 +308,16 @@ def _put_leftovers_away(directory: Path) -> None:
     """What a crash left: a set that was not finished, or the one before."""
     for left in directory.parent.glob(f"{_draft_prefix(directory)}*"):
         _put_away(left, directory)
+    if former(directory).exists():
+        _put_away(former(directory), directory)
 
 
-def _put_away(former: Path, directory: Path) -> None:
+def _put_away(unused: Path, directory: Path) -> None:
     """Remove a set that is not in use; files in it that are not ours move to the one that is."""
-    for path in former.iterdir():
+    for path in unused.iterdir():
         if path.name not in _NAMES:
             path.rename(directory / path.name)
-    shutil.rmtree(former)
+    shutil.rmtree(unused)
 
 
 def _kept(path: Path) -> bytes | None:
