@@ -36,6 +36,10 @@ class Outlet(Protocol):
         ...
 
 
+class Abandoned(Exception):
+    """Nobody waits for an answer any more, and what is at work for it ends with this. Nobody is told it."""
+
+
 class Reply:
     """The answer to one request: its thread sends, the event loop writes, and either may end it."""
 
@@ -53,6 +57,11 @@ class Reply:
     def gone(self) -> bool:
         """Whether nobody listens any more. From any thread."""
         return self._gone
+
+    def check(self) -> None:
+        """Raises `Abandoned` when nobody listens any more. From any thread."""
+        if self._gone:
+            raise Abandoned
 
     def send(self, frame: bytes) -> bool:
         """One part, from the request's thread; waits for room and is False when nobody listens any more."""
@@ -117,7 +126,7 @@ class Dispatcher:
             if self.stopping:
                 raise _stopping()
             call = accept(self._methods, peer, message)
-            reply.ends_with_client = call.method.takes is places.COMMANDS
+            reply.ends_with_client = call.method.takes in (places.COMMANDS, places.REPORTS)
             self._threads[call.method.takes].submit(call.tenant, lambda: _run(peer, call, reply))
         except MvmError as error:
             log.info("agent.request_refused", peer=str(peer), code=error.code)
@@ -146,7 +155,7 @@ def _run(peer: Peer, call: Call, reply: Reply) -> None:
     outcome = "ok"
     held = b""  # the last part of a short answer leaves together with the stream's end
     try:
-        with closing(call.run()) as parts:
+        with closing(call.run(reply.check)) as parts:
             for part in parts:
                 if part is None:
                     heard = not reply.gone
@@ -156,9 +165,10 @@ def _run(peer: Peer, call: Call, reply: Reply) -> None:
                     heard = not held or reply.send(held)
                     held = _part_frame(part)
                 if not heard:
-                    log.debug("agent.request_abandoned", peer=str(peer), method=call.name, request=call.id)
-                    outcome = "abandoned"
-                    break
+                    raise Abandoned
+    except Abandoned:
+        log.debug("agent.request_abandoned", peer=str(peer), method=call.name, request=call.id)
+        outcome = "abandoned"
     except MvmError as error:
         held, outcome = error_frame(error), "failed"
         log.info("agent.request_failed", peer=str(peer), method=call.name, request=call.id, code=error.code)

@@ -23,11 +23,13 @@ from mvm.drivers.quic.frames import CHUNK
 from mvm.drivers.quic.identity import Peer, Role
 from mvm.errors import Forbidden, InvalidInput
 
+_ABOUT = ("ref", "pool", "tenant")  # parameters that begin with a tenant
 _ITEMS = 50  # of a list in one part of its answer: 20 KiB each fit into a frame
 _CHARACTERS = 1 << 16  # of a text in one part; JSON needs up to 12 bytes for one
 _BYTES = CHUNK // 4 * 3  # of a command's output in one part
 _COMMAND_CHARACTERS = 256 * 1024
 Parts = Generator[Mapping[str, Any] | None, None, None]  # of one answer; most have one. None: it goes on
+Check = Callable[[], None]  # does nothing while somebody waits for the answer, and then raises what ends the work
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
@@ -43,8 +45,11 @@ class NodeApi(Protocol):
         """Load, memory, disk and counts, now."""
         ...
 
-    def verify_network(self, *, active: bool) -> Mapping[str, Any]:
-        """A report for each tenant's bridge, the node's findings and, with `active`, a table of probes."""
+    def verify_network(self, *, active: bool, check: Check) -> Mapping[str, Any]:
+        """A report for each tenant's bridge, the node's findings and, with `active`, a table of probes.
+
+        `check` is called several times a second; what it raises ends all of it.
+        """
         ...
 
     def disk_report(self) -> Mapping[str, Any]:
@@ -103,8 +108,8 @@ class NodeApi(Protocol):
         """A tenant's last audit entries and, with `follow`, what comes; empty lists as `logs`' empty texts."""
         ...
 
-    def audit_verify(self, tenant: TenantId) -> Mapping[str, Any]:
-        """Whether a tenant's audit trail is whole, and in ``findings`` what is not."""
+    def audit_verify(self, tenant: TenantId, *, check: Check) -> Mapping[str, Any]:
+        """Whether a tenant's audit trail is whole, and in ``findings`` what is not; `check` as above."""
         ...
 
     def desired_plan(self, content: bytes, *, prune: bool) -> Plan:
@@ -197,7 +202,7 @@ class Method:
 
     roles: frozenset[Role]
     params: type[BaseModel]
-    handler: Callable[[Any], Parts]
+    handler: Callable[[Any, Check], Parts]
     takes: Places = places.READS
 
     @property
@@ -215,14 +220,14 @@ class Call:
     method: Method
     params: BaseModel
 
-    def run(self) -> Parts:
-        """The answer's parts."""
-        return self.method.handler(self.params)
+    def run(self, check: Check) -> Parts:
+        """The answer's parts. What yields none for long calls `check` meanwhile."""
+        return self.method.handler(self.params, check)
 
     @property
     def tenant(self) -> str:
         """Whose share it takes; "" when it is about no tenant alone."""
-        about = getattr(self.params, "ref", None) or getattr(self.params, "tenant", None) or ""
+        about = next((value for name in _ABOUT if (value := getattr(self.params, name, None))), "")
         return str(about).partition("/")[0]
 
 
@@ -251,8 +256,8 @@ def method_table(api: NodeApi) -> dict[str, Method]:
     """Every method of the agent over `api`. Roles match exactly: what is not listed is refused."""
     coordinator = frozenset({Role.COORDINATOR})
 
-    def one(answer: Callable[[Any], Mapping[str, Any]]) -> Callable[[Any], Parts]:
-        def parts(params: Any) -> Parts:
+    def one(answer: Callable[[Any], Mapping[str, Any]]) -> Callable[[Any, Check], Parts]:
+        def parts(params: Any, check: Check) -> Parts:
             yield answer(params)
 
         return parts
@@ -261,28 +266,28 @@ def method_table(api: NodeApi) -> dict[str, Method]:
         "node.ping": Method(coordinator, _Nothing, one(lambda _: {}), places.NODE),
         "node.info": Method(frozenset(Role), _Nothing, one(lambda _: api.node_info()), places.NODE),
         "node.stats": Method(coordinator, _Nothing, one(lambda _: api.node_stats()), places.NODE),
-        "net.verify": Method(coordinator, _Verify, lambda p: _verified(api, p), places.REPORTS),
-        "disk.report": Method(coordinator, _Nothing, lambda _: _disk(api), places.REPORTS),
-        "tenant.list": Method(coordinator, _Nothing, lambda _: _items(api.tenants())),
+        "net.verify": Method(coordinator, _Verify, lambda p, check: _verified(api, p, check), places.REPORTS),
+        "disk.report": Method(coordinator, _Nothing, lambda *_: _disk(api), places.REPORTS),
+        "tenant.list": Method(coordinator, _Nothing, lambda *_: _items(api.tenants())),
         "tenant.set_secrets": Method(
             coordinator,
             _Secrets,
             one(lambda p: api.set_secrets(TenantId(p.tenant), _decoded(p.content, "content"), p.actor)),
         ),
-        "pool.list": Method(coordinator, _Pools, lambda p: _items(api.pools(_maybe(TenantId, p.tenant)))),
-        "instance.list": Method(coordinator, _Instances, lambda p: _items(_instances(api, p))),
+        "pool.list": Method(coordinator, _Pools, lambda p, _: _items(api.pools(_maybe(TenantId, p.tenant)))),
+        "instance.list": Method(coordinator, _Instances, lambda p, _: _items(_instances(api, p))),
         "instance.info": Method(coordinator, _Instance, one(lambda p: api.instance(InstanceRef.parse(p.ref)))),
         "instance.explain": Method(coordinator, _Instance, one(lambda p: api.explain(InstanceRef.parse(p.ref)))),
         "instance.stats": Method(coordinator, _Instance, one(lambda p: api.stats(InstanceRef.parse(p.ref)))),
         "instance.wake": Method(
             coordinator, _Wake, one(lambda p: api.wake(InstanceRef.parse(p.ref), p.actor)), places.WAKES
         ),
-        "instance.exec": Method(coordinator, _Exec, lambda p: _execute(api, p), places.COMMANDS),
-        "instance.logs": Method(coordinator, _Logs, lambda p: _logs(api, p), places.STREAMS),
-        "audit.tail": Method(coordinator, _Tail, lambda p: _tail(api, p), places.STREAMS),
-        "desired.plan": Method(coordinator, _Desired, lambda p: _plan(api, p), places.REPORTS),
-        "desired.apply": Method(coordinator, _Apply, lambda p: _apply(api, p), places.REPORTS),
-        "audit.verify": Method(coordinator, _Tenant, lambda p: _verify(api, p), places.REPORTS),
+        "instance.exec": Method(coordinator, _Exec, lambda p, _: _execute(api, p), places.COMMANDS),
+        "instance.logs": Method(coordinator, _Logs, lambda p, _: _logs(api, p), places.STREAMS),
+        "audit.tail": Method(coordinator, _Tail, lambda p, _: _tail(api, p), places.STREAMS),
+        "desired.plan": Method(coordinator, _Desired, lambda p, _: _plan(api, p), places.REPORTS),
+        "desired.apply": Method(coordinator, _Apply, lambda p, _: _apply(api, p), places.REPORTS),
+        "audit.verify": Method(coordinator, _Tenant, lambda p, check: _verify(api, p, check), places.REPORTS),
     }
 
 
@@ -297,8 +302,8 @@ def _instances(api: NodeApi, params: _Instances) -> Sequence[Mapping[str, Any]]:
     )
 
 
-def _verified(api: NodeApi, params: _Verify) -> Parts:
-    report = dict(api.verify_network(active=params.active))
+def _verified(api: NodeApi, params: _Verify, check: Check) -> Parts:
+    report = dict(api.verify_network(active=params.active, check=check))
     lists = {name: report.pop(name) for name in ("bridges", "findings", "probes")}
     yield {**report, **{name: [] for name in lists}}
     for name, items in lists.items():
@@ -358,8 +363,8 @@ def _tail(api: NodeApi, params: _Tail) -> Parts:
             yield from _items(entries) if entries else (None,)
 
 
-def _verify(api: NodeApi, params: _Tenant) -> Parts:
-    verdict = dict(api.audit_verify(TenantId(params.tenant)))
+def _verify(api: NodeApi, params: _Tenant, check: Check) -> Parts:
+    verdict = dict(api.audit_verify(TenantId(params.tenant), check=check))
     findings = verdict.pop("findings")
     yield verdict
     for part in _items(findings):

@@ -16,8 +16,8 @@ from mvm.errors import QuotaExceeded
 
 NODE = Places("node", 4, waiting=64)  # how the node is: an answer of one part, from memory and the store
 WAKES = Places("wakes", 32, 16, waiting=128)
-READS = Places("reads", 8, waiting=128)  # answers from the store, of whatever length
-REPORTS = Places("reports", 8, waiting=8)  # what takes a while and has an end
+READS = Places("reads", 8, 4, waiting=128)  # answers from the store, of whatever length
+REPORTS = Places("reports", 8, 4, waiting=8)  # what takes a while and has an end
 COMMANDS = Places("commands", 64, 32)  # these and the next: fewer than connections may be
 STREAMS = Places("streams", 64, 32)  # what goes on until its client goes
 ALL = (NODE, WAKES, READS, REPORTS, COMMANDS, STREAMS)

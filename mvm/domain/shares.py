@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, auto
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Places:
 
 
 class Refusal(Enum):
-    """Why there is no place."""
+    """Why there is no place: the tenant has its share, or all are taken."""
 
-    SHARE = "the tenant has its share"
-    FULL = "all are taken"
+    SHARE = auto()
+    FULL = auto()
 
 
 def refusal(places: Places, held: Mapping[str, int], tenant: str) -> Refusal | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import structlog
 
 from mvm.domain.addressing import BUILDER_OFFSET, METADATA
+from mvm.domain.commands import ExecPart, collected
 from mvm.domain.egress import NO_EGRESS, Egress
 from mvm.domain.firewall import GuestPort
 from mvm.domain.ids import InstanceRef
@@ -39,6 +40,7 @@ from mvm.ports.store import NodeStore
 from mvm.services.networks import Networks
 
 log = structlog.get_logger("mvm.network_proof")
+Check = Callable[[], None]
 
 _SETTLE_S = 0.5  # what was not heard by then did not pass
 _PATIENCE_S = 5.0
@@ -75,14 +77,17 @@ class NetworkProof:
         self._guest = guest
         self._storage = storage
 
-    def table(self) -> list[dict[str, Any]]:
-        """The table of probes: every tenant from two places of its own, against itself, the host, and all others."""
+    def table(self, check: Check = lambda: None) -> list[dict[str, Any]]:
+        """The table of probes: every tenant from two places of its own, against itself, the host, and all others.
+
+        What `check` raises, several times a second, ends it: nobody else may probe or repair meanwhile.
+        """
         if self._probing is None:
             raise NotAllowed("net.no_probes", "this driver has no real network to try", hint="leave --active out")
         with self._networks.proving():
-            return self._prove(self._probing)
+            return self._prove(self._probing, check)
 
-    def _prove(self, probing: Probing) -> list[dict[str, Any]]:
+    def _prove(self, probing: Probing, check: Check) -> list[dict[str, Any]]:
         parties = self.parties()
         if not parties:
             return []
@@ -98,15 +103,18 @@ class NetworkProof:
                 with self._networks.probing(places):
                     if not wires:
                         wires = stack.enter_context(probing.attached(probe_ports(parties), self._uplink_there()))
-                        rows += run(self._clock, probing, wires, list(greetings(parties, tokens)))
+                        rows += run(self._clock, probing, wires, list(greetings(parties, tokens)), check=check)
                         metadata = str(METADATA) in self._network.addresses()
-                        rows += run(self._clock, probing, wires, list(probes(parties, plan, tokens, metadata=metadata)))
-                        rows += [called(probing, party.name, party.one) for party in parties]
-                        rows += self._from_inside(parties)
+                        wanted = list(probes(parties, plan, tokens, metadata=metadata))
+                        rows += run(self._clock, probing, wires, wanted, check=check)
+                        for party in parties:
+                            check()
+                            rows.append(called(probing, party.name, party.one))
+                        rows += self._from_inside(parties, check)
                     if plan.uplink in wires:
                         taken = [party.one.network for party in parties]
                         out = [x for party, _, policy in turns for x in ways_out(party, policy, plan, tokens, taken)]
-                        rows += run(self._clock, probing, wires, out)
+                        rows += run(self._clock, probing, wires, out, check=check)
         return rows
 
     def parties(self) -> list[Party]:
@@ -136,23 +144,23 @@ class NetworkProof:
             ))  # fmt: skip
         return parties
 
-    def _from_inside(self, parties: Sequence[Party]) -> list[dict[str, Any]]:
+    def _from_inside(self, parties: Sequence[Party], check: Check) -> list[dict[str, Any]]:
         """What the guests that run reach themselves."""
         asked = [(ref, party) for party in parties for ref in party.guests]
         with ThreadPoolExecutor(_GUESTS_AT_ONCE) as pool:
-            answers = pool.map(lambda each: self._inside(each[0], each[1], calls(parties)), asked)
+            answers = pool.map(lambda each: self._inside(each[0], each[1], calls(parties), check), asked)
             return [row for rows in answers for row in rows]
 
-    def _inside(self, ref: str, party: Party, all_calls: Sequence[Call]) -> list[dict[str, Any]]:
+    def _inside(self, ref: str, party: Party, all_calls: Sequence[Call], check: Check) -> list[dict[str, Any]]:
         """What one guest reaches; a guest that cannot be asked proves nothing, and no row says that it does."""
         heard: set[str] = set()
         left = [c for c in all_calls if c.tenant == party.name]
         why = ""
         try:
             for _ in range(_TRIES):
-                heard |= self._ask(ref, left)
+                heard |= self._ask(ref, left, check)
                 left = [c for c in left if c.word not in heard]
-            heard |= self._ask(ref, [c for c in all_calls if c.tenant != party.name])
+            heard |= self._ask(ref, [c for c in all_calls if c.tenant != party.name], check)
         except MvmError as error:
             log.warning("guest not asked", instance=ref, why=error.message)
             if not self._runs(ref):
@@ -175,7 +183,7 @@ class NetworkProof:
         except NotFound:
             return False
 
-    def _ask(self, ref: str, tried: Sequence[Call]) -> set[str]:
+    def _ask(self, ref: str, tried: Sequence[Call], check: Check) -> set[str]:
         """The words of those calls that were answered. Raises when they cannot all be tried."""
         if not tried:
             return set()
@@ -184,7 +192,9 @@ class NetworkProof:
         starts = [f"{call.command} </dev/null >$dir/{call.word} 2>&1 &" for call in tried]
         groups = [starts[at : at + _CALLS_AT_ONCE] for at in range(0, len(starts), _CALLS_AT_ONCE)]
         command = _SCRIPT.format(calls="\n".join("\n".join([*group, "wait"]) for group in groups), answers=ANSWERS)
-        done = self._guest.execute(instance, self._storage.directory(instance), command, deadline_s=_INSIDE_S)
+        directory = self._storage.directory(instance)
+        with closing(self._guest.run(instance, directory, command.encode(), deadline_s=_INSIDE_S)) as parts:
+            done = collected(_checked(parts, check))
         words = set(done.stdout.decode(errors="replace").split())
         if _DONE not in words:
             raise TimedOut("guest.silent", f"the guest of {ref} was not done in {_INSIDE_S:.0f} s", subject=ref)
@@ -195,9 +205,15 @@ class NetworkProof:
         return uplink if uplink and self._network.has(uplink) else ""
 
 
+def _checked(parts: Iterable[ExecPart], check: Check) -> Iterator[ExecPart]:
+    for part in parts:
+        check()
+        yield part
+
+
 def run(
     clock: Clock, probing: Probing, wires: Mapping[str, Wire], wanted: Sequence[Probe], *, settle_s: float = _SETTLE_S,
-    patience_s: float = _PATIENCE_S,
+    patience_s: float = _PATIENCE_S, check: Check = lambda: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Send everything, then listen: until all that is wanted was heard, and long enough for what is not.
 
@@ -217,6 +233,7 @@ def run(
             sent = passed
             for number in missing - seen:
                 wires[wanted[number].source].send(wanted[number].frame)
+        check()
         probing.wait([wires[at] for at in waiting], settle_s / 5)
         for at, numbers in waiting.items():
             for frame in wires[at].heard():

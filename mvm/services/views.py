@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -160,9 +160,9 @@ class NodeView:
             "load": list(os.getloadavg()),
         }
 
-    def verify_network(self, *, active: bool) -> Mapping[str, Any]:
+    def verify_network(self, *, active: bool, check: Callable[[], None] = lambda: None) -> Mapping[str, Any]:
         """The tenants' networks as they are against as they should be; with `active` proven with traffic."""
-        return self._network_check.verify(active=active)
+        return self._network_check.verify(active=active, check=check)
 
     def disk_report(self) -> Mapping[str, Any]:
         """What lies on the disk and whose, and the space that is left."""
@@ -220,9 +220,9 @@ class NodeView:
         """A tenant's last audit entries; with `follow` also what comes."""
         return self._audit.tail(tenant, count, follow=follow)
 
-    def audit_verify(self, tenant: TenantId) -> dict[str, Any]:
+    def audit_verify(self, tenant: TenantId, *, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Whether a tenant's audit trail is whole."""
-        return self._audit.verify(tenant)
+        return self._audit.verify(tenant, check)
 
     def desired_plan(self, content: bytes, *, prune: bool) -> Plan:
         """What a desired-state document would do here."""

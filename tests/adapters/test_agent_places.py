@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 
+from mvm.agent import places
 from mvm.agent.places import Threads
 from mvm.domain.shares import Places
 from mvm.errors import QuotaExceeded
@@ -61,4 +62,16 @@ def test_what_waits_is_done_in_turn_and_another_tenant_does_not_wait_for_it() ->
     assert work.begun <= 2
     work.go.set()
     until(lambda: work.begun == 8, 60, "all were done")
+    threads.close()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in places.ALL if kind is not places.NODE], ids=lambda kind: kind.kind)
+def test_all_that_one_tenant_asks_for_keeps_no_other_waiting(kind: Places) -> None:
+    threads, work, quick = Threads(kind), Work(), threading.Event()
+    with suppress(QuotaExceeded):
+        for _ in range(2 * kind.count):
+            threads.submit("acme", work)
+    threads.submit("other", quick.set)
+    assert quick.wait(20)
+    work.go.set()
     threads.close()

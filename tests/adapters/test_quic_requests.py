@@ -334,12 +334,26 @@ def leave_politely(agent: Agent) -> Iterator[None]:
     stream.close()  # type: ignore[attr-defined]
 
 
+def test_a_report_ends_with_its_client_however_that_goes(agent: Agent) -> None:
+    agent.node.gate.clear()
+    asked: dict[str, Any] = {"active": True}
+    with pytest.raises(TimedOut):
+        agent.agents.call(agent.address, "net.verify", asked, deadline_s=1)
+    assert agent.node.report_ended.wait(10), "its client waits no longer"
+    agent.node.report_begun.clear()
+    agent.node.report_ended.clear()
+    with leave_killed(agent, "net.verify", asked):
+        assert agent.node.report_begun.wait(60)
+        assert not agent.node.report_ended.wait(1), "it goes on while its client lives"
+    assert agent.node.report_ended.wait(10), "its client was killed"
+
+
 @contextmanager
-def leave_killed(agent: Agent) -> Iterator[None]:
+def leave_killed(agent: Agent, method: str = "instance.exec", params: dict[str, Any] = LASTING) -> Iterator[None]:
     """By a process that says nothing when it ends."""
     script = (
         "import sys; from pathlib import Path; from mvm.drivers.quic.client import QuicAgents\n"
-        f"stream = QuicAgents(Path({str(agent.certs_dir)!r})).stream({agent.address!r}, 'instance.exec', {LASTING!r},"
+        f"stream = QuicAgents(Path({str(agent.certs_dir)!r})).stream({agent.address!r}, {method!r}, {params!r},"
         " deadline_s=120)\nlist(stream)"
     )
     with subprocess.Popen([sys.executable, "-c", script]) as client:

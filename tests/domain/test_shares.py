@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvm.agent.places import COMMANDS, STREAMS
+from mvm.agent.places import ALL, COMMANDS, NODE, STREAMS
 from mvm.agent.room import VERIFIED
 from mvm.domain.shares import Places, Refusal, refusal
 
@@ -49,8 +49,16 @@ def test_six_tenants_that_take_all_they_can_leave_a_place_for_a_seventh(places: 
     assert refusal(places, held, "new") is None
 
 
+@pytest.mark.parametrize("places", [places for places in ALL if places is not NODE], ids=lambda places: places.kind)
+def test_who_takes_all_it_can_leaves_a_place_for_the_next(places: Places) -> None:
+    held: Counter[str] = Counter()
+    while refusal(places, held, "greedy") is None:
+        held["greedy"] += 1
+    assert refusal(places, held, "next") is None
+
+
 def test_without_shares_whoever_comes_takes_what_is_free() -> None:
-    places = Places("reads", 3)
+    places = Places("any", 3)
     assert [refusal(places, {"a": held}, "a") for held in range(4)] == [None, None, None, Refusal.FULL]
 
 

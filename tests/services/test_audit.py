@@ -281,3 +281,14 @@ def test_a_document_that_is_accepted_is_told_to_the_tenants_it_concerns(mvm: Com
     assert [each["actor"] for each in told] == ["ann", "ann"], "the same document again changes nothing"
     assert told[0]["from"] == "-"
     assert told[0]["to"] == told[1]["from"] != told[1]["to"]
+
+
+def test_a_look_along_a_trail_that_nobody_waits_for_ends(node: Node) -> None:
+    node.pool()
+
+    def gone() -> None:
+        raise EOFError
+
+    with pytest.raises(EOFError):
+        node.services.view.audit_verify(ACME, check=gone)
+    assert node.services.view.audit_verify(ACME)["whole"], "the trail is not held"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Network
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from mvm.domain.addressing import TenantNetwork
+from mvm.domain.commands import ExecEnd, ExecOutput, ExecPart
 from mvm.domain.isolation import calls
 from mvm.domain.lifecycle import Status
 from mvm.domain.probes import Party, Stand
 from mvm.errors import GuestSilent
-from mvm.ports.guest import ExecResult
 from mvm.services.network_proof import NetworkProof
 
 REF = "a/web/i-00000001"
@@ -28,10 +28,11 @@ class Guest:
     def __init__(self, answer: Callable[[list[str], int], list[str]]) -> None:
         self._answer, self.asked = answer, 0
 
-    def execute(self, ref: object, directory: Path, command: str, *, deadline_s: float) -> ExecResult:
+    def run(self, ref: object, directory: Path, command: bytes, *, deadline_s: float) -> Iterator[ExecPart]:
         self.asked += 1
-        tried = re.findall(r">\$dir/(\S+)", command)
-        return ExecResult(0, "\n".join(self._answer(tried, self.asked)).encode(), b"")
+        tried = re.findall(r">\$dir/(\S+)", command.decode())
+        yield ExecOutput("\n".join(self._answer(tried, self.asked)).encode())
+        yield ExecEnd(0)
 
 
 class Store:
@@ -58,7 +59,9 @@ OWN = [call.word for call in ALL if call.tenant == "a"]
 
 
 def rows(
-    answer: Callable[[list[str], int], list[str]], status: Status = Status.RUNNING
+    answer: Callable[[list[str], int], list[str]],
+    status: Status = Status.RUNNING,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[list[dict[str, Any]], int]:
     nothing: Any = None
     store: Any = Store(status)
@@ -67,7 +70,7 @@ def rows(
     proof = NetworkProof(
         store=store, clock=nothing, network=nothing, networks=nothing, probing=None, guest=guest, storage=storage
     )
-    return proof._inside(REF, PARTIES[0], ALL), guest.asked
+    return proof._inside(REF, PARTIES[0], ALL, check), guest.asked
 
 
 def test_one_that_reaches_its_own_and_nobody_else() -> None:
@@ -118,3 +121,11 @@ def test_a_tenant_that_reaches_another_is_told_though_it_falls_silent() -> None:
 
 def test_one_that_was_put_to_sleep_meanwhile_is_none_of_those_that_run() -> None:
     assert rows(silent, Status.WARM) == ([], 1)
+
+
+def test_a_guest_is_not_heard_to_its_end_when_nobody_waits() -> None:
+    def gone() -> None:
+        raise EOFError
+
+    with pytest.raises(EOFError):
+        rows(lambda tried, _: [*tried, "done"], check=gone)

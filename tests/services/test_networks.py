@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import IPv4Network
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobVerb
 from mvm.domain.pool import WorkerPool
 from mvm.errors import Failed
+from mvm.ports.probing import ProbePort, Wire
 from mvm.services.network_check import NetworkCheck
 from mvm.settings import Settings
 from tests.services.conftest import Node
@@ -136,6 +140,42 @@ def test_nothing_is_repaired_while_probes_are_out(node: Node) -> None:
     with node.host.locks.hold("net probes", deadline_s=0):
         assert node.sweep(JobVerb.SWEEP_ORPHANS)["repaired"] == []
     assert node.sweep(JobVerb.SWEEP_ORPHANS)["repaired"]
+
+
+class Deaf:
+    """Probes that hear nothing, whatever is sent."""
+
+    @contextmanager
+    def attached(self, ports: Sequence[ProbePort], uplink: str) -> Iterator[Mapping[str, Wire]]:
+        yield {name: self for name in (*(port.name for port in ports), uplink) if name}
+
+    def reaches(self, address: str, port: int, seconds: float) -> bool:
+        return False
+
+    def wait(self, wires: Iterable[Wire], seconds: float) -> bool:
+        return False
+
+    def send(self, frame: bytes) -> None: ...
+
+    def heard(self) -> Sequence[bytes]:
+        return ()
+
+
+def test_a_proof_that_nobody_waits_for_ends_and_others_may_prove_and_repair(node: Node) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.ok(JobVerb.INSTANCE_START, ref)
+    check, asked = check_of(node), count(1)
+    check._proof._probing = Deaf()
+
+    def gone() -> None:
+        if next(asked) == 3:  # probes are out
+            raise EOFError
+
+    with pytest.raises(EOFError):
+        node.services.view.verify_network(active=True, check=gone)
+    with node.host.locks.hold("net probes", deadline_s=0):
+        assert settled(node), "the probes' places are nobody's again"
 
 
 @pytest.mark.parametrize("code", ["firewall.missing", "firewall.refused"])

@@ -66,7 +66,7 @@ class LocalAgents:
         if meant not in ("", node):
             raise Forbidden("agent.other_node", f"node {node} answers at {address}, and node {meant} was meant")
         message = json.loads(json.dumps({"id": "1", "method": method, "params": dict(params)}))
-        for part in accept(method_table(self.nodes[address]), _COORDINATOR, message).run():
+        for part in accept(method_table(self.nodes[address]), _COORDINATOR, message).run(lambda: None):
             if part is not None:
                 yield json.loads(json.dumps(part))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -42,6 +42,8 @@ class StubNode:
         self.log_text = "line\n"
         self.command_begun = threading.Event()
         self.command_ended = threading.Event()
+        self.report_begun = threading.Event()
+        self.report_ended = threading.Event()
 
     def node_info(self) -> Mapping[str, Any]:
         self.calls.append("node_info")
@@ -50,6 +52,16 @@ class StubNode:
     def node_stats(self) -> Mapping[str, Any]:
         self.calls.append("node_stats")
         raise ZeroDivisionError("a secret of the node")
+
+    def verify_network(self, *, active: bool, check: Callable[[], None] = lambda: None) -> Mapping[str, Any]:
+        self.calls.append("verify_network")
+        try:
+            self.report_begun.set()
+            while not self.gate.wait(0.05):
+                check()
+            return {"clean": True, "bridges": [], "findings": [], "probes": []}
+        finally:
+            self.report_ended.set()
 
     def tenants(self) -> Sequence[Mapping[str, Any]]:
         self.calls.append("tenants")
