@@ -23,6 +23,8 @@ from mvm.errors import InvalidInput
 
 _LONGEST_TEXT = 512
 _LONGEST_VALUE = 80
+_WORKLOADS_OWN = frozenset({"user_data"})
+"""Settings that may hold anything, a password too, however short they are."""
 _HASH_KEY = b',"hash":"'
 _SUFFIX = len(_HASH_KEY) + 64 + len('"}')
 
@@ -133,8 +135,8 @@ def told(
 ) -> tuple[str | None, str | None]:
     """What two JSON forms of one thing differ in, as an entry's `before` and `after`: ``pinned=false`` and so on.
 
-    Settings that were `asked` for are named in any case. Of long texts, which may be a workload's own, there is only a
-    hash.
+    Settings that were `asked` for are named in any case. Of a workload's own text, and of any other that is long, there
+    is only a hash.
     """
     old, new = _flat(before), _flat(after)
     names = [name for name in new if old.get(name) != new[name] or any(name.split(".")[0] == each for each in asked)]
@@ -149,12 +151,13 @@ def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _listed(values: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    return " ".join(f"{name}={_plain(values[name])}" for name in names if name in values) or None
+    return " ".join(f"{name}={_plain(name, values[name])}" for name in names if name in values) or None
 
 
-def _plain(value: Any) -> str:
+def _plain(name: str, value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    return text if len(text) <= _LONGEST_VALUE else f"sha256:{sha256(text.encode()).hexdigest()[:16]}"
+    hidden = bool(text) and name in _WORKLOADS_OWN
+    return f"sha256:{sha256(text.encode()).hexdigest()[:16]}" if hidden or len(text) > _LONGEST_VALUE else text
 
 
 _NOT_CONFIGURED = {"ref", "node_id", "created_at", "desired", "revision", "built"}

@@ -261,6 +261,19 @@ def test_an_update_tells_what_was_changed_from_what_to_what(mvm: CommandLine, no
     assert last(mvm, "pool.scale") == ("running=0", "running=0")
 
 
+def test_of_user_data_there_is_only_a_hash_however_short_it_is(mvm: CommandLine, node: Node) -> None:
+    node.pool()
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", user_data="password=hunter2")
+    set_first = last(mvm, "pool.update")
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", user_data="password=hunter3")
+    changed = last(mvm, "pool.update")
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", user_data="")
+    removed = last(mvm, "pool.update")
+    assert "hunter" not in str(trail(mvm))
+    assert set_first[0] == removed[1] == "user_data=", "that there is none is told"
+    assert set_first[1] == changed[0] != changed[1] == removed[0]
+
+
 def test_secrets_are_told_by_their_names(mvm: CommandLine, node: Node) -> None:
     node.pool()
     node.services.view.set_secrets(ACME, b"KEY=hush\nOTHER=x\n", "ann")
