@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mvm.domain.ids import TenantId
+from mvm.drivers.files import sync
 from mvm.errors import Failed
 from mvm.ports.locks import Locks
 
@@ -68,7 +69,7 @@ class FileTrail:
             os.close(fd)
         if not before:
             for directory in (self._directory, self._directory.parent, self._directory.parent.parent):
-                _sync_directory(directory)
+                sync(directory)
 
     def tail(self, count: int) -> Sequence[bytes]:
         """See ports/audit.py."""
@@ -128,14 +129,6 @@ def _end(path: Path, count: int) -> tuple[list[bytes], int]:
 def _write_all(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

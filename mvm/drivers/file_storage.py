@@ -17,6 +17,7 @@ from mvm.domain.disk import Space, Stored, Template
 from mvm.domain.ids import InstanceId, InstanceRef, PoolId, PoolRef, Revision, TenantId
 from mvm.domain.layout import StateLayout
 from mvm.drivers import disk_usage, snapshot_files
+from mvm.drivers.files import sync
 from mvm.drivers.qcow2 import write_empty
 from mvm.drivers.revisions import Revisions
 from mvm.errors import Failed, InvalidInput
@@ -88,7 +89,7 @@ class FileStorage:
         """See ports/storage.py. It is as large as `rootfs` and lasts as long as a run, so it is not synced."""
         path = self.directory(ref) / OVERLAY
         with _translated(path):
-            with _appearing(path, sync=False) as empty, empty.open("r+b") as file:
+            with _appearing(path, durable=False) as empty, empty.open("r+b") as file:
                 write_empty(file, rootfs.stat().st_size)
         return path
 
@@ -241,29 +242,21 @@ def _runtime_files(directory: Path) -> list[str]:
 
 
 @contextmanager
-def _appearing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+def _appearing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """An empty file to fill, which is at `path` once the block ends well; else nothing is left of it."""
     half_made = path.with_name(path.name + ".tmp")
     half_made.unlink(missing_ok=True)  # what a crash left
     try:
         os.close(os.open(half_made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         yield half_made
-        if sync:
-            _sync(half_made)
+        if durable:
+            sync(half_made)
         half_made.replace(path)
-        if sync:
-            _sync(path.parent)
+        if durable:
+            sync(path.parent)
     except BaseException:
         half_made.unlink(missing_ok=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

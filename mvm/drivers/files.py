@@ -12,6 +12,7 @@ from pathlib import Path
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _AT_FDCWD, _EXCHANGE = -100, 2
+_LONGEST_NAME = 200  # of 255, so that more fits behind it
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -24,17 +25,63 @@ def closing_fd(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
+def sync(path: Path) -> None:
+    """What was written to `path` is on the disk: a file's content, or a directory's names."""
+    with closing_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        os.fsync(fd)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """A new file `path` holds `data`, 0600, and does so on the disk once its directory is synced.
+
+    Raises `FileExistsError`. Every `OSError` of this and the following ones names a file.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a write does not tell of which file it was
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_private(path: Path, data: bytes) -> None:
-    """`path` holds `data`, 0600, and does so on the disk; at no moment is it anything between before and after."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
-    with closing_fd(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
-        os.fsync(directory)
+    """`path` holds `data`, 0600, and does so on the disk; at no moment is it anything between before and after.
+
+    Of several writers at once the last one is right.
+    """
+    with _drafted(path, data) as draft:
+        draft.rename(path)
+    sync(path.parent)
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """`path` is there, whole, 0600 and on the disk. It holds `data`, or what it held before.
+
+    Of several writers at once the first one is right, but on a file system without hard links.
+    """
+    if path.exists():
+        return
+    with _drafted(path, data) as draft:
+        try:
+            path.hardlink_to(draft)
+        except FileExistsError:
+            pass
+        except OSError:  # there are no links here
+            draft.rename(path)
+    sync(path.parent)
+
+
+@contextmanager
+def _drafted(path: Path, data: bytes) -> Iterator[Path]:
+    """A file with `data` beside `path`, of a name of its own; it is gone after the block."""
+    draft = path.with_name(f".{path.name[:_LONGEST_NAME]}.{os.urandom(8).hex()}")
+    try:
+        write_new(draft, data)
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def punch(fd: int, length: int) -> None:

@@ -21,7 +21,7 @@ from mvm.domain.pool import ImageSource, Profile
 from mvm.drivers import heap
 from mvm.drivers.builtin import cpio, ext4, kernel, recipe
 from mvm.drivers.builtin.debs import Package, Packages
-from mvm.drivers.files import take_place
+from mvm.drivers.files import sync, take_place
 from mvm.drivers.revisions import BUILD_LOCK
 from mvm.errors import Failed
 from mvm.ports.images import Admission, ProgressReport, admitted
@@ -108,12 +108,12 @@ class BuiltinImages:
         (work / _MANIFEST).write_bytes(text)
         for name in (*_FILES, _MANIFEST):
             (work / name).chmod(0o400)
-            _sync(work / name)
-        _sync(work)
+            sync(work / name)
+        sync(work)
         revision = Revision(sha256(text).hexdigest())
         target = self._layout.revision(revision)
         take_place(work, target)  # one that is there was found damaged; a VM that runs keeps the files it has open
-        _sync(target.parent)
+        sync(target.parent)
         return revision
 
     def _existing(self, profile: Profile, inputs: dict[str, str]) -> Revision | None:
@@ -168,14 +168,6 @@ def _intact(directory: Path, text: bytes, manifest: dict[str, Any]) -> bool:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from difflib import ndiff
 from pathlib import Path
 
 from mvm.domain.firewall import Change, Ruleset
+from mvm.drivers.files import write_private
 from mvm.drivers.nft_elements import Members
 from mvm.errors import Failed
 from mvm.ports.shell import Shell
@@ -68,7 +69,7 @@ class Nftables:
             self._set(former, "0")
             self._mark.unlink()
         if uplink and self._get(uplink) == "0":
-            self._mark.write_text(uplink)
+            write_private(self._mark, uplink.encode())
             self._set(uplink, "1")
         for name in (path.name for path in _CONF.iterdir() if _BRIDGE.fullmatch(path.name)):
             wanted = "1" if name in bridges else "0"

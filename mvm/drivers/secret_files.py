@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from mvm.domain.ids import JobId, TenantId
 from mvm.domain.layout import StateLayout
 from mvm.domain.secrets import NODE_KEY_BYTES, Secrets
+from mvm.drivers.files import write_private
 from mvm.errors import Failed
 
 _FORMAT = 1
@@ -62,18 +63,10 @@ class SecretFiles:
         parts = {"salt": salt, "nonce": nonce, "sealed": sealed}
         document = {"said": said} | {name: b64encode(part).decode() for name, part in parts.items()}
         path = self._layout.secrets_of(tenant)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            draft.unlink(missing_ok=True)
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-                json.dump(document, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.rename(path)
-            _sync(path.parent)
+            write_private(path, json.dumps(document).encode())
         except OSError as error:
-            draft.unlink(missing_ok=True)
             raise _failed(error) from None
 
     def remove(self, tenant: TenantId) -> None:
@@ -113,14 +106,6 @@ def damaged(tenant: TenantId, what: str) -> Failed:
 
 def _canonical(said: Mapping[str, Any]) -> bytes:
     return json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _sync(path: Any) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _failed(error: OSError) -> Failed:

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import NoReturn
 
 from mvm.domain.snapshot import FileDigest, SnapshotManifest
-from mvm.drivers.files import former, take_place
+from mvm.drivers.files import former, sync, take_place
 from mvm.errors import Failed, NotFound
 
 MANIFEST = "manifest.json"
@@ -101,15 +101,6 @@ def digest(path: Path) -> FileDigest:
     """Of a file that is there."""
     with path.open("rb") as file:
         return FileDigest(file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size)
-
-
-def sync(path: Path) -> None:
-    """What was written to `path` is on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def manifest(directory: Path) -> SnapshotManifest:

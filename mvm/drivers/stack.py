@@ -19,6 +19,7 @@ from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import settings_of
 from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor, uplink
 from mvm.drivers.cgroups import LinuxCgroups
+from mvm.drivers.files import write_private
 from mvm.drivers.probes import WORKERS, Probes, agent_address
 from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.registry_rebuild import rebuild
@@ -309,7 +310,7 @@ class Stack:
             netns.delete(self._shell, former)
         if not netns.exists(name):
             report(f"creating network namespace {name}")
-            _namespace_mark(self._layout).write_text(name)
+            write_private(_namespace_mark(self._layout), name.encode())
         netns.create(self._shell, name)
         if self._made_namespace() == name:  # also one that an older mvm made
             with netns.entered(netns.path_of(name)):
@@ -420,11 +421,7 @@ class Stack:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.new")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(value, file, indent=2)
-    draft.rename(path)
+    write_private(path, json.dumps(value, indent=2).encode())
 
 
 def _namespace_mark(layout: StateLayout) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import refuse_newer
 from mvm.domain.secrets import NODE_KEY_BYTES
+from mvm.drivers.files import write_once
 from mvm.errors import Failed, Forbidden, NotAllowed
 
 _FOREIGN_OK = frozenset({"lost+found"})  # a file system of its own may be mounted there
@@ -53,14 +54,14 @@ def prepare(layout: StateLayout) -> None:
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.root.chmod(0o700)
-        _write_once(layout.version, f"{STATE_VERSION}\n".encode())
+        write_once(layout.version, f"{STATE_VERSION}\n".encode())
         for path in (
             layout.run, layout.redis, layout.logs, layout.certs, layout.ssh_key.parent, layout.images,
             layout.package_cache, layout.instances, layout.locks, layout.audit, layout.secrets,
         ):  # fmt: skip
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write_once(layout.flower_password, f"{secrets.token_urlsafe(24)}\n".encode())
-        _write_once(layout.secrets_key, secrets.token_bytes(NODE_KEY_BYTES))
+        write_once(layout.flower_password, f"{secrets.token_urlsafe(24)}\n".encode())
+        write_once(layout.secrets_key, secrets.token_bytes(NODE_KEY_BYTES))
         _ssh_key(layout.ssh_key)
     except PermissionError:
         raise denied(layout.root) from None
@@ -113,18 +114,5 @@ def _ssh_key(path: Path) -> None:
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     # The private half last: where it is, the pair is complete.
     path.with_suffix(".pub").unlink(missing_ok=True)
-    _write_once(path.with_suffix(".pub"), public + b" mvm\n")
-    _write_once(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-
-
-def _write_once(path: Path, data: bytes) -> None:
-    """`path` exists, whole and 0600; one that is there is kept."""
-    if path.exists():
-        return
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
+    write_once(path.with_suffix(".pub"), public + b" mvm\n")
+    write_once(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))

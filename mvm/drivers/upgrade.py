@@ -17,6 +17,7 @@ from pathlib import Path
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import SETTINGS, due
 from mvm.drivers import redis_files, registry_migrations, state_dir, store_migrations
+from mvm.drivers.files import sync, write_new
 from mvm.drivers.redis_link import RedisLink
 from mvm.errors import Failed, MvmError
 from mvm.ports.shell import Shell
@@ -46,10 +47,10 @@ def upgrade(settings: Settings, shell: Shell, report: Report) -> None:
         _draft_store(layout, draft)
         _draft_settings(layout, draft, found)
         _draft_registry(settings, shell, draft, found)
-        _write(draft / layout.version.name, f"{STATE_VERSION}\n")
-        _sync(draft)
+        write_new(draft / layout.version.name, f"{STATE_VERSION}\n".encode())
+        _sync_all(draft)
         draft.rename(layout.root / _DECIDED)
-        _sync(layout.root)
+        sync(layout.root)
     except (MvmError, OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         what = error.message if isinstance(error, MvmError) else error
@@ -83,15 +84,16 @@ def _draft_store(layout: StateLayout, draft: Path) -> None:
 
 def _draft_settings(layout: StateLayout, draft: Path, found: int) -> None:
     """The settings that the stack was started with, which ``mvm down`` reads before there are new ones."""
-    saved = layout.run / "settings.json"
+    saved = layout.settings
     migrations = due(SETTINGS, found)
     if not saved.exists() or not migrations:
         return
     document = json.loads(saved.read_text())
     for migration in migrations:
         migration.apply(document)
-    (draft / "run").mkdir(mode=0o700)
-    _write(draft / "run" / saved.name, json.dumps(document, indent=2))
+    new = draft / saved.relative_to(layout.root)
+    new.parent.mkdir(mode=0o700)
+    write_new(new, json.dumps(document, indent=2).encode())
 
 
 def _draft_registry(settings: Settings, shell: Shell, draft: Path, found: int) -> None:
@@ -109,7 +111,6 @@ def _draft_registry(settings: Settings, shell: Shell, draft: Path, found: int) -
     shutil.copytree(settings.layout.redis, copy)
     with redis_files.served(copy, shell) as link:
         registry_migrations.migrate(link, unnumbered=found)
-    _sync_all(copy)
 
 
 def _put_in_place(layout: StateLayout) -> None:
@@ -122,16 +123,17 @@ def _put_in_place(layout: StateLayout) -> None:
     if (decided / layout.database.name).exists():
         for name in _STORE:
             _set_aside(layout.root / name, before / name)
-    for path in (layout.database, layout.redis, layout.run / "settings.json"):
+    for path in (layout.database, layout.redis, layout.settings):
         new = decided / path.relative_to(layout.root)
         if new.exists():
             _set_aside(path, before / path.relative_to(layout.root))
             new.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
     if (decided / layout.version.name).exists():  # never without one: it would be no state directory
         shutil.copy2(layout.version, before / layout.version.name)
         (decided / layout.version.name).replace(layout.version)
-    _sync(layout.root)
+    _sync_all(before)  # what it was made of is there for good before it is gone from here
+    sync(layout.root)
     shutil.rmtree(decided)
 
 
@@ -143,23 +145,8 @@ def _set_aside(path: Path, to: Path) -> None:
     path.rename(to)
 
 
-def _write(path: Path, text: str) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _sync_all(directory: Path) -> None:
     for folder, _, names in os.walk(directory):
         for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
+            sync(Path(folder, name))
+        sync(Path(folder))

@@ -16,7 +16,7 @@ from mvm.domain.backup import About, Entry
 from mvm.domain.identity import Identity, Place
 from mvm.domain.layout import StateLayout
 from mvm.drivers.backup import archive
-from mvm.drivers.files import closing_fd, write_private
+from mvm.drivers.files import closing_fd, sync, write_new, write_private
 from mvm.errors import Failed, Forbidden, NotAllowed
 
 Progress = Callable[[str, int], None]
@@ -46,7 +46,7 @@ def restore(path: Path, layout: StateLayout, progress: Progress) -> About:
         with _draft(layout) as draft:
             archive.extract(path, draft, lambda count: progress("restoring", count))
             _introduce(draft, layout, about)
-            (draft / layout.version.name).write_text(f"{about.state_version}\n")
+            write_new(draft / layout.version.name, f"{about.state_version}\n".encode())
             _finish(draft)
             _appear(draft, layout, tops)
     except PermissionError as error:
@@ -128,8 +128,6 @@ def _introduce(draft: Path, layout: StateLayout, about: About) -> None:
 
 def _finish(draft: Path) -> None:
     """Every directory is on the disk; the files are already."""
-    (draft / "VERSION").chmod(0o600)
-    sync(draft / "VERSION")
     for folder, _, _ in os.walk(draft, topdown=False):
         sync(Path(folder))
 
@@ -141,9 +139,3 @@ def _empty(directory: Path) -> None:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def sync(path: Path) -> None:
-    """A file or directory is on the disk."""
-    with closing_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-        os.fsync(fd)

@@ -19,7 +19,8 @@ from mvm.domain.instance import Instance
 from mvm.domain.job import Job
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.drivers.backup.archive import Writer
-from mvm.drivers.backup.restoring import failed, sync
+from mvm.drivers.backup.restoring import failed
+from mvm.drivers.files import sync
 from mvm.errors import Failed, Forbidden, NotAllowed, NotFound
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks

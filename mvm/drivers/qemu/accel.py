@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mvm.drivers.files import write_private
 from mvm.drivers.qemu import argv
 from mvm.drivers.qemu.tsc import host_tsc_khz
 from mvm.errors import MvmError
@@ -87,9 +88,7 @@ class AcceleratorProbe:
 
     def _remember(self, accelerator: Accelerator) -> None:
         self._cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        written = self._cache.with_name(f"{self._cache.name}.{os.getpid()}")
-        written.write_text(json.dumps({"boot_id": _boot_id(), **asdict(accelerator)}))
-        written.replace(self._cache)
+        write_private(self._cache, json.dumps({"boot_id": _boot_id(), **asdict(accelerator)}).encode())
 
 
 def _boot_id() -> str:

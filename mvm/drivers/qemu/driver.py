@@ -34,7 +34,7 @@ from mvm.domain.snapshot import (
 )
 from mvm.drivers import snapshot_files as files
 from mvm.drivers import tap
-from mvm.drivers.files import closing_fd
+from mvm.drivers.files import closing_fd, sync
 from mvm.drivers.qemu import argv, disk_copy, memory
 from mvm.drivers.qemu.packing import Buffer, Packer, Unpacker, ahead
 from mvm.drivers.qemu.qmp import CommandFailed, Qmp
@@ -83,7 +83,7 @@ class QemuDriver(QemuVmms):
                 version = qmp.hello()
             self._end(spec.ref, process)  # which closes the overlay
             spec.overlay.chmod(0o400)
-            files.sync(spec.overlay)
+            sync(spec.overlay)
             spec.overlay.rename(half / DISK)
             saved[DISK] = files.digest(half / DISK)
             made = self._manifest(spec, Kind.TEMPLATE, saved, version, revision, None, Compression.NONE, None)
@@ -139,7 +139,7 @@ class QemuDriver(QemuVmms):
                     saved = _write_state(qmp, process, spec.mem_mib, half, compression)
                     for disk in (spec.overlay, spec.data_disk):
                         if disk:
-                            files.sync(disk)
+                            sync(disk)
                     made = self._manifest(
                         spec, Kind.DELTA if base else Kind.FULL, saved, qmp.hello(), revision, base, compression,
                         _disk_state(spec),

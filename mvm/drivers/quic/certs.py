@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mvm.domain.ids import NodeId
 from mvm.domain.layout import StateLayout
-from mvm.drivers.files import former, take_place
+from mvm.drivers.files import former, sync, take_place, write_new
 from mvm.drivers.quic.authority import Authority, Issued, issue, problem_of, read_authority, time_problem
 from mvm.drivers.quic.identity import (
     COORDINATOR_URI,
@@ -274,11 +274,11 @@ def _replace(directory: Path, files: Mapping[str, bytes | None], node_id: NodeId
         for name in _NAMES:
             content = files[name] if name in files else _kept(directory / name)
             if content is not None:
-                _write(draft / name, content)
-        _sync(draft)
+                write_new(draft / name, content)
+        sync(draft)
         _prove(draft, node_id, ca)
         take_place(draft, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         if draft.exists():
             _put_away(draft, directory)
@@ -325,18 +325,3 @@ def _kept(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from mvm.domain.ids import NodeId
+from mvm.drivers.files import write_private
 from mvm.errors import InvalidInput
 
 
@@ -36,15 +34,11 @@ class KnownNodes:
         if self._directory is None or where in self._own or (not declared and self.meant(where) is not None):
             return
         path = _path(self._directory, where)
-        draft = path.with_name(f".{secrets.token_hex(8)}")
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(f"{node}\n")
-            draft.replace(path)
+            write_private(path, f"{node}\n".encode())
         except OSError:  # a directory that cannot be written: each time is the first one
-            with suppress(OSError):
-                draft.unlink()
+            pass
 
 
 def _path(directory: Path, where: str) -> Path:
