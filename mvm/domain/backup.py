@@ -27,6 +27,8 @@ class Found(Enum):
     """Nobody writes to them, and they belong to its snapshot: it can be woken."""
     AT_REST = auto()
     """Nobody writes to them."""
+    LOST = auto()
+    """Nobody writes to them; it slept, and what it held in memory cannot be woken any more."""
     IN_USE = auto()
     """Its VMM has them open: they are copied as they are at one instant, and what is in memory only is not kept."""
 
@@ -38,14 +40,18 @@ def found(instance: Instance, *, has_vmm: bool) -> Found:
     return Found.ASLEEP if instance.status is Status.SLEEPING else Found.AT_REST
 
 
-def as_restored(instance: Instance, how: Found, taken_at: datetime) -> Instance:
-    """What `instance` is when it comes back from a backup: nothing runs, and no job is at it."""
+def as_restored(instance: Instance, how: Found, taken_at: datetime, lost: str = "") -> Instance:
+    """What `instance` is when it comes back from a backup: nothing runs, and no job is at it.
+
+    `lost` says why one that is `Found.LOST` cannot be woken.
+    """
     rests = replace(instance, process=None, in_flight=None)
     if how is Found.ASLEEP or instance.status not in (Status.RUNNING, Status.WARM, Status.SLEEPING):
         return rests
-    note = (
-        f"restored from a backup of {taken_at:%Y-%m-%d %H:%M:%S} UTC; it was {instance.status} then [backup.restored]"
-    )
+    note = f"restored from a backup of {taken_at:%Y-%m-%d %H:%M:%S} UTC; it was {instance.status} then"
+    if how is Found.LOST:
+        note += f", and what it held when it slept is lost: {lost}"
+    note += " [backup.restored]"
     return replace(rests, status=Status.STOPPED, last_error=note, last_stopped_at=taken_at)
 
 

@@ -8,20 +8,22 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 
 from mvm.domain.backup import FORMAT, About
-from mvm.domain.ids import NodeId
+from mvm.domain.ids import NodeId, Revision
 from mvm.domain.instance import Instance
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.lifecycle import Status
-from mvm.drivers import state_dir
+from mvm.domain.snapshot import Compression, Kind, SnapshotManifest
+from mvm.drivers import snapshot_files, state_dir
 from mvm.drivers.audit_log import FileAuditLog
 from mvm.drivers.backup import archive, restoring
 from mvm.drivers.backup.taking import Taking
@@ -29,13 +31,14 @@ from mvm.drivers.clock import SystemClock
 from mvm.drivers.fake import FakeHost
 from mvm.drivers.locks import FileLocks
 from mvm.drivers.sqlite_store import SqliteStore
-from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
+from mvm.errors import Failed, NotAllowed, NotFound
 from mvm.settings import place_of, remembered
 from tests.support import make
 
 ABOUT = About(NodeId("n1"), datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), STATE_VERSION)
 MTIME = 1_700_000_000_123_456_789
 MIB = 1 << 20
+REVISION = Revision("1" * 64)
 
 
 class Killed(BaseException):
@@ -170,8 +173,11 @@ def layout(tmp_path: Path) -> StateLayout:
 
 
 @pytest.fixture
-def host() -> FakeHost:
-    return FakeHost()
+def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
+    """Its snapshots are the files that they are on a real one."""
+    host = FakeHost()
+    monkeypatch.setattr(host.vmm, "manifest", snapshot_files.manifest)
+    return host
 
 
 @pytest.fixture
@@ -185,8 +191,21 @@ def taking(layout: StateLayout, host: FakeHost, store: SqliteStore) -> Taking:
     return Taking(layout, NodeId("n1"), store, FileLocks(layout.locks), host.vmm, SystemClock())
 
 
-def instance(layout: StateLayout, store: SqliteStore, number: int, status: Status) -> Path:
-    made = Instance(make.instance_ref(number), make.NODE, number + 2, status, make.START)
+def saved(directory: Path, kind: Kind, **more: Any) -> SnapshotManifest:
+    """A template or a snapshot."""
+    directory.mkdir(parents=True)
+    holes(directory / "memory", MIB, 0)
+    manifest = SnapshotManifest(
+        kind=kind, files={"memory": snapshot_files.digest(directory / "memory")}, vmm="fake", vmm_version="1",
+        machine="m", mem_mib=1, vcpus=1, revision=REVISION, compression=Compression.NONE, guest_protocol=2, disk=None,
+        taken_at=make.START, **{"owner": None, "template": None} | more,
+    )  # fmt: skip
+    snapshot_files.write_manifest(directory, manifest)
+    return manifest
+
+
+def instance(layout: StateLayout, store: SqliteStore, number: int, status: Status, **more: Any) -> Path:
+    made = Instance(make.instance_ref(number), make.NODE, number + 2, status, make.START, **more)
     store.insert_instance(made)
     directory = layout.instance(made.ref)
     directory.mkdir(parents=True, mode=0o700)
@@ -199,9 +218,9 @@ def instance(layout: StateLayout, store: SqliteStore, number: int, status: Statu
 @pytest.fixture
 def node(layout: StateLayout, store: SqliteStore) -> StateLayout:
     """One asleep, one stopped, one that was running when its VMM ended, and an unfinished job."""
-    asleep = instance(layout, store, 1, Status.SLEEPING)
-    (asleep / "snapshot").mkdir()
-    holes(asleep / "snapshot" / "memory", MIB, 0)
+    asleep = instance(layout, store, 1, Status.SLEEPING, cloned=True, revision=REVISION)
+    template = saved(layout.template(make.WEB, REVISION), Kind.TEMPLATE)
+    saved(asleep / "snapshot", Kind.DELTA, owner=str(make.instance_ref(1)), template=template.id)
     holes(asleep / "overlay.qcow2", MIB, 0)
     instance(layout, store, 2, Status.STOPPED)
     gone = instance(layout, store, 3, Status.RUNNING)
@@ -252,14 +271,59 @@ def test_a_node_comes_back_as_it_was(node: StateLayout, taking: Taking, tmp_path
 
 
 def test_no_second_one_at_once_and_none_is_replaced(node: StateLayout, taking: Taking, tmp_path: Path) -> None:
-    with taking.locks.hold("backup", deadline_s=0), pytest.raises(TimedOut):
+    with taking.locks.hold("backup", deadline_s=0), pytest.raises(NotAllowed) as caught:
         taking.take(tmp_path / "b", quiet)
+    assert caught.value.code == "backup.busy"
     assert not list(tmp_path.glob("*b*"))
     (tmp_path / "b").write_text("another")
     with pytest.raises(NotAllowed) as caught:
         taking.take(tmp_path / "b", quiet)
     assert caught.value.code == "backup.exists"
     assert (tmp_path / "b").read_text() == "another"
+
+
+def gone(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def cut_off(path: Path) -> None:
+    path.chmod(0o600)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (gone, "overlay.qcow2"),
+        (gone, "snapshot"),
+        (gone, "snapshot/manifest.json"),
+        (cut_off, "snapshot/manifest.json"),
+        (gone, "snapshot/memory"),
+        (cut_off, "snapshot/memory"),
+        (gone, "template"),
+        (gone, "template/memory"),
+        (gone, "."),
+    ],
+)
+def test_a_sleeper_that_cannot_be_woken_keeps_no_node_from_its_backup(
+    node: StateLayout, taking: Taking, tmp_path: Path, spoil: Callable[[Path], None], what: str
+) -> None:
+    """It comes back as what it is by then: stopped, with its data disk."""
+    ref = make.instance_ref(1)
+    top = node.template(make.WEB, REVISION) if what.startswith("template") else node.instance(ref)
+    spoil(top / what.removeprefix("template").removeprefix("/"))
+    said: list[str] = []
+    taking.take(tmp_path / "b", said.append)
+    assert any(text.startswith(f"WARNING: {ref} ") for text in said)
+    back = StateLayout(tmp_path / "back")
+    restoring.restore(tmp_path / "b", back, quiet)
+    (status, why), *others = statuses(back)
+    assert status is Status.STOPPED
+    assert why is not None
+    assert "what it held when it slept is lost" in why
+    assert len(others) == 2
+    assert (back.instance(ref) / "data.img").exists() is (what != ".")
+    assert not (back.instance(ref) / "snapshot").exists()
 
 
 def test_an_instance_destroyed_meanwhile_is_not_in_it(

@@ -41,6 +41,12 @@ def test_it_is_what_its_disks_are(status: Status, has_vmm: bool, how: Found, bac
     assert (restored.last_error is not None) == (restored.status is not status), "why it is another is told"
 
 
+def test_what_was_lost_is_told() -> None:
+    restored = as_restored(replace(RUNS, status=Status.SLEEPING), Found.LOST, make.START, "memory is missing")
+    assert restored.status is Status.STOPPED
+    assert "lost: memory is missing [backup.restored]" in str(restored.last_error)
+
+
 def test_an_unfinished_job_has_failed() -> None:
     ended = job_as_restored(make.job(state=JobState.RUNNING), make.START)
     assert (ended.state, (ended.error or {})["code"]) == (JobState.FAILED, "backup.restored")

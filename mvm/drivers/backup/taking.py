@@ -21,11 +21,11 @@ from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.drivers.backup.archive import Writer
 from mvm.drivers.backup.restoring import failed
 from mvm.drivers.files import sync
-from mvm.errors import Failed, Forbidden, NotAllowed, NotFound
+from mvm.errors import Failed, Forbidden, NotAllowed, NotFound, TimedOut
 from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.store import NodeStore
-from mvm.ports.vmm import DiskCopying, Presence, VmmDriver
+from mvm.ports.vmm import DiskCopying, Presence, Snapshotting, VmmDriver
 
 Report = Callable[[str], None]
 _LOCK_S = 300.0  # for a job that is at an instance to end
@@ -85,7 +85,7 @@ class Taking:
             instances = [InstanceRef.parse(ref) for (ref,) in db.execute("SELECT ref FROM instances ORDER BY ref")]
             for number, ref in enumerate(instances, 1):
                 report(f"instance {number} of {len(instances)}: {ref}")
-                self._add_instance(writer, room, ref, db, taken_at)
+                self._add_instance(writer, room, ref, db, taken_at, report)
             _end_jobs(db, taken_at)
             db.execute("COMMIT")
             db.execute("PRAGMA journal_mode = DELETE")  # one file
@@ -111,7 +111,7 @@ class Taking:
             return [(path, path.stat().st_size) for path in files]
 
     def _add_instance(
-        self, writer: Writer, room: Path, ref: InstanceRef, db: sqlite3.Connection, taken_at: datetime
+        self, writer: Writer, room: Path, ref: InstanceRef, db: sqlite3.Connection, taken_at: datetime, report: Report
     ) -> None:
         """Its files and, in the copy of the store, its record as they are while no job is at it."""
         with self.locks.hold(f"instance {ref}", deadline_s=_LOCK_S):
@@ -122,6 +122,10 @@ class Taking:
                 db.execute("DELETE FROM notes WHERE ref = ?", (str(ref),))
                 return
             how = self._found(instance)
+            lost = self._lost(instance) if how is Found.ASLEEP else None
+            if lost:
+                how = Found.LOST
+                report(f"WARNING: {ref} sleeps and cannot be woken; it is stopped in the backup: {lost}")
             directory = self.layout.instance(ref)
             for name in _OWN:
                 with suppress(FileNotFoundError):
@@ -132,12 +136,34 @@ class Taking:
             if how is Found.ASLEEP:
                 writer.add(self._name(directory / _OVERLAY), directory / _OVERLAY)
                 self._add_all(writer, directory / _SNAPSHOT)
-        kept = as_restored(instance, how, taken_at)
+        kept = as_restored(instance, how, taken_at, lost or "")
         db.execute("UPDATE instances SET doc = ? WHERE ref = ?", (json.dumps(kept.to_dict()), str(ref)))
 
     def _found(self, instance: Instance) -> Found:
         presence = self.vmm.observe(instance.ref, instance.process)
         return found(instance, has_vmm=presence is not Presence.ABSENT)
+
+    def _lost(self, instance: Instance) -> str | None:
+        """Why one that sleeps cannot be woken, as far as sizes tell; None when nothing is amiss."""
+        overlay = self.layout.instance(instance.ref) / _OVERLAY
+        if not overlay.exists():
+            return f"{overlay} is missing"
+        if not isinstance(self.vmm, Snapshotting):
+            return None
+        parts = [self.layout.snapshot(instance.ref)]
+        if instance.cloned and instance.revision is not None:
+            parts.append(self.layout.template(instance.ref.pool_ref, instance.revision))
+        try:
+            for part in parts:
+                for name, wanted in self.vmm.manifest(part).files.items():
+                    found_size = (part / name).stat().st_size
+                    if found_size != wanted.size:
+                        return f"{part / name} has {found_size} bytes instead of {wanted.size}"
+        except FileNotFoundError as error:
+            return f"{error.filename} is missing"
+        except (NotFound, Failed) as error:
+            return error.message
+        return None
 
     @contextmanager
     def _still(self, instance: Instance, disk: Path, how: Found, room: Path) -> Iterator[Path]:
@@ -177,7 +203,13 @@ class Taking:
     @contextmanager
     def _room(self) -> Iterator[Path]:
         """A directory for copies, which only one backup has at a time."""
-        with self.locks.hold("backup", deadline_s=0):
+        with ExitStack() as held:
+            try:
+                held.enter_context(self.locks.hold("backup", deadline_s=0))
+            except TimedOut:
+                raise NotAllowed(
+                    "backup.busy", "another backup of this node is being taken", hint="wait for it"
+                ) from None
             room = self.layout.run / "backup"
             self.layout.run.mkdir(mode=0o700, exist_ok=True)
             shutil.rmtree(room, ignore_errors=True)  # of one that was killed
