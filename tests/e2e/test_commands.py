@@ -202,15 +202,23 @@ def test_a_command_is_gone_within_a_second_of_its_client(stack: Stack, loud: str
     words = f"sleep 40{how.value:02}"
     with ended_at_last(begun(stack, "instance", "exec", loud, "--timeout", LONG, "--", *words.split())) as client:
         with watched(stack, loud, words) as wait_for_its_end:
+            slack = round_trip(stack, loud)
             began = time.monotonic()
             client.send_signal(how)
             wait_for_its_end()
             took = time.monotonic() - began
         client.wait(60)
-    print(f"{how.name}: gone from the guest {took:.2f} s after the signal")
+    slack = 0 if STREAMS_S >= MEASURED_S else slack + round_trip(stack, loud)
+    print(f"{how.name}: gone from the guest {took:.2f} s after the signal; a busy machine has {slack:.2f} s more")
+    assert took <= ENDS_S + slack, f"{took:.2f} s after {how.name}"
     assert took < IDLE_S, "no idle timeout was waited for"
-    if STREAMS_S >= MEASURED_S:
-        assert took <= ENDS_S, f"{took:.2f} s after {how.name}"
+
+
+def round_trip(stack: Stack, ref: str) -> float:
+    """How long, in seconds, a command takes now that does nothing: as slow as the machine is."""
+    began = time.monotonic()
+    inside(stack, ref, ":")
+    return time.monotonic() - began
 
 
 def test_a_killed_agent_takes_its_commands_along(stack: Stack, loud: str) -> None:
