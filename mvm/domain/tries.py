@@ -31,6 +31,9 @@ FAILURES = "failures"
 
 _LONGEST_PAUSE_S = 300.0
 
+_MOST_DOUBLINGS = 30
+"""After these, one second is 34 years; after 1024, no float holds it."""
+
 _SUSPECT = 2
 """Deaths after which a job runs beside no other suspect, so that the next death tells which of them it was."""
 
@@ -60,7 +63,7 @@ class TryPolicy:
         """
         if not error.retryable or _stays_so(job, error) or job.attempt >= job.attempts:
             return None
-        return float(min(self.cap_s, self.base_s * 2 ** (job.attempt - 1)) * (1 + luck) / 2)
+        return _doubled(self.base_s, job.attempt - 1, self.cap_s) * (1 + luck) / 2
 
     def begun(self, job: Job, now: datetime, *, died: bool, worker: str | None = None) -> Job:
         """`job` as `worker` begins its next try, or the same try again because the worker before `died`.
@@ -113,8 +116,13 @@ def asked_again_at(last: Job | None, verb: JobVerb, period_s: float) -> datetime
         return None
     if last.reason is not Reason.RECONCILE:
         return None
-    pause_s = min(_LONGEST_PAUSE_S, period_s * 2 ** failures_before(last))
+    pause_s = _doubled(period_s, failures_before(last), _LONGEST_PAUSE_S)
     return last.finished_at + timedelta(seconds=pause_s)
+
+
+def _doubled(base_s: float, times: int, cap_s: float) -> float:
+    """`base_s`, doubled so many `times`, and `cap_s` at most: however often something fails, this is a number."""
+    return float(min(cap_s, base_s * 2 ** min(times, _MOST_DOUBLINGS)))
 
 
 def failures_before(job: Job) -> int:

@@ -9,7 +9,7 @@ import pytest
 from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import TRANSITIONS, Status, Verb
 from mvm.domain.recovery import Act, Rest, settled
-from mvm.domain.tries import DEADLINES, TryPolicy, parse_deadlines
+from mvm.domain.tries import DEADLINES, FAILURES, TryPolicy, asked_again_at, parse_deadlines
 from mvm.errors import Cancelled, Failed, GuestSilent, InvalidInput, MvmError, Overdue, QuotaExceeded, Unreachable
 from mvm.settings import load_settings
 from tests.support.make import START, job
@@ -104,3 +104,18 @@ def test_what_was_saved_is_completed_and_the_rest_undone() -> None:
     assert settled(Status.SLEEPING, Verb.WAKE, process=True, snapshot=True) == Rest(Act.PUT_BACK, Status.SLEEPING)
     assert settled(Status.READY, Verb.START, process=True, snapshot=False) == Rest(Act.TAKE_DOWN, Status.READY)
     assert settled(Status.RUNNING, Verb.STOP, process=True, snapshot=False) == Rest(Act.TAKE_DOWN, Status.STOPPED)
+
+
+@pytest.mark.parametrize("failures", [0, 3, 5, 1024, 5000, 10**9])
+def test_the_pause_after_failures_in_a_row_has_an_end_however_many_they_were(failures: int) -> None:
+    last = job(
+        verb=JobVerb.INSTANCE_START, reason=Reason.RECONCILE, state=JobState.FAILED, finished_at=START,
+        params={FAILURES: failures},
+    )  # fmt: skip
+    until = asked_again_at(last, JobVerb.INSTANCE_START, 15.0)
+    assert until == START + timedelta(seconds=min(300, 15 * 2 ** min(failures, 9)))
+
+
+def test_the_pause_between_tries_has_an_end_however_many_they_were() -> None:
+    policy = TryPolicy(attempts=9999, base_s=0.5, cap_s=3)
+    assert policy.pause_s(job(attempt=5000, attempts=9999), AWAY, 1.0) == policy.cap_s
