@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum, StrEnum
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from mvm.domain.desired import DesiredPool, DesiredTenant
 from mvm.domain.egress import EgressPolicy
 from mvm.domain.ids import InstanceRef, PoolRef, TenantId
+from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb
 from mvm.domain.pool import ImageSource
 from mvm.domain.tenant import Quota
@@ -141,13 +142,48 @@ def scope(action: Action) -> TenantId | PoolRef:
             return pool
 
 
+Errand = tuple[JobVerb, str]
+"""A job's verb and its subject."""
+
+
+def errand(action: Action) -> Errand:
+    """The job that does what `action` says. `Create` has one for each instance, of which none has a name yet: it is
+    told as that of its pool.
+    """
+    match action:
+        case CreateTenant(tenant):
+            return JobVerb.TENANT_CREATE, tenant.id
+        case UpdateTenant(tenant=id):
+            return JobVerb.TENANT_UPDATE, id
+        case DestroyTenant(tenant=id):
+            return JobVerb.TENANT_DESTROY, id
+        case CreatePool(wanted):
+            return JobVerb.POOL_CREATE, str(wanted.ref)
+        case UpdatePool(pool=pool):
+            return JobVerb.POOL_UPDATE, str(pool)
+        case Build(pool=pool):
+            return JobVerb.POOL_BUILD, str(pool)
+        case DestroyPool(pool):
+            return JobVerb.POOL_DESTROY, str(pool)
+        case Create(pool=pool):
+            return JobVerb.INSTANCE_CREATE, str(pool)
+        case Request(ref, verb):
+            return JobVerb(f"instance.{verb}"), str(ref)
+
+
 def ready(actions: Sequence[Action]) -> tuple[Action, ...]:
     """Those that can be done now. The others need one of these first: plan again once they are done."""
-    tenants = {scope(a) for a in actions if isinstance(a, CreateTenant | UpdateTenant)}
-    pools = {scope(a) for a in actions if isinstance(a, CreatePool | UpdatePool)}
-    unbuilt = {a.pool for a in actions if isinstance(a, Build) and a.first}
-    inhabited = {scope(a) for a in actions if isinstance(a, _INSTANCES)}
-    owners = {_tenant(a) for a in actions if not isinstance(a, DestroyTenant)}
+    waits = waits_for(actions)
+    return tuple(action for action in actions if not waits(action))
+
+
+def waits_for(first: Sequence[Action]) -> Callable[[Action], bool]:
+    """Whether an action needs one of `first` done before it."""
+    tenants = {scope(a) for a in first if isinstance(a, CreateTenant | UpdateTenant)}
+    pools = {scope(a) for a in first if isinstance(a, CreatePool | UpdatePool)}
+    unbuilt = {a.pool for a in first if isinstance(a, Build) and a.first}
+    inhabited = {scope(a) for a in first if isinstance(a, _INSTANCES)}
+    owners = {_tenant(a) for a in first if not isinstance(a, DestroyTenant)}
 
     def waits(action: Action) -> bool:
         match action:
@@ -164,7 +200,7 @@ def ready(actions: Sequence[Action]) -> tuple[Action, ...]:
             case Create() | Request():
                 return _tenant(action) in tenants or scope(action) in pools | unbuilt
 
-    return tuple(action for action in actions if not waits(action))
+    return waits
 
 
 def ordered(actions: Iterable[Action]) -> tuple[Action, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
@@ -16,6 +16,7 @@ from mvm.domain.actions import (
     CreateTenant,
     DestroyPool,
     DestroyTenant,
+    Errand,
     Request,
     UpdatePool,
     UpdateTenant,
@@ -30,6 +31,7 @@ from mvm.domain.ids import InstanceRef, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb
+from mvm.domain.passes import Rest, coming, without_rests
 from mvm.domain.pool import DesiredCounts, InstanceResources, WorkerPool
 from mvm.domain.remarks import Cause, Remark, told
 from mvm.domain.room import Room
@@ -57,6 +59,8 @@ class Observed:
     The rest is what has to be there before some things can be done: an uplink for egress; `host_mib` of memory (None:
     not known) for one instance; room on the disk to build an image; and `reserved`, the tenants that the cluster knows,
     with `net_ids`, which were ever given, for a new tenant's network.
+
+    `resting` is what has failed and is not to be asked for yet.
     """
 
     now: datetime
@@ -72,6 +76,7 @@ class Observed:
     can_build: bool = True
     reserved: tuple[Tenant, ...] = ()
     net_ids: frozenset[int] = frozenset()
+    resting: Mapping[Errand, Rest] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,8 @@ class _Planning:
                 else:
                     for pool in self.pools[known.id].values():
                         self._unlisted_pool(pool, room)
-        return Outcome(ordered(self.actions), tuple(self.remarks), self.rolling)
+        actions, failed = without_rests(ordered(self.actions), self.observed.resting)
+        return Outcome(actions, (*failed, *self.remarks, *coming(actions)), self.rolling)
 
     def _index(self) -> None:
         for tenant in sorted(self.observed.tenants, key=lambda t: t.id):
@@ -349,7 +355,6 @@ class _Planning:
         if any(i.in_flight for i in there):
             self._remark(pool.ref, Cause.UNDER_WAY)
             return False
-        self._remark(pool.ref, Cause.NEXT_PASS)
         self.actions.append(DestroyPool(pool.ref))
         return True
 

@@ -46,6 +46,8 @@ def fingerprint(desired: DesiredState, observed: Observed) -> str:
         hashed.update(_row(instance, observed, scaled_at.get(instance.ref.pool_ref)).encode())
     for verb, subject in sorted(observed.jobs):
         hashed.update(f"job {verb} {subject}\n".encode())
+    for verb, subject in sorted(observed.resting):
+        hashed.update(f"rests {verb} {subject}\n".encode())
     hashed.update(f"{observed.uplink} {observed.host_mib} {observed.can_build}\n".encode())
     return hashed.hexdigest()
 

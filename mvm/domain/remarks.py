@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 from mvm.domain.ids import InstanceRef, PoolRef, TenantId
+from mvm.domain.job import JobVerb
 
 _SHOWN = 20  # instances that a remark names in its JSON form
 
@@ -106,11 +107,24 @@ _NOT_OF_COUNTS = (Cause.HEALTH_CHECK, Cause.NOT_WELL, Cause.NOT_PRUNED, Cause.RE
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """A job that failed, and the code of its error."""
+
+    verb: JobVerb
+    subject: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.verb} of {self.subject} failed [{self.code}]"
+
+
+@dataclass(frozen=True, slots=True)
 class Remark:
     """One cause, and what it is about.
 
     `count` is how many instances it concerns, `refs` are those of them that are known by name. `limit` names a quota,
-    `until` when it ends by itself, `detail` is a clause for people where the cause alone does not tell enough.
+    `until` when it ends by itself, `failure` what has failed. `detail` is a clause for people where the cause alone
+    does not tell enough.
     """
 
     subject: TenantId | PoolRef
@@ -120,6 +134,7 @@ class Remark:
     until: datetime | None = None
     limit: str | None = None
     detail: str = ""
+    failure: Failure | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; ``text`` is for people."""
@@ -130,6 +145,7 @@ class Remark:
             "instances": [str(ref) for ref in self.refs[:_SHOWN]],
             "until": self.until.isoformat() if self.until else None,
             "limit": self.limit,
+            "failure": asdict(self.failure) if self.failure else None,
             "text": self.text,
         }
 
@@ -138,6 +154,8 @@ class Remark:
         """A clause for people."""
         if self.cause is Cause.UNDER_WAY and not self.refs:
             return "a job is under way"
+        if self.cause is Cause.NEXT_PASS and not self.count:
+            return "the next pass destroys it"
         return _TEXTS[self.cause].format(
             count=self.count,
             first=self.refs[0].instance if self.refs else "one",
@@ -145,6 +163,7 @@ class Remark:
             limit=self.limit or "quota",
             detail=self.detail,
             pool=self.subject,
+            failure=self.failure,
         )
 
     def __str__(self) -> str:
@@ -163,7 +182,7 @@ _TEXTS = {
     Cause.NO_IMAGE: "no image yet: mvm pool build {pool}",
     Cause.NO_UPLINK: "{detail}: its egress needs an uplink, and this node has none (MVM_UPLINK)",
     Cause.NETWORK: "not created: {detail}",
-    Cause.FAILED: "{detail}; it is asked for again at {until}",
+    Cause.FAILED: "{failure}; it is asked for again at {until}",
     Cause.PINNED: "{count} too many are up, and stay: the pool is pinned",
     Cause.CRITICAL: "{count} {detail}, and stay: the pool is critical",
     Cause.RESTED: "{count} ended by themselves and rest: the pool's on_exit is stop; mvm instance start {pool} --all",

@@ -43,14 +43,19 @@ class PoolNeed:
 
     def rests(self, instance: Instance) -> bool:
         """Whether it ended by itself and the pool lets such ones be: it keeps its place in the counts."""
-        by_itself = instance.ended is not None and instance.ended.by_guest
-        idle = instance.status is Status.STOPPED and instance.in_flight is None
-        return self.on_exit is OnExit.STOP and by_itself and idle
+        return rests(self.on_exit, instance)
+
+
+def rests(on_exit: OnExit, instance: Instance) -> bool:
+    """Whether it ended by itself, in a pool that lets such ones be."""
+    by_itself = instance.ended is not None and instance.ended.by_guest
+    idle = instance.status is Status.STOPPED and instance.in_flight is None
+    return on_exit is OnExit.STOP and by_itself and idle
 
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """What to do, and all that keeps the pool from its counts, be it only that this is still to be done.
+    """What to do, and all that keeps the pool from its counts beside that this is still to be done.
 
     `rolling` are how many keep another revision until health checks have found the new ones well.
     """
@@ -138,10 +143,13 @@ def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: date
         actions.append(Create(need.ref, count))
 
     short = need.counts.total - len(up) - len(starts) - missing
-    remarks = [*_under_way(need, alive), *_next_pass(need, actions), *_held(need, held if short > 0 else (), now)]
+    remarks = [*_under_way(need, alive), *_held(need, held if short > 0 else (), now)]
     stopped = [each.ref for each in down if _was_stopped(each) and each not in held][: max(0, short)]
     if stopped:
         remarks.append(Remark(need.ref, Cause.CRITICAL, len(stopped), tuple(stopped), detail="are stopped"))
+    resting = [each.ref for each in down if need.rests(each) and each not in held][: max(0, short - len(stopped))]
+    if resting:
+        remarks.append(Remark(need.ref, Cause.RESTED, len(resting), tuple(resting)))
     if len(up) > need.counts.total:
         surplus = len(up) - need.counts.total
         remarks.append(Remark(need.ref, Cause.CRITICAL, surplus, detail="too many are up"))
@@ -169,12 +177,6 @@ def _under_way(need: PoolNeed, alive: Sequence[Instance]) -> list[Remark]:
     if not busy or at_counts(need.counts, alive):
         return []
     return [Remark(need.ref, Cause.UNDER_WAY, len(busy), busy)]
-
-
-def _next_pass(need: PoolNeed, actions: Sequence[Action]) -> list[Remark]:
-    asked = tuple(action.ref for action in actions if isinstance(action, Request))
-    made = sum(action.count for action in actions if isinstance(action, Create))
-    return [Remark(need.ref, Cause.NEXT_PASS, len(asked) + made, asked)] if asked or made else []
 
 
 def _held(need: PoolNeed, held: Sequence[Instance], now: datetime) -> list[Remark]:
@@ -221,11 +223,7 @@ class _Scaling:
         if counts.exact and not self.need.pinned:
             self._put_away()
         self.remarks += _lacking(self.need, self.blocked)
-        known = [
-            *_under_way(self.need, self.alive),
-            *_next_pass(self.need, self.actions),
-            *_held(self.need, self.misplaced, self.now),
-        ]
+        known = [*_under_way(self.need, self.alive), *_held(self.need, self.misplaced, self.now)]
         return Scaled(tuple(self.actions), (*known, *self.remarks), self.rolling)
 
     def _remark(self, cause: Cause, count: int, *refs: InstanceRef, detail: str = "") -> None:

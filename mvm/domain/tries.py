@@ -106,18 +106,17 @@ def _stays_so(job: Job, error: MvmError) -> bool:
     return error.code in _LASTING
 
 
-def asked_again_at(last: Job | None, verb: JobVerb, period_s: float) -> datetime | None:
-    """When reconcile asks for `verb` again, of which `last` is the subject's last job; None: at once.
+def asked_again_at(last: Job, now: datetime, period_s: float) -> datetime | None:
+    """When reconcile asks again for what `last`, the last job of its subject, was to do; None: at once.
 
     What a pass asked for and failed is asked for after a pause that doubles with each failure in a row, from the
-    sweep's period on.
+    sweep's period on. A time too far ahead is of a clock that has been set back since.
     """
-    if last is None or last.verb is not verb or last.state is not JobState.FAILED or last.finished_at is None:
-        return None
-    if last.reason is not Reason.RECONCILE:
+    if last.state is not JobState.FAILED or last.finished_at is None or last.reason is not Reason.RECONCILE:
         return None
     pause_s = _doubled(period_s, failures_before(last), _LONGEST_PAUSE_S)
-    return last.finished_at + timedelta(seconds=pause_s)
+    until = last.finished_at + timedelta(seconds=pause_s)
+    return until if now < until <= now + 2 * timedelta(seconds=_LONGEST_PAUSE_S) else None
 
 
 def _doubled(base_s: float, times: int, cap_s: float) -> float:

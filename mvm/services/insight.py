@@ -18,8 +18,9 @@ from mvm.domain.job import Job, JobState
 from mvm.domain.lifecycle import Status
 from mvm.domain.planner import Outcome
 from mvm.domain.pool import WorkerPool
+from mvm.domain.scaling import rests
 from mvm.domain.snapshot import SnapshotManifest
-from mvm.domain.vmm import Ending, OnExit, told, why_still
+from mvm.domain.vmm import told, why_still
 from mvm.errors import Failed, NotFound, Unreachable
 from mvm.ports.clock import Clock
 from mvm.ports.registry import Registry
@@ -118,15 +119,13 @@ class Insight:
             return _nothing(f"its job {instance.in_flight.job_id} ({instance.in_flight.verb}) is at work")
         if instance.status is Status.SLEEPING:
             return _nothing(f"it sleeps until somebody asks: mvm instance wake {instance.ref}")
-        if not instance.has_vmm and instance.ended:
-            return _after(instance.ended, pool)
         if instance.stalled:
             return _nothing(f"{why_still(instance.stalled)[0]}; it goes on by itself as soon as that is over")
         if not instance.has_vmm:
             return self._coming(instance, pool, outlook)
         ill = self._health.explain(instance)
         if ill and not ill["well"]:
-            return self._replacing(pool, ill["reason"])
+            return self._replacing(instance, pool, outlook, ill["reason"])
         if not isinstance(self._vmm, Snapshotting):
             return _nothing(f"the {self._vmm.name} driver cannot snapshot")
         if pool.protected:
@@ -149,23 +148,37 @@ class Insight:
 
     def _coming(self, instance: Instance, pool: WorkerPool, outlook: Outcome) -> dict[str, Any]:
         """What becomes of one that is down."""
-        asked = [each for each in outlook.actions if isinstance(each, Request) and each.ref == instance.ref]
-        if asked:
-            return {"verb": asked[0].verb.value, "in_s": None, "at": None, "reason": f"the next pass: {asked[0].why}"}
-        held = instance.held_until(self._clock.now(), pool.scaled_at)
-        if held is not None and pool.desired is not None:
-            until = f"until {held:%Y-%m-%d %H:%M:%S} UTC"
-            return _nothing(f"it stays {instance.status} {until}, as a person left it; mvm pool scale ends that")
+        how = f"{told(instance.ended, None)[0]}; " if instance.ended else ""
+        if planned := _planned(instance, outlook):
+            return {**planned, "reason": how + planned["reason"]}
+        if rests(pool.on_exit, instance):
+            return _nothing(f"{how}it rests: its pool's on_exit is stop")
+        if held := self._held(instance, pool):
+            return _nothing(f"{how}it stays {instance.status} {held}")
+        if instance.ended and pool.desired is None:
+            how += "its pool was never scaled, so "
         kept = f"; the pool is kept at {pool.desired}" if pool.desired else ""
         why = [remark.text for remark in outlook.news if remark.subject == pool.ref and remark.cause.counts]
-        return _nothing("; ".join([f"it stays {instance.status} until it is started{kept}", *why]))
+        return _nothing(how + "; ".join([f"it stays {instance.status} until it is started{kept}", *why]))
 
-    def _replacing(self, pool: WorkerPool, reason: str) -> dict[str, Any]:
+    def _held(self, instance: Instance, pool: WorkerPool) -> str | None:
+        """Until when a person's word keeps reconcile from it."""
+        held = instance.held_until(self._clock.now(), pool.scaled_at)
+        if held is None or pool.desired is None:
+            return None
+        return f"until {held:%Y-%m-%d %H:%M:%S} UTC, as a person left it; mvm pool scale ends that"
+
+    def _replacing(self, instance: Instance, pool: WorkerPool, outlook: Outcome, reason: str) -> dict[str, Any]:
         if pool.critical or pool.pinned:
             return _nothing(f"{reason}; its pool is {'critical' if pool.critical else 'pinned'}, so nobody stops it")
         if pool.desired is None:
             return _nothing(f"{reason}; its pool was never scaled, so nobody replaces it")
-        return {"verb": "stop", "in_s": None, "at": None, "reason": f"{reason}; reconcile replaces it"}
+        if held := self._held(instance, pool):
+            return _nothing(f"{reason}; it is not replaced {held}")
+        planned = _planned(instance, outlook)
+        if planned is None:
+            return _nothing(f"{reason}; reconcile does not replace it yet")
+        return {**planned, "reason": f"{reason}; reconcile replaces it: {planned['reason']}"}
 
     # --- how much
     def stats(self, ref: InstanceRef) -> dict[str, Any]:
@@ -234,14 +247,16 @@ class Insight:
             return None
 
 
-def _after(ended: Ending, pool: WorkerPool) -> dict[str, Any]:
-    """What comes after the end of a run that nobody here ended."""
-    words, _ = told(ended, None)
-    if ended.by_guest and pool.on_exit is OnExit.STOP:
-        return _nothing(f"{words}, and it rests: its pool's on_exit is stop")
-    if ended is Ending.REBOOTED or pool.desired:
-        return {"verb": "start", "in_s": None, "at": None, "reason": f"{words}; reconcile starts it"}
-    return _nothing(f"{words}; its pool was never scaled, so it stays stopped until it is started")
+def _planned(instance: Instance, outlook: Outcome) -> dict[str, Any] | None:
+    """What reconcile asks of it next, and when, if that is known; None if it does not ask for anything."""
+    for action in outlook.actions:
+        if isinstance(action, Request) and action.ref == instance.ref:
+            return {"verb": action.verb.value, "in_s": None, "at": None, "reason": f"the next pass: {action.why}"}
+    for remark in outlook.remarks:
+        if remark.failure and remark.failure.subject == str(instance.ref) and remark.until:
+            verb = remark.failure.verb.removeprefix("instance.")
+            return {"verb": verb, "in_s": None, "at": remark.until.isoformat(), "reason": remark.text}
+    return None
 
 
 def _because(job: Job | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -17,18 +16,21 @@ from mvm.domain.actions import (
     CreateTenant,
     DestroyPool,
     DestroyTenant,
+    Errand,
     Request,
     UpdatePool,
     UpdateTenant,
     Why,
+    errand,
     ready,
     scope,
 )  # fmt: skip
 from mvm.domain.desired import DesiredState, parse
-from mvm.domain.ids import JobId, NodeId, TenantId
-from mvm.domain.instance import InFlight
+from mvm.domain.ids import InstanceRef, JobId, NodeId, Revision, TenantId
+from mvm.domain.instance import InFlight, Instance
 from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status, Verb
+from mvm.domain.passes import Rest, begun
 from mvm.domain.planner import Observed, Outcome, as_parameters, decide
 from mvm.domain.plans import Plan
 from mvm.domain.pool import WorkerPool
@@ -53,7 +55,6 @@ log = structlog.get_logger("mvm.reconcile")
 
 _VERBS = {JobVerb(f"instance.{verb}"): verb for verb in Verb if verb is not Verb.PREPARE}
 _LOCK_S = 120.0
-_LONGEST_REST = timedelta(seconds=600)  # a time further ahead is of a clock that has been set back since
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,10 @@ class Reconcile:
         except Unreachable:
             open_jobs = []
         mine = [job for job in open_jobs if job.subject.split("/")[0] == tenant]
-        return decide(own, self._observe(mine, own, tenant))
+        observed = self._observe(mine, own, tenant)
+        outcome = decide(own, observed)
+        resting = self._resting(self._failed(outcome.actions, observed))
+        return decide(own, replace(observed, resting=resting)) if resting else outcome
 
     def _observe(self, open_jobs: Sequence[Job], desired: DesiredState, tenant: TenantId | None = None) -> Observed:
         queued = {job.subject: InFlight(job.job_id, _VERBS[job.verb]) for job in open_jobs if job.verb in _VERBS}
@@ -152,58 +156,63 @@ class Reconcile:
             desired = replace(desired, prune_unknown_tenants=True, prune_unknown_pools=True)
         with self._locks.hold("reconcile", deadline_s=_LOCK_S):
             open_jobs = self._registry.open_jobs(self._node_id)
-            plan = Plan.make(replace(desired, generation=None), self._observe(open_jobs, desired))
+            wanted, observed = replace(desired, generation=None), self._observe(open_jobs, desired)
+            whole = plan = Plan.make(wanted, observed)
             if expect := context.job.params.get("expect"):
                 plan.check_current(expect)
-            now, failed = ready(plan.actions), list[Remark]()
-            if context.job.verb.is_sweep:  # a person who asks wants it tried now
-                now, failed = self._rested(now)
+            failed = self._failed(plan.actions, observed)
+            if context.job.verb.is_sweep and (resting := self._resting(failed)):  # a person wants it tried now
+                plan = Plan.make(wanted, replace(observed, resting=resting))
+            now = ready(plan.actions)
             self._unscale(now)
             actor = "reconcile" if context.job.verb.is_sweep else context.job.actor
-            asked, notes = self._asked(now, context.job)
+            asked, notes = self._asked(now, failed, context.job)
             group = (
                 self._jobs.submit_group(asked, self._node_id, reason=Reason.RECONCILE, actor=actor) if asked else None
             )
+        called = [InstanceRef.parse(each.subject) for each in asked if each.verb in _VERBS]
+        remarks = (*notes, *begun(plan.remarks, now, called))
         if asked:
-            log.info("submitted", jobs=len(asked), waiting=len(plan.actions) - len(now))
+            log.info("submitted", jobs=len(asked), waiting=len(whole.actions) - len(now))
         return {
             "changed": bool(asked), "bulk": group.job_id if group else None, "jobs": len(asked),
-            "waiting": len(plan.actions) - len(now),
+            "waiting": len(whole.actions) - len(now),
             "under_way": [j.job_id for j in open_jobs if j.verb is JobVerb.BULK and j.reason is Reason.RECONCILE],
-            "remarks": [str(remark) for remark in (*notes, *failed, *plan.news)],
-            "obstacles": [remark.to_dict() for remark in (*notes, *failed, *plan.remarks)],
-            "blocked": [str(remark) for remark in (*notes, *plan.remarks) if _is_blocked(remark, desired)],
+            "remarks": [str(remark) for remark in told(remarks)],
+            "obstacles": [remark.to_dict() for remark in remarks],
+            "blocked": [str(remark) for remark in remarks if _is_blocked(remark, desired)],
             "rolling": plan.rolling,
             "pools": sorted({str(scope(action)) for action in now}),
         }  # fmt: skip
 
-    def _rested(self, actions: Sequence[Action]) -> tuple[tuple[Action, ...], list[Remark]]:
-        """Those of `actions` that have not just failed; and the others, with the time when they are asked for again."""
-        now, rested, failed = self._clock.now(), list[Action](), list[Remark]()
+    def _failed(self, actions: Iterable[Action], observed: Observed) -> dict[Errand, Job]:
+        """Of what `actions` ask for, the last jobs that reconcile asked for and that failed."""
+        instances = {instance.ref: instance for instance in observed.instances}
+        revisions = {pool.ref: pool.revision for pool in observed.pools}
+        failed: dict[Errand, Job] = {}
         for action in actions:
-            last = self._failed_before(action)
-            until = asked_again_at(last, job_for(action).verb, self._period_s) if last else None
-            if last is None or until is None or not now < until <= now + _LONGEST_REST:
-                rested.append(action)
+            verb, subject = errand(action)
+            if isinstance(action, Create):
                 continue
-            refs = (action.ref,) if isinstance(action, Request) else ()
-            what = f"{last.verb} of {last.subject} failed [{(last.error or {}).get('code')}]"
-            failed.append(Remark(scope(action), Cause.FAILED, len(refs), refs, until, detail=what))
-        return tuple(rested), failed
+            if isinstance(action, Request):
+                instance = instances[action.ref]
+                if not _has_failed(action, instance, revisions[action.ref.pool_ref]):
+                    continue
+            last = self._store.last_job(subject)
+            if last is None or last.verb is not verb or last.state is not JobState.FAILED:
+                continue
+            if last.reason is Reason.RECONCILE:
+                failed[verb, subject] = last
+        return failed
 
-    def _failed_before(self, action: Action) -> Job | None:
-        """The last job of what `action` is about, if it has failed."""
-        if isinstance(action, Create):
-            return None
-        if isinstance(action, Request) and (action.verb, action.status) == (Verb.SLEEP, Status.WARM):
-            return None  # that it is silent is a check of its health: after some of them it is replaced
-        if isinstance(action, Request):
-            instance = self._store.instance(action.ref)
-            revision = self._store.pool(action.ref.pool_ref).revision
-            if instance.last_error is None or (action.verb is Verb.START and instance.revision != revision):
-                return None  # it has not failed, or not with what it would start from now
-        last = self._store.last_job(job_for(action).subject)
-        return last if last is not None and last.state is JobState.FAILED else None
+    def _resting(self, failed: Mapping[Errand, Job]) -> dict[Errand, Rest]:
+        """What of `failed` is not to be asked for yet."""
+        now = self._clock.now()
+        return {
+            asked: Rest((last.error or {}).get("code", "unknown"), until)
+            for asked, last in failed.items()
+            if (until := asked_again_at(last, now, self._period_s))
+        }
 
     def _unscale(self, actions: Iterable[Action]) -> None:
         """What goes is not filled up again meanwhile by a pass that does not prune."""
@@ -237,7 +246,7 @@ class Reconcile:
             if scaled.actions and pool.revision is None:
                 remark = Remark(pool.ref, Cause.NO_IMAGE, pool.desired.total)
                 return Submitted(note=remark.text, remarks=(remark,))
-            asked, notes = self._asked(scaled.actions, job)
+            asked, notes = self._asked(scaled.actions, self._failed(scaled.actions, observed), job)
             jobs = [
                 self._jobs.submit(
                     each.verb, each.subject, self._node_id, params=each.params, reason=Reason.RECONCILE, actor=actor
@@ -248,25 +257,25 @@ class Reconcile:
         note = "; ".join([*(remark.text for remark in news), *self._overruled(pool)])
         return Submitted(tuple(jobs), note or None, news)
 
-    def _counting_failures(self, action: Action) -> Asked:
-        asked, last = job_for(action), self._failed_before(action)
-        if last is None or last.verb is not asked.verb or last.reason is not Reason.RECONCILE:
-            return asked
-        return asked._replace(params={**asked.params, FAILURES: failures_before(last) + 1})
-
     def _overruled(self, pool: WorkerPool) -> Iterator[str]:
         """Where the document has other counts than a person has just given."""
         for wanted in (each for tenant in self.desired().tenants for each in tenant.pools if each.ref == pool.ref):
             if wanted.desired and wanted.desired != pool.desired:
                 yield f"the node's desired state asks for {wanted.desired}, and the next pass goes back to that"
 
-    def _asked(self, actions: Iterable[Action], job: Job) -> tuple[list[Asked], list[Remark]]:
-        """The jobs that do `actions`. Instances to be created are written down by now, so that they are counted."""
+    def _asked(
+        self, actions: Iterable[Action], failed: Mapping[Errand, Job], job: Job
+    ) -> tuple[list[Asked], list[Remark]]:
+        """The jobs that do `actions`, each with how many before it had `failed`. Instances to be created are written
+        down by now, so that they are counted.
+        """
         asked: list[Asked] = []
         notes: list[Remark] = []
         for action in actions:
             if not isinstance(action, Create):
-                asked.append(self._counting_failures(action))
+                one, last = job_for(action), failed.get(errand(action))
+                counted = {FAILURES: failures_before(last) + 1} if last else {}
+                asked.append(one._replace(params={**one.params, **counted}))
                 continue
             try:
                 created = self._lifecycle.add(action.pool, action.count, job)
@@ -285,28 +294,34 @@ def _is_blocked(remark: Remark, desired: DesiredState) -> bool:
     return remark.cause.blocks and remark.subject in listed
 
 
+def _has_failed(action: Request, instance: Instance, revision: Revision | None) -> bool:
+    """Whether the last job of an instance may have failed at what `action` asks for."""
+    if (action.verb, action.status) == (Verb.SLEEP, Status.WARM):
+        return False  # that it is silent is a check of its health: after some of them it is replaced
+    return instance.last_error is not None and not (action.verb is Verb.START and instance.revision != revision)
+
+
 def job_for(action: Action) -> Asked:
     """The job that does what `action` says; not for `Create`, which has one for each instance."""
+    verb, subject = errand(action)
+    return Asked(verb, subject, _params(action))
+
+
+def _params(action: Action) -> dict[str, Any]:
     match action:
         case CreateTenant(tenant):
             network, quota = tenant.network, asdict(tenant.quota)
-            params = {"net_id": network.net_id, "subnet": str(network.subnet), "quota": quota, "adopt": True}
-            return Asked(JobVerb.TENANT_CREATE, tenant.id, params)
-        case UpdateTenant(tenant, _, limits):
-            return Asked(JobVerb.TENANT_UPDATE, tenant, {"quota": asdict(limits)})
-        case DestroyTenant(tenant):
-            return Asked(JobVerb.TENANT_DESTROY, tenant)
+            return {"net_id": network.net_id, "subnet": str(network.subnet), "quota": quota, "adopt": True}
+        case UpdateTenant(_, _, limits):
+            return {"quota": asdict(limits)}
         case CreatePool(wanted):
             shape = {"resources": asdict(wanted.resources), **asdict(wanted.source)}
-            return Asked(JobVerb.POOL_CREATE, str(wanted.ref), {**as_parameters(wanted), **shape})
-        case UpdatePool(pool, changes):
-            return Asked(JobVerb.POOL_UPDATE, str(pool), {change.name: change.after for change in changes})
-        case Build(pool):
-            return Asked(JobVerb.POOL_BUILD, str(pool))
-        case DestroyPool(pool):
-            return Asked(JobVerb.POOL_DESTROY, str(pool))
-        case Request(ref, verb, _, why):
-            told = {"why": why.value} if why in (Why.UNHEALTHY, Why.REBOOTED) else {}
-            return Asked(JobVerb(f"instance.{verb}"), str(ref), told)
+            return {**as_parameters(wanted), **shape}
+        case UpdatePool(_, changes):
+            return {change.name: change.after for change in changes}
+        case Request(why=why):
+            return {"why": why.value} if why in (Why.UNHEALTHY, Why.REBOOTED) else {}
+        case DestroyTenant() | Build() | DestroyPool():
+            return {}
         case Create():
             raise AssertionError("it has a job for each instance")

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from mvm.domain.actions import (
     Build,
@@ -20,6 +21,7 @@ from mvm.domain.actions import (
     UpdatePool,
     UpdateTenant,
     Why,
+    errand,
     rank,
     ready,
     scope,
@@ -30,9 +32,10 @@ from mvm.domain.ids import PoolId, PoolRef, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb
+from mvm.domain.passes import Rest, begun
 from mvm.domain.planner import Outcome, check_possible, decide, plan
 from mvm.domain.pool import DesiredCounts, InstanceResources, SeccompPolicy, SleepPolicy, WorkerPool
-from mvm.domain.remarks import Cause, Remark
+from mvm.domain.remarks import Cause, Failure, Remark
 from mvm.domain.room import Room
 from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import NotAllowed
@@ -92,6 +95,51 @@ def test_a_second_pass_with_everything_in_flight_adds_nothing(world: World) -> N
         world.begin(ready(actions))
         assert plan(world.desired, world.observed()) == ()
         world.settle()
+
+
+@given(worlds(), st.integers(0))
+def test_what_rests_is_a_remark_and_nothing_that_needs_it_is_asked_for(world: World, number: int) -> None:
+    seen = world.observed()
+    whole = plan(world.desired, seen)
+    fallible = [action for action in whole if not isinstance(action, Create)]
+    resting = {errand(each): Rest("vmm.failed", seen.now) for n, each in enumerate(fallible) if number >> n & 1}
+    outcome = decide(world.desired, replace(seen, resting=resting))
+    assert set(map(errand, outcome.actions)).isdisjoint(resting)
+    assert [action for action in whole if action in outcome.actions] == list(outcome.actions)
+    assert set(map(errand, ready(outcome.actions))) <= set(map(errand, ready(whole)))
+    failed = [remark for remark in outcome.remarks if remark.cause is Cause.FAILED]
+    assert {(each.failure.verb, each.failure.subject) for each in failed if each.failure} == set(resting)
+    named = {remark.subject for remark in outcome.remarks if remark.count}
+    for action in whole:
+        if isinstance(action, Create | Request):
+            assert scope(action) in named, "it is told, whether it is asked for or not"
+    if not resting:
+        assert outcome == decide(world.desired, seen)
+
+
+def test_nobody_is_asked_for_in_a_pool_whose_making_has_failed() -> None:
+    empty, until = World(STATE).observed(), START + timedelta(seconds=30)
+    failure = Failure(JobVerb.TENANT_CREATE, "acme", "network.failed")
+    resting = {(JobVerb.TENANT_CREATE, "acme"): Rest("network.failed", until)}
+    assert decide(STATE, replace(empty, resting=resting)) == Outcome(
+        (),
+        (
+            Remark(ACME, Cause.FAILED, until=until, failure=failure),
+            Remark(WEB, Cause.FAILED, 2, until=until, failure=failure),
+        ),
+    )
+
+
+def test_what_a_pass_has_asked_for_is_under_way() -> None:
+    one, two, three = (instance_ref(n) for n in range(3))
+    remarks = (Remark(WEB, Cause.UNDER_WAY, 1, (three,)), Remark(WEB, Cause.NEXT_PASS, 3, (one,)))
+    tried = (Request(one, V.START, S.STOPPED, Why.TOO_FEW), Create(WEB, 2))
+    assert begun(remarks, tried, [one, two]) == (Remark(WEB, Cause.UNDER_WAY, 3, (one, two, three)),)
+    assert begun(remarks[1:], tried[1:], []) == (), "what was refused has a remark of its own"
+    assert begun(remarks, (), []) == remarks
+    (gone,) = begun((Remark(WEB, Cause.NEXT_PASS),), (DestroyPool(WEB),), [])
+    assert (str(gone), remarks[0].cause) == ("acme/web: a job is under way", gone.cause)
+    assert Remark(WEB, Cause.NEXT_PASS).text == "the next pass destroys it"
 
 
 @given(worlds())

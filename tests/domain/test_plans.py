@@ -10,7 +10,9 @@ from hypothesis import given
 
 from mvm.domain.desired import DesiredCounts
 from mvm.domain.instance import InFlight
+from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status, Verb
+from mvm.domain.passes import Rest
 from mvm.domain.plans import Plan, fingerprint
 from mvm.errors import NotAllowed
 from tests.domain.test_planner import STATE, TENANT, with_pool, world
@@ -42,9 +44,10 @@ def test_the_fingerprint_changes_with_anything_that_a_plan_goes_by() -> None:
         replace(known, pools=tuple(replace(pool, pinned=True) for pool in known.pools)),
         replace(known, tenants=()),
         replace(known, unhealthy=frozenset({first})),
+        replace(known, resting={(JobVerb.INSTANCE_STOP, str(first)): Rest("vmm.failed", NOW)}),
     ):
         seen.add(fingerprint(STATE, other))
-    assert len(seen) == 10
+    assert len(seen) == 11
     assert fingerprint(STATE, replace(known, instances=known.instances[::-1])) in seen
 
 

@@ -14,6 +14,7 @@ from mvm.domain.addressing import TenantNetwork, parse_subnet
 from mvm.domain.ids import Revision
 from mvm.domain.instance import InFlight, Instance
 from mvm.domain.lifecycle import Status, Verb, landing
+from mvm.domain.passes import coming
 from mvm.domain.pool import DesiredCounts, InstanceResources
 from mvm.domain.remarks import Cause, Remark, told
 from mvm.domain.room import Room, usage_of
@@ -253,7 +254,8 @@ def test_a_pool_that_is_not_at_its_counts_says_why(
     quota = Quota(max_running=most, max_warm=most // 2, max_instances_per_pool=6)
     room = Room.of(quota, NETWORK, {WEB: SHAPE}, observed)
     scaled = scale(replace(need(pinned=pinned, critical=critical), counts=wanted), observed, room, now=START)
-    causes = [remark for remark in scaled.remarks if remark.cause.counts]
+    remarks = [*scaled.remarks, *coming(scaled.actions)]
+    causes = [remark for remark in remarks if remark.cause.counts]
     there = [each for each in observed if each.lands_on is not S.DESTROYED]
     if not critical and at_counts(wanted, there):
         return

@@ -112,8 +112,10 @@ def test_the_pause_after_failures_in_a_row_has_an_end_however_many_they_were(fai
         verb=JobVerb.INSTANCE_START, reason=Reason.RECONCILE, state=JobState.FAILED, finished_at=START,
         params={FAILURES: failures},
     )  # fmt: skip
-    until = asked_again_at(last, JobVerb.INSTANCE_START, 15.0)
+    until = asked_again_at(last, START, 15.0)
     assert until == START + timedelta(seconds=min(300, 15 * 2 ** min(failures, 9)))
+    assert asked_again_at(last, START + timedelta(seconds=300), 15.0) is None
+    assert asked_again_at(last, START - timedelta(days=1), 15.0) is None, "the clock was set back"
 
 
 def test_the_pause_between_tries_has_an_end_however_many_they_were() -> None:

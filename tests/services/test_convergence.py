@@ -17,6 +17,7 @@ from mvm.domain.job import JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import DesiredCounts
 from mvm.domain.tenant import Quota, Tenant
+from mvm.domain.vmm import Ending
 from mvm.errors import Failed, GuestSilent, NotFound
 from mvm.ports.host import MemoryLeft
 from tests.services.conftest import NODE, Node
@@ -219,6 +220,99 @@ def test_what_has_failed_is_asked_for_again_after_a_pause_that_doubles(node: Nod
     node.clock.advance(300)
     node.sweep(V.SWEEP_RECONCILE)
     assert statuses(node) == ["running"]
+
+
+def held_up(node: Node, ref: str, swept: Mapping[str, Any]) -> None:
+    """The pass before, `pool info` and `explain` say the same of a pool that is kept from its count by `ref` alone."""
+    (obstacle,) = swept["obstacles"]
+    told = node.services.view.explain(InstanceRef.parse(ref))
+    assert causes(node) == {obstacle["cause"]: obstacle}
+    assert told["obstacles"] == [obstacle]
+    assert (obstacle["cause"], obstacle["count"], obstacle["instances"]) == ("failed", 1, [ref])
+    assert (told["next"]["verb"], told["next"]["at"]) == ("start", obstacle["until"])
+    assert told["next"]["reason"].endswith(obstacle["text"])
+
+
+def test_the_sweep_pool_info_and_explain_agree_while_a_start_keeps_failing(mvm: CommandLine, node: Node) -> None:
+    node.pool(cold=True)
+    (ref,) = node.create()
+    with node.services.store.transaction():
+        node.services.store.put_pool(replace(node.services.store.pools()[0], desired=DesiredCounts(1)))
+    node.host.fail("vmm.boot", Failed("vmm.failed", "it does not"), times=100)
+    asked = 0
+    for _ in range(40):  # ten minutes
+        swept = node.sweep(V.SWEEP_RECONCILE)
+        node.clock.advance(1)
+        if swept["jobs"]:
+            asked += 1
+            (obstacle,) = swept["obstacles"]
+            assert (obstacle["cause"], obstacle["instances"]) == ("under_way", [ref]), "this pass asks for it"
+            assert list(causes(node)) == ["failed"], "and it has failed again"
+        else:
+            held_up(node, ref, swept)
+        node.clock.advance(14)
+    assert asked == 6
+    assert "failed [vmm.failed]; it is asked for again at " in mvm.ok("pool", "info", "acme/web")
+    assert "failed [vmm.failed]; it is asked for again at " in mvm.ok("instance", "explain", ref)
+
+
+def test_what_waits_for_an_image_that_is_not_built_says_so(mvm: CommandLine, node: Node, tmp_path: Path) -> None:
+    node.host.fail("images.build", Failed("build.failed", "it does not"), times=100)
+    mvm("agent", "reconcile", "--desired", document(tmp_path, {}))
+    node.sweep(V.SWEEP_RECONCILE)
+    node.clock.advance(15)
+    node.sweep(V.SWEEP_RECONCILE)
+    node.clock.advance(1)
+    swept = node.sweep(V.SWEEP_RECONCILE)
+    (obstacle,) = swept["obstacles"]
+    assert causes(node) == {"failed": obstacle}
+    assert (swept["jobs"], obstacle["count"]) == (0, 2)
+    assert "pool.build of acme/web failed [build.failed]" in obstacle["text"]
+    assert statuses(node) == []
+
+
+def test_explain_promises_no_start_that_does_not_come(node: Node) -> None:
+    node.pool()
+    node.ok(V.POOL_SCALE, "acme/web", running=1)
+    (ref,) = [instance.ref for instance in node.services.store.instances()]
+    node.host.kill_process(ref)
+    node.sweep(V.SWEEP_STALE_PIDS)
+    told = node.services.view.explain(ref)["next"]
+    assert (told["verb"], "was found gone; the next pass: too few" in told["reason"]) == ("start", True)
+    node.ok(V.POOL_SCALE, "acme/web", running=0)
+    told = node.services.view.explain(ref)["next"]
+    assert told["verb"] is None
+    assert "was found gone; it stays stopped until it is started; the pool is kept at running=0" in told["reason"]
+    node.sweep(V.SWEEP_RECONCILE)
+    assert statuses(node) == ["stopped"]
+
+
+def test_explain_promises_no_start_in_a_place_that_a_held_one_takes(node: Node) -> None:
+    node.pool()
+    node.ok(V.POOL_SCALE, "acme/web", running=1)
+    (ref,) = [instance.ref for instance in node.services.store.instances()]
+    node.clock.advance(1)
+    (other,) = node.create()
+    node.ok(V.INSTANCE_START, other)
+    node.host.kill_process(ref)
+    node.sweep(V.SWEEP_STALE_PIDS)
+    node.sweep(V.SWEEP_RECONCILE)
+    assert node.services.store.instance(ref).status is Status.STOPPED
+    assert node.services.view.explain(ref)["next"]["verb"] is None
+
+
+@pytest.mark.parametrize("critical", [False, True])
+def test_one_that_rests_by_its_pools_on_exit_is_named(node: Node, critical: bool) -> None:
+    node.pool()
+    node.ok(V.POOL_UPDATE, "acme/web", on_exit="stop", critical=critical)
+    node.ok(V.POOL_SCALE, "acme/web", running=1)
+    (ref,) = [instance.ref for instance in node.services.store.instances()]
+    node.host.halt_guest(ref, Ending.HALTED)
+    node.sweep(V.SWEEP_STALE_PIDS)
+    swept = node.sweep(V.SWEEP_RECONCILE)
+    assert (statuses(node), [each["cause"] for each in swept["obstacles"]]) == (["stopped"], ["rested"])
+    assert list(causes(node)) == ["rested"]
+    assert "it rests: its pool's on_exit is stop" in node.services.view.explain(ref)["next"]["reason"]
 
 
 def test_nobody_is_made_warm_beyond_what_the_quota_gives(node: Node) -> None:

@@ -101,6 +101,21 @@ def test_who_may_not_be_stopped_is_only_told(node: Node, way: dict[str, Any], wo
     assert node.instance(ref).status is Status.RUNNING
 
 
+def test_an_ill_one_that_a_person_holds_is_not_said_to_be_replaced_before_that_ends(node: Node) -> None:
+    ref, _ = running(node)
+    node.ok(V.POOL_SCALE, "acme/web", running=2)
+    node.ok(V.INSTANCE_STOP, ref)
+    node.ok(V.INSTANCE_START, ref)
+    hang(node, ref)
+    check(node, CHECKS)
+    told = explain(node, ref)
+    assert (told["health"]["well"], told["next"]["verb"]) == (False, None)
+    assert "as a person left it" in told["next"]["reason"]
+    assert not node.sweep(V.SWEEP_RECONCILE)["changed"]
+    node.clock.advance(601)
+    assert explain(node, ref)["next"]["verb"] == "stop"
+
+
 def test_a_guest_without_its_interface_is_not_well(node: Node) -> None:
     running(node)
     del node.host.taps["tn0i3"]
