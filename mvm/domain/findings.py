@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
+
+from mvm.domain.vmm import Ending, VmmState
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +63,40 @@ class Ill:
     reason: str
 
 
+class Then(StrEnum):
+    """What came of a guest that stood still though it should run."""
+
+    STOPPED = "stopped"
+    """Its run is over, and that is recorded."""
+
+    GOES_ON = "goes on"
+    NO_ROOM = "waits for room on the disk"
+    STANDS_STILL = "stands still"
+
+    CHANGED = "changed meanwhile"
+    """It is not as it was when its VMM was asked: nothing was recorded."""
+
+    LEFT = "left for the next sweep"
+    """A job holds it, or its VMM does not answer."""
+
+    @property
+    def still(self) -> bool:
+        """Whether the guest stands still."""
+        return self in (Then.NO_ROOM, Then.STANDS_STILL, Then.LEFT)
+
+
 @dataclass(frozen=True, slots=True)
 class Stalled:
-    """A guest that stood still though it should run, what its VMM said, and what came of that."""
+    """A guest that stood still though it should run, what its VMM said, and what came of that.
+
+    `ended` is how its run did, if that was recorded; `why` what kept the sweep from it, if something did.
+    """
 
     ref: str
-    state: str
-    then: str
+    state: VmmState
+    then: Then
+    ended: Ending | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from mvm.domain.findings import Stalled
+from mvm.domain.findings import Stalled, Then
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
 from mvm.domain.vmm import VmmState, ending_of, has_room, told, why_still
@@ -39,11 +39,12 @@ class Stalls:
         if not (state.stands_still or state.over):
             return None
         try:
-            then = self._ended(job, instance, state) if state.over else self._still(job, instance, state)
+            found = self._ended(job, instance, state) if state.over else self._still(job, instance, state)
         except MvmError as error:  # a job holds it, or its VMM does not answer: the next sweep sees
-            then = error.message
-        log.warning("guest stands still", instance=str(instance.ref), state=state.value, then=then)
-        return Stalled(str(instance.ref), state.value, then)
+            found = Stalled(str(instance.ref), state, Then.LEFT, why=error.message)
+        then = found.then.value
+        log.warning("guest stands still", instance=found.ref, state=state.value, then=then, why=found.why)
+        return found
 
     def over(self, job: Job, instance: Instance) -> None:
         """A guest that stood still answers again."""
@@ -52,13 +53,19 @@ class Stalls:
         except MvmError as error:
             log.info("still told as standing still", instance=str(instance.ref), code=error.code)
 
-    def _ended(self, job: Job, instance: Instance, state: VmmState) -> str:
+    def _ended(self, job: Job, instance: Instance, state: VmmState) -> Stalled:
         ended = ending_of(state)
         words, code = told(ended, instance.process.pid if instance.process else None)
-        self._lifecycle.mark_gone(job, instance, f"{words}; its VMM said {state.value}", ended, code)
-        return "stopped"
+        reason = f"{words}; its VMM said {state.value}"
+        if self._lifecycle.mark_gone(job, instance, reason, ended, code):
+            return Stalled(str(instance.ref), state, Then.STOPPED, ended)
+        return Stalled(str(instance.ref), state, Then.CHANGED)
 
-    def _still(self, job: Job, instance: Instance, state: VmmState) -> str:
+    def _still(self, job: Job, instance: Instance, state: VmmState) -> Stalled:
+        return Stalled(str(instance.ref), state, self._let_go_on(job, instance, state))
+
+    def _let_go_on(self, job: Job, instance: Instance, state: VmmState) -> Then:
+        """What comes of letting it go on, if it may; that it does not is recorded once."""
         reason, code = why_still(state)
         wants_room = state is VmmState.IO_ERROR and not has_room(self._storage.space().free)
         if (
@@ -66,7 +73,7 @@ class Stalls:
             and isinstance(self._vmm, Snapshotting)
             and self._lifecycle.let_go_on(job, instance, f"{reason}; that is over")
         ):
-            return "goes on"
-        if instance.stalled is not state:
-            self._lifecycle.mark_stalled(job, instance, state, reason, code)
-        return "waits for room on the disk" if wants_room else "stands still"
+            return Then.GOES_ON
+        if instance.stalled is not state and not self._lifecycle.mark_stalled(job, instance, state, reason, code):
+            return Then.CHANGED
+        return Then.NO_ROOM if wants_room else Then.STANDS_STILL

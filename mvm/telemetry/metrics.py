@@ -18,6 +18,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from mvm.domain.findings import Then
 from mvm.domain.job import Job, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.domain.remarks import Cause
@@ -76,11 +77,11 @@ def _observe_sweep(verb: JobVerb, result: Mapping[str, Any]) -> None:
         MISSING.set(len(result["missing"]))
     if "failing" in result:
         ILL_GUESTS.set(sum(each["ill"] for each in result["failing"]))
-        still = Counts(each["state"] for each in result["stalled"] if each["then"] != "goes on")
+        still = Counts(each["state"] for each in result["stalled"] if Then(each["then"]).still)
         for state in VmmState:
             STALLED.labels(state.value).set(still[state.value])
-    if verb is JobVerb.SWEEP_STALE_PIDS:
-        for each in result["stopped"]:
+    for each in (*result.get("stopped", ()), *result.get("stalled", ())):
+        if each.get("ended"):
             ENDED.labels(each["ended"]).inc()
     if "obstacles" in result:
         short = Counts({cause: 0 for cause in Cause if cause.counts})

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from mvm.domain.ids import InstanceRef, TenantId
 from mvm.domain.instance import Instance
-from mvm.domain.job import JobVerb
+from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
 from mvm.domain.vmm import Ending, VmmState
 from mvm.drivers.fake import Lie
+from mvm.errors import TimedOut
+from mvm.services.lifecycle import Lifecycle
+from mvm.telemetry.metrics import observe_job
 from tests.services.conftest import NODE, Node
+from tests.support import make
 
 V, S = JobVerb, Status
 ROOM, NO_ROOM = 1 << 39, 1 << 20
+NEITHER = {"ended": None, "why": ""}
 
 
 def running(node: Node, count: int = 1, **pool: Any) -> list[str]:
@@ -137,7 +144,7 @@ def test_a_guest_without_room_is_told_is_no_ill_one_and_goes_on_when_there_is_ro
     for _ in range(8):
         found = stalled(node, ref)
         assert found["failing"] == []
-        assert found["stalled"] == [{"ref": ref, "state": "io-error", "then": "waits for room on the disk"}]
+        assert found["stalled"] == [{"ref": ref, "state": "io-error", "then": "waits for room on the disk", **NEITHER}]
     assert not reconciled(node)["changed"]
     row = node.instance(ref)
     assert (row.status, row.stalled) == (S.RUNNING, VmmState.IO_ERROR)
@@ -148,7 +155,7 @@ def test_a_guest_without_room_is_told_is_no_ill_one_and_goes_on_when_there_is_ro
     assert audited(node, "vmm.io_error") == [ref]  # once
 
     node.host.disk_free = ROOM
-    assert check(node)["stalled"] == [{"ref": ref, "state": "io-error", "then": "goes on"}]
+    assert check(node)["stalled"] == [{"ref": ref, "state": "io-error", "then": "goes on", **NEITHER}]
     row = node.instance(ref)
     assert (row.status, row.stalled, row.last_error, row.process) == (S.RUNNING, None, None, process)
     assert audited(node, "vmm.resumed") == [ref]
@@ -157,7 +164,9 @@ def test_a_guest_without_room_is_told_is_no_ill_one_and_goes_on_when_there_is_ro
 
 def test_a_guest_that_somebody_else_paused_goes_on(node: Node) -> None:
     (ref,) = running(node)
-    assert stalled(node, ref, VmmState.PAUSED)["stalled"] == [{"ref": ref, "state": "paused", "then": "goes on"}]
+    assert stalled(node, ref, VmmState.PAUSED)["stalled"] == [
+        {"ref": ref, "state": "paused", "then": "goes on", **NEITHER}
+    ]
     assert node.host.machines[InstanceRef.parse(ref)].state is VmmState.RUNNING
 
 
@@ -170,11 +179,85 @@ def test_a_guest_that_somebody_else_paused_goes_on(node: Node) -> None:
 )  # fmt: skip
 def test_a_vmm_whose_guest_is_over_is_ended(node: Node, state: VmmState, how: Ending) -> None:
     (ref,) = running(node)
-    assert stalled(node, ref, state)["stalled"] == [{"ref": ref, "state": state.value, "then": "stopped"}]
+    assert stalled(node, ref, state)["stalled"] == [
+        {"ref": ref, "state": state.value, "then": "stopped", "ended": how.value, "why": ""}
+    ]
     row = node.instance(ref)
     assert (row.status, row.ended) == (S.STOPPED, how)
     assert not node.host.machines
     assert not node.host.leaks()
+
+
+def samples() -> tuple[float, dict[str, float]]:
+    """Of runs that have ended so far, how many; and how many guests stand still, by state, where any do."""
+    metrics = {metric.name: metric.samples for metric in REGISTRY.collect()}
+    ended = sum(each.value for each in metrics["mvm_runs_ended"] if each.name == "mvm_runs_ended_total")
+    return ended, {each.labels["state"]: each.value for each in metrics["mvm_stalled_guests"] if each.value}
+
+
+def observed(result: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    observe_job(make.job(verb=V.SWEEP_HEALTH, state=JobState.SUCCEEDED, result=result))
+    return samples()
+
+
+@pytest.mark.parametrize("state", [VmmState.BROKEN, VmmState.WATCHDOG, VmmState.PANICKED, VmmState.ENDED])
+def test_a_run_that_the_health_sweep_ends_is_counted_as_ended_and_stands_still_no_more(
+    node: Node, state: VmmState
+) -> None:
+    (ref,) = running(node)
+    before, _ = samples()
+    assert observed(stalled(node, ref, state)) == (before + 1, {})
+
+
+def test_guests_that_stand_still_are_counted_until_they_go_on(node: Node) -> None:
+    (ref,) = running(node)
+    before, _ = samples()
+    node.host.disk_free = NO_ROOM
+    assert observed(stalled(node, ref)) == (before, {"io-error": 1})
+    node.host.disk_free = ROOM
+    assert observed(check(node)) == (before, {})
+
+
+@pytest.mark.parametrize("state", [VmmState.BROKEN, VmmState.IO_ERROR])
+def test_one_that_changes_while_its_vmm_is_asked_is_not_said_to_be_stopped(
+    node: Node, state: VmmState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = running(node)
+    before, _ = samples()
+    node.host.disk_free = NO_ROOM
+    real = node.services.store.instance
+
+    def changed(asked: InstanceRef) -> Instance:
+        found = real(asked)
+        return replace(found, generation=found.generation + 1)
+
+    node.host.stall_guest(InstanceRef.parse(ref), state)
+    node.clock.advance(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(node.services.store, "instance", changed)
+        found = dict(node.sweep(V.SWEEP_HEALTH))
+    (told,) = found["stalled"]
+    assert (told["then"], told["ended"]) == ("changed meanwhile", None)
+    assert observed(found) == (before, {})
+    assert node.instance(ref).status is S.RUNNING
+
+
+def test_one_that_a_job_holds_is_told_as_standing_still_with_the_reason(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ref,) = running(node)
+    before, _ = samples()
+
+    def held(*_: object) -> bool:
+        raise TimedOut("lock.busy", "the lock is taken")
+
+    monkeypatch.setattr(Lifecycle, "mark_gone", held)
+    found = stalled(node, ref, VmmState.BROKEN)
+    assert found["stalled"] == [
+        {"ref": ref, "state": "internal-error", "then": "left for the next sweep", "ended": None,
+         "why": "the lock is taken"}
+    ]  # fmt: skip
+    assert observed(found) == (before, {"internal-error": 1})
 
 
 def test_a_wake_of_one_without_room_says_so_and_it_stays_warm(node: Node) -> None:
