@@ -229,16 +229,8 @@ class _Planning:
         if counts is None:
             self._revive(known, wanted.on_exit, room)
             return
-        self._scale(
-            PoolNeed(
-                wanted.ref, counts, known.resources if known else wanted.resources, known.revision if known else None,
-                pinned=wanted.pinned, critical=wanted.critical,
-                max_unavailable=0 if outdated else wanted.max_unavailable,  # nothing stops for an image not asked for
-                scaled_at=known.scaled_at if known else None,
-                on_exit=wanted.on_exit,
-            ),
-            room,
-        )  # fmt: skip
+        most_down = 0 if outdated else wanted.max_unavailable  # nothing stops for an image not asked for
+        self._scale(PoolNeed.of(wanted, counts, known, max_unavailable=most_down), room)
 
     def _can_be_created(self, wanted: DesiredPool, room: Room) -> bool:
         """Whether what has to be there for a new pool is; what is not is told."""
@@ -276,7 +268,7 @@ class _Planning:
     def _can_be_built(self, wanted: DesiredPool, first: bool) -> bool:
         """Whether its image is to be built; what is in the way is told."""
         if not self.observed.can_build:
-            self._remark(wanted.ref, Cause.DISK, _total(wanted.desired) if first else 0, "its image is not built")
+            self._remark(wanted.ref, Cause.DISK, _total(wanted.desired) if first else 0)
             return False
         self.actions.append(Build(wanted.ref, wanted.source, first))
         self._announce(wanted)
@@ -302,17 +294,7 @@ class _Planning:
             if pool.desired.total:
                 self._remark(pool.ref, Cause.NO_IMAGE, pool.desired.total)
             return
-        need = PoolNeed(
-            pool.ref,
-            pool.desired,
-            pool.resources,
-            pool.revision,
-            pinned=pool.pinned,
-            critical=pool.critical,
-            scaled_at=pool.scaled_at,
-            on_exit=pool.on_exit,
-        )
-        self._scale(need, room)
+        self._scale(PoolNeed.of(pool, pool.desired, pool), room)
 
     def _revive(self, pool: WorkerPool | None, on_exit: OnExit, room: Room) -> None:
         """Of a pool that was never scaled, only those start again that rebooted."""

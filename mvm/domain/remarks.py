@@ -39,7 +39,7 @@ class Cause(StrEnum):
     """The host is smaller than one instance."""
 
     DISK = "disk"
-    """The disk is too full to build or to put to sleep."""
+    """The disk is too full to build an image."""
 
     NO_IMAGE = "no_image"
     """The pool has no image yet, and nobody has asked for one."""
@@ -57,7 +57,10 @@ class Cause(StrEnum):
     """The pool is pinned: what is too much stays."""
 
     CRITICAL = "critical"
-    """The pool is critical: what was stopped is not started, what is too much stays."""
+    """The pool is critical: what was stopped is not started."""
+
+    CRITICAL_SURPLUS = "critical_surplus"
+    """The pool is critical: what is too much stays."""
 
     RESTED = "rested"
     """Guests ended by themselves, and the pool lets such instances be."""
@@ -70,6 +73,9 @@ class Cause(StrEnum):
 
     NOT_WELL = "not_well"
     """A rollout has halted: an instance with the new revision is not well."""
+
+    PINNED_REVISION = "pinned_revision"
+    """There is no rollout: the pool is pinned, and what is up keeps the revision that it has."""
 
     NOT_PRUNED = "not_pruned"
     """The pool is not asked for, and may not be destroyed."""
@@ -103,7 +109,7 @@ _BLOCKS = (
     Cause.NETWORK,
     Cause.FAILED,
 )
-_NOT_OF_COUNTS = (Cause.HEALTH_CHECK, Cause.NOT_WELL, Cause.NOT_PRUNED, Cause.RESTART)
+_NOT_OF_COUNTS = (Cause.HEALTH_CHECK, Cause.NOT_WELL, Cause.PINNED_REVISION, Cause.NOT_PRUNED, Cause.RESTART)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +129,8 @@ class Remark:
     """One cause, and what it is about.
 
     `count` is how many instances it concerns, `refs` are those of them that are known by name. `limit` names a quota,
-    `until` when it ends by itself, `failure` what has failed. `detail` is a clause for people where the cause alone
-    does not tell enough.
+    `until` when it ends by itself, `failure` what has failed. `detail` is data that has no form of its own yet, in
+    words; what the cause itself says is among the texts.
     """
 
     subject: TenantId | PoolRef
@@ -178,17 +184,19 @@ _TEXTS = {
     Cause.POOL_QUOTA: "not created: no room in the tenant's quota ({limit})",
     Cause.SUBNET: "{count} more cannot be created: the tenant's subnet has no free address",
     Cause.HOST: "{count} more cannot start: this host has less memory than one of them needs",
-    Cause.DISK: "{detail}: the disk is low; see: mvm disk report",
+    Cause.DISK: "its image is not built: the disk is low; see: mvm disk report",
     Cause.NO_IMAGE: "no image yet: mvm pool build {pool}",
     Cause.NO_UPLINK: "{detail}: its egress needs an uplink, and this node has none (MVM_UPLINK)",
     Cause.NETWORK: "not created: {detail}",
     Cause.FAILED: "{failure}; it is asked for again at {until}",
     Cause.PINNED: "{count} too many are up, and stay: the pool is pinned",
-    Cause.CRITICAL: "{count} {detail}, and stay: the pool is critical",
+    Cause.CRITICAL: "{count} are stopped, and stay: the pool is critical",
+    Cause.CRITICAL_SURPLUS: "{count} too many are up, and stay: the pool is critical",
     Cause.RESTED: "{count} ended by themselves and rest: the pool's on_exit is stop; mvm instance start {pool} --all",
     Cause.SLEEPLESS: "{count} cannot sleep, and stay up: the template they were cloned from is gone",
     Cause.HEALTH_CHECK: "{count} keep another revision until {first} with the new one has passed a health check",
-    Cause.NOT_WELL: "{count} keep another revision: {detail}",
+    Cause.NOT_WELL: "{count} keep another revision: {first} with the new revision is not well",
+    Cause.PINNED_REVISION: "{count} keep another revision: the pool is pinned",
     Cause.NOT_PRUNED: "not asked for, and stays: {detail}",
     Cause.RESTART: "{count} restart with the new image, {detail}; what they have in memory is lost",
 }

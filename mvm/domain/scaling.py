@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from mvm.domain.actions import Action, Create, Request, Why
+from mvm.domain.desired import DesiredPool
 from mvm.domain.ids import InstanceRef, PoolRef, Revision
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status, Verb
-from mvm.domain.pool import DesiredCounts, InstanceResources
+from mvm.domain.pool import DesiredCounts, InstanceResources, WorkerPool
 from mvm.domain.remarks import Cause, Remark
 from mvm.domain.room import Lack, Room
 from mvm.domain.vmm import Ending, OnExit
@@ -40,6 +41,30 @@ class PoolNeed:
     max_unavailable: int = 0
     scaled_at: datetime | None = None
     on_exit: OnExit = OnExit.RESTART
+
+    @classmethod
+    def of(
+        cls,
+        rules: WorkerPool | DesiredPool,
+        counts: DesiredCounts,
+        known: WorkerPool | None,
+        *,
+        max_unavailable: int = 0,
+    ) -> PoolNeed:
+        """With the `rules` of a document, or of the pool itself where none lists it; what it has is `known`, if there
+        is one.
+        """
+        return cls(
+            rules.ref,
+            counts,
+            known.resources if known else rules.resources,
+            known.revision if known else None,
+            pinned=rules.pinned,
+            critical=rules.critical,
+            max_unavailable=max_unavailable,
+            scaled_at=known.scaled_at if known else None,
+            on_exit=rules.on_exit,
+        )
 
     def rests(self, instance: Instance) -> bool:
         """Whether it ended by itself and the pool lets such ones be: it keeps its place in the counts."""
@@ -146,13 +171,13 @@ def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: date
     remarks = [*_under_way(need, alive), *_held(need, held if short > 0 else (), now)]
     stopped = [each.ref for each in down if _was_stopped(each) and each not in held][: max(0, short)]
     if stopped:
-        remarks.append(Remark(need.ref, Cause.CRITICAL, len(stopped), tuple(stopped), detail="are stopped"))
+        remarks.append(Remark(need.ref, Cause.CRITICAL, len(stopped), tuple(stopped)))
     resting = [each.ref for each in down if need.rests(each) and each not in held][: max(0, short - len(stopped))]
     if resting:
         remarks.append(Remark(need.ref, Cause.RESTED, len(resting), tuple(resting)))
     if len(up) > need.counts.total:
         surplus = len(up) - need.counts.total
-        remarks.append(Remark(need.ref, Cause.CRITICAL, surplus, detail="too many are up"))
+        remarks.append(Remark(need.ref, Cause.CRITICAL_SURPLUS, surplus))
     return Scaled(tuple(actions), (*remarks, *_lacking(need, blocked)))
 
 
@@ -226,8 +251,8 @@ class _Scaling:
         known = [*_under_way(self.need, self.alive), *_held(self.need, self.misplaced, self.now)]
         return Scaled(tuple(self.actions), (*known, *self.remarks), self.rolling)
 
-    def _remark(self, cause: Cause, count: int, *refs: InstanceRef, detail: str = "") -> None:
-        self.remarks.append(Remark(self.need.ref, cause, count, refs, detail=detail))
+    def _remark(self, cause: Cause, count: int, *refs: InstanceRef) -> None:
+        self.remarks.append(Remark(self.need.ref, cause, count, refs))
 
     def _place(self, status: Status) -> Status:
         """Which of the places a status is in: with one count for all that are up, they are one place."""
@@ -333,10 +358,11 @@ class _Scaling:
         old = [each for each in self._free(*_UP) if each.revision != revision]
         if not old:
             return
-        failed = [each.ref for each in self.alive if each.revision == revision and self._is_failed(each)]
-        if failed or self.need.pinned:
-            why = f"{failed[0].instance} with the new revision is not well" if failed else "the pool is pinned"
-            self._remark(Cause.NOT_WELL, len(old), *failed, detail=why)
+        if self.need.pinned:
+            self._remark(Cause.PINNED_REVISION, len(old))
+            return
+        if failed := [each.ref for each in self.alive if each.revision == revision and self._is_failed(each)]:
+            self._remark(Cause.NOT_WELL, len(old), *failed)
             return
         unavailable = max(0, self.need.counts.total - self.settled)
         now = old[: max(0, self.need.max_unavailable - unavailable)]

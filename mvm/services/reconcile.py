@@ -224,7 +224,7 @@ class Reconcile:
                 self._store.put_pool(replace(self._store.pool(ref), desired=None))
 
     def pool(self, pool: WorkerPool, job: Job, *, actor: str) -> Submitted:
-        """One pool that a person has just scaled: also one that reconcile by itself would leave alone."""
+        """One pool that a person has just scaled. A person may stop what is pinned or critical."""
         if pool.desired is None:
             return Submitted()
         with self._locks.hold("reconcile", deadline_s=_LOCK_S):
@@ -238,9 +238,7 @@ class Reconcile:
                 [i for i in observed.instances if i.ref.tenant == tenant.id],
                 host_mib=observed.host_mib,
             )
-            need = PoolNeed(
-                pool.ref, pool.desired, pool.resources, pool.revision, scaled_at=pool.scaled_at, on_exit=pool.on_exit
-            )
+            need = replace(PoolNeed.of(pool, pool.desired, pool), pinned=False, critical=False)
             there = [i for i in observed.instances if i.ref.pool_ref == pool.ref]
             scaled = scale(need, there, room, now=observed.now, sleepless=observed.sleepless)
             if scaled.actions and pool.revision is None:

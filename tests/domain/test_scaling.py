@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from mvm.domain.actions import Action, Create, Request, Why
 from mvm.domain.addressing import TenantNetwork, parse_subnet
-from mvm.domain.ids import Revision
+from mvm.domain.ids import InstanceRef, Revision
 from mvm.domain.instance import InFlight, Instance
 from mvm.domain.lifecycle import Status, Verb, landing
 from mvm.domain.passes import coming
 from mvm.domain.pool import DesiredCounts, InstanceResources
 from mvm.domain.remarks import Cause, Remark, told
 from mvm.domain.room import Room, usage_of
-from mvm.domain.scaling import PoolNeed, at_counts, proving, scale
+from mvm.domain.scaling import PoolNeed, Scaled, at_counts, proving, scale
 from mvm.domain.tenant import Quota
 from tests.support import make
 from tests.support.fleets import UP, counts
@@ -350,7 +350,7 @@ def test_it_is_told_when_a_critical_one_is_stopped() -> None:
     room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [stopped, running])
     scaled = scale(need(2, critical=True), [stopped, running], room, now=START)
     assert scaled.actions == ()
-    assert scaled.remarks == (Remark(WEB, Cause.CRITICAL, 1, (stopped.ref,), detail="are stopped"),)
+    assert scaled.remarks == (Remark(WEB, Cause.CRITICAL, 1, (stopped.ref,)),)
     assert str(scaled.remarks[0]) == "acme/web: 1 are stopped, and stay: the pool is critical"
 
 
@@ -394,5 +394,30 @@ def test_a_rollout_waits_while_one_with_the_new_revision_is_not_well() -> None:
     room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [old, new])
     scaled = scale(need(2, max_unavailable=2), [old, new], room, now=START, unhealthy={new.ref})
     assert scaled.actions == (stop(new, Why.UNHEALTHY),)
-    why = f"{new.ref.instance} with the new revision is not well"
-    assert told(scaled.remarks) == (Remark(WEB, Cause.NOT_WELL, 1, (new.ref,), detail=why),)
+    (halted,) = told(scaled.remarks)
+    assert halted == Remark(WEB, Cause.NOT_WELL, 1, (new.ref,))
+    assert halted.text == f"1 keep another revision: {new.ref.instance} with the new revision is not well"
+
+
+def test_what_keeps_a_pinned_pools_revision_is_that_it_is_pinned() -> None:
+    """Programs go by the cause: nothing of it is ill, and it does not end by itself."""
+    old, new = replace(instance(1, S.RUNNING), revision=OLD), instance(2, S.RUNNING)
+    room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [old, new])
+    for unhealthy in (frozenset[InstanceRef](), frozenset({new.ref})):
+        scaled = scale(need(2, max_unavailable=1, pinned=True), [old, new], room, now=START, unhealthy=unhealthy)
+        assert scaled == Scaled((), (Remark(WEB, Cause.PINNED_REVISION, 1),))
+        (remark,) = scaled.remarks
+        assert (remark.text, remark.cause.counts) == ("1 keep another revision: the pool is pinned", False)
+
+
+def test_too_many_in_a_critical_pool_are_no_stopped_ones() -> None:
+    up, stopped = [instance(n, S.RUNNING) for n in (1, 2)], instance(3, S.STOPPED)
+    room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [*up, stopped])
+    assert scale(need(1, critical=True), [*up, stopped], room, now=START).remarks == (
+        Remark(WEB, Cause.CRITICAL_SURPLUS, 1),
+    )
+    assert scale(need(3, critical=True), [*up, stopped], room, now=START).remarks == (
+        Remark(WEB, Cause.CRITICAL, 1, (stopped.ref,)),
+    )
+    assert Remark(WEB, Cause.CRITICAL_SURPLUS, 1).text == "1 too many are up, and stay: the pool is critical"
+    assert Remark(WEB, Cause.CRITICAL, 1).text == "1 are stopped, and stay: the pool is critical"
