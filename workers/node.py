@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 from celery import signals
 
+from mvm.domain import lock_names
 from mvm.drivers.locks import FileLocks
 from mvm.errors import MvmError, NotAllowed, TimedOut
 from mvm.telemetry.metrics import show_instances
@@ -32,7 +33,7 @@ def _logging(**_: Any) -> None:
 def _alone(**_: Any) -> None:
     """There is one worker of each role: a second one would take over what the first has in flight."""
     try:
-        _kept.enter_context(FileLocks(settings.layout.locks).hold(f"worker {role}", deadline_s=_PREDECESSOR_S))
+        _kept.enter_context(FileLocks(settings.layout.locks).hold(lock_names.worker(role), deadline_s=_PREDECESSOR_S))
     except TimedOut:
         error = NotAllowed(
             "worker.already_running", f"the {role} worker of node {settings.node} runs already", hint="see: mvm status"

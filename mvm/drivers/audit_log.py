@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mvm.domain import lock_names
 from mvm.domain.ids import TenantId
 from mvm.drivers.files import sync
 from mvm.errors import Failed
@@ -29,7 +30,7 @@ class FileAuditLog:
     @contextmanager
     def hold(self, tenant: TenantId) -> Iterator[FileTrail]:
         """See ports/audit.py."""
-        with self._locks.hold(f"audit {tenant}", deadline_s=_HOLD_S):
+        with self._locks.hold(lock_names.trail(tenant), deadline_s=_HOLD_S):
             yield FileTrail(self._directory / tenant, self._rotate_bytes)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 
+from mvm.domain import lock_names
 from mvm.domain.disk import Cleaning, Kind, Level, Stored, checked_keep, cleaning, rows, size, users
 from mvm.domain.findings import DiskResult, Kept, Removed
 from mvm.domain.ids import NodeId
@@ -19,9 +20,6 @@ from mvm.services.disk_room import DiskRoom
 from mvm.services.runner import JobContext
 
 log = structlog.get_logger("mvm.disk")
-
-IMAGES_LOCK = "images"
-"""Held by who removes revisions, and by who records one as a pool's."""
 
 LOCK_S = 300.0
 
@@ -84,7 +82,7 @@ class Disk:
         return result.to_dict()
 
     def _clean(self, context: JobContext, keep: int, *, dry_run: bool) -> DiskResult:
-        with self._locks.hold(IMAGES_LOCK, deadline_s=LOCK_S):
+        with self._locks.hold(lock_names.IMAGES, deadline_s=LOCK_S):
             stored = self._storage.usage()
             sizes = {(item.kind, item.pool, item.revision): item.bytes for item in stored}
             found, building = self._decide(keep)

@@ -10,6 +10,7 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
+from mvm.domain import lock_names
 from mvm.domain.addressing import TenantNetwork, free_offset
 from mvm.domain.desired import asks_for
 from mvm.domain.ids import InstanceId, InstanceRef, PoolRef
@@ -280,7 +281,7 @@ class Lifecycle:
     @contextmanager
     def _unchanged(self, seen: Instance) -> Iterator[Instance | None]:
         """Its lock, which nobody may hold, and its row, unless that is not what was `seen` any more."""
-        with self._locks.hold(f"instance {seen.ref}", deadline_s=0):
+        with self._locks.hold(lock_names.instance(seen.ref), deadline_s=0):
             try:
                 instance = self._store.instance(seen.ref)
             except NotFound:
@@ -288,7 +289,7 @@ class Lifecycle:
             yield instance if instance and instance.generation == seen.generation else None
 
     def _locked(self, ref: InstanceRef) -> AbstractContextManager[None]:
-        return self._locks.hold(f"instance {ref}", deadline_s=_LOCK_S)
+        return self._locks.hold(lock_names.instance(ref), deadline_s=_LOCK_S)
 
     @contextmanager
     def _claimed(self, context: JobContext, verb: Verb) -> Iterator[Instance]:

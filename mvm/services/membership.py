@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+from mvm.domain import lock_names
 from mvm.ports.locks import Locks
 
 _LOCK_S = 60.0
@@ -15,4 +16,4 @@ def known_to_all(locks: Locks, *, deadline_s: float = _LOCK_S) -> AbstractContex
     The heartbeat reminds the registry of what it has read in the store: between the two, nothing may be destroyed, or
     the registry would know what nobody has. Raises `TimedOut` (``lock.busy``).
     """
-    return locks.hold("membership", deadline_s=deadline_s)
+    return locks.hold(lock_names.MEMBERSHIP, deadline_s=deadline_s)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
+from mvm.domain import lock_names
 from mvm.domain.addressing import TenantNetwork
 from mvm.domain.egress import NO_EGRESS, Egress, EgressPolicy
 from mvm.domain.firewall import (
@@ -173,7 +174,7 @@ class Networks:
 
     def proving(self) -> AbstractContextManager[None]:
         """Nobody else probes, and nothing is repaired. Raises `TimedOut` (``lock.busy``)."""
-        return self._locks.hold("net probes", deadline_s=0)
+        return self._locks.hold(lock_names.NET_PROBES, deadline_s=0)
 
     def repair(self) -> Sequence[str]:
         """The rules are as they should be; what was not. While somebody proves them, nothing is done."""
@@ -191,7 +192,7 @@ class Networks:
 
     def locked(self) -> AbstractContextManager[None]:
         """Nobody else changes rules; the store is read within, or a job that begins meanwhile would be forgotten."""
-        return self._locks.hold("firewall", deadline_s=_LOCK_S)
+        return self._locks.hold(lock_names.FIREWALL, deadline_s=_LOCK_S)
 
     def _change(self, change: Change) -> None:
         """What is there was changed; when that is not what the change builds on, everything is applied anew."""

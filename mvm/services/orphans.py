@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from mvm.domain import lock_names
 from mvm.domain.findings import OrphanFound, OrphanResult
 from mvm.domain.ids import InstanceRef, NodeId, TenantId
 from mvm.domain.instance import Instance
@@ -122,7 +123,7 @@ class Orphans:
             for job in self._store.unfinished_jobs()
             if job.job_id != own.job_id
             and not due < (job.retry_at or job.started_at or due) <= ahead
-            and self._locks.wait_free(f"job {job.job_id}", deadline_s=0)
+            and self._locks.wait_free(lock_names.job(job.job_id), deadline_s=0)
         ]
         if not open_jobs:
             return []
@@ -197,7 +198,7 @@ class Orphans:
         with ExitStack() as held:
             if orphan.ref is not None:
                 try:
-                    held.enter_context(self._locks.hold(f"instance {orphan.ref}", deadline_s=0))
+                    held.enter_context(self._locks.hold(lock_names.instance(orphan.ref), deadline_s=0))
                 except TimedOut:
                     return False
             again = self._find().get(orphan.name)

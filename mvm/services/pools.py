@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from mvm.domain import lock_names
 from mvm.domain.audit import told
 from mvm.domain.egress import EgressPolicy
 from mvm.domain.ids import PoolRef, Revision
@@ -27,7 +28,7 @@ from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
-from mvm.services.disk import IMAGES_LOCK, LOCK_S
+from mvm.services.disk import LOCK_S
 from mvm.services.disk_room import DiskRoom
 from mvm.services.membership import known_to_all
 from mvm.services.networks import Networks
@@ -160,10 +161,10 @@ class Pools:
         """Build the subject pool's image; instances started from now on use the new revision."""
         pool = self._store.pool(PoolRef.parse(context.job.subject))
         # Pools of one source share the work: the second finds the revision there.
-        with self._locks.hold(f"build {pool.source.flake_ref} {pool.source.profile}", deadline_s=_BUILD_WAIT_S):
+        with self._locks.hold(lock_names.build(pool.source), deadline_s=_BUILD_WAIT_S):
             for _ in range(_BUILD_TRIES):
                 revision = self._images.build(pool.source, context.step, self._room.admit_build)
-                with self._locks.hold(IMAGES_LOCK, deadline_s=LOCK_S):
+                with self._locks.hold(lock_names.IMAGES, deadline_s=LOCK_S):
                     if revision in self._storage.revisions():  # else it was cleaned away just now
                         return self._built(pool, revision)
         raise Failed(

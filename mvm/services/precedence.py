@@ -6,10 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+from mvm.domain import lock_names
 from mvm.errors import TimedOut
 from mvm.ports.locks import Locks
 
-_LOCK = "urgent wakes"
 _LET_PASS_S = 0.5  # the longest that a stream of urgent wakes holds up one job
 
 
@@ -29,7 +29,7 @@ class Precedence:
             self._under_way += 1
             if self._under_way == 1:
                 with suppress(TimedOut):  # another agent's wakes are as good as ours
-                    self._held.enter_context(self._locks.hold(_LOCK, deadline_s=0))
+                    self._held.enter_context(self._locks.hold(lock_names.URGENT_WAKES, deadline_s=0))
         try:
             yield
         finally:
@@ -40,4 +40,4 @@ class Precedence:
 
     def given(self) -> None:
         """Return once no wake is under way, or after a while."""
-        self._locks.wait_free(_LOCK, deadline_s=_LET_PASS_S)
+        self._locks.wait_free(lock_names.URGENT_WAKES, deadline_s=_LET_PASS_S)

@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 
+from mvm.domain import lock_names
 from mvm.domain.actions import (
     Action,
     Build,
@@ -154,7 +155,7 @@ class Reconcile:
         desired = self.desired()
         if context.job.params.get("prune"):
             desired = replace(desired, prune_unknown_tenants=True, prune_unknown_pools=True)
-        with self._locks.hold("reconcile", deadline_s=_LOCK_S):
+        with self._locks.hold(lock_names.RECONCILE, deadline_s=_LOCK_S):
             open_jobs = self._registry.open_jobs(self._node_id)
             wanted, observed = replace(desired, generation=None), self._observe(open_jobs, desired)
             whole = plan = Plan.make(wanted, observed)
@@ -227,7 +228,7 @@ class Reconcile:
         """One pool that a person has just scaled. A person may stop what is pinned or critical."""
         if pool.desired is None:
             return Submitted()
-        with self._locks.hold("reconcile", deadline_s=_LOCK_S):
+        with self._locks.hold(lock_names.RECONCILE, deadline_s=_LOCK_S):
             tenant = self._store.tenant(pool.ref.tenant)
             observed = self._observe(self._registry.open_jobs(self._node_id), DesiredState(self._node_id))
             shapes = {each.ref: each.resources for each in observed.pools if each.ref.tenant == tenant.id}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import structlog
 
+from mvm.domain import lock_names
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
@@ -34,7 +35,7 @@ class Recovery:
     def undo(self, context: JobContext) -> None:
         """The subject instance rests again, if it is marked as the job's."""
         ref = InstanceRef.parse(context.job.subject)
-        with self._locks.hold(f"instance {ref}", deadline_s=_LOCK_S):
+        with self._locks.hold(lock_names.instance(ref), deadline_s=_LOCK_S):
             try:
                 instance = self._store.instance(ref)
             except NotFound:
@@ -60,7 +61,7 @@ class Recovery:
         return job is None or job.state.final
 
     def _settle(self, sweep: Job, seen: Instance) -> bool:
-        with self._locks.hold(f"instance {seen.ref}", deadline_s=0):
+        with self._locks.hold(lock_names.instance(seen.ref), deadline_s=0):
             instance = self._store.instance(seen.ref)
             if instance.generation != seen.generation:
                 return False

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from mvm.domain import lock_names
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason
@@ -153,7 +154,7 @@ class Runner:
         self._give_way(job)
         with structlog.contextvars.bound_contextvars(
             job_id=job.job_id, subject=job.subject, node=job.node_id, reason=job.reason.value, verb=job.verb.value
-        ), self._locks.hold(f"job {job.job_id}", deadline_s=_DUPLICATE_WAIT_S):  # fmt: skip
+        ), self._locks.hold(lock_names.job(job.job_id), deadline_s=_DUPLICATE_WAIT_S):  # fmt: skip
             known = self.store.job(job.job_id)
             if known is not None and known.state.final:
                 log.info("delivered again", state=known.state.value)
@@ -237,7 +238,11 @@ class Runner:
 
     def _alone(self, job: Job) -> AbstractContextManager[None]:
         """Suspects run one at a time, so that those who merely stood by are not taken for what their worker died of."""
-        return self._locks.hold("suspects", deadline_s=_DUPLICATE_WAIT_S) if self._tries.suspect(job) else nullcontext()
+        return (
+            self._locks.hold(lock_names.SUSPECTS, deadline_s=_DUPLICATE_WAIT_S)
+            if self._tries.suspect(job)
+            else nullcontext()
+        )
 
     def _fail(self, context: JobContext, error: MvmError) -> None:
         """Record that the try ended with `error`: the job's end, or a pause before the next try."""

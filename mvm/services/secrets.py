@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from mvm.domain import lock_names
 from mvm.domain.ids import InstanceRef, JobId, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
@@ -91,7 +92,7 @@ class TenantSecrets:
         for done, ref in enumerate(running):
             context.step("deliver to guests", done, len(running))
             try:
-                with self._locks.hold(f"instance {ref}", deadline_s=_LOCK_S):
+                with self._locks.hold(lock_names.instance(ref), deadline_s=_LOCK_S):
                     instance = self._store.instance(ref)
                     if instance.status is Status.RUNNING:
                         self.refresh(instance)
@@ -188,7 +189,7 @@ class TenantSecrets:
         for seen in self._lagging():
             if self._clock.monotonic() >= end:
                 break
-            with suppress(TimedOut, NotFound), self._locks.hold(f"instance {seen.ref}", deadline_s=0):
+            with suppress(TimedOut, NotFound), self._locks.hold(lock_names.instance(seen.ref), deadline_s=0):
                 instance = self._store.instance(seen.ref)
                 if instance.status is Status.RUNNING:
                     tried.append(str(seen.ref))
@@ -222,7 +223,7 @@ class TenantSecrets:
                     pass  # the job has its entry when it ends
 
     def _changing(self, tenant: TenantId) -> AbstractContextManager[None]:
-        return self._locks.hold(f"secrets {tenant}", deadline_s=_LOCK_S)
+        return self._locks.hold(lock_names.secrets(tenant), deadline_s=_LOCK_S)
 
     @contextmanager
     def _keeping(self, tenant: TenantId, secrets: Secrets) -> Iterator[None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from mvm.domain import lock_names
 from mvm.domain.ids import InstanceId, InstanceRef, PoolRef, Revision
 from mvm.domain.instance import Instance, ProcessIdentity
 from mvm.domain.lifecycle import Status
@@ -80,7 +81,7 @@ class Snapshots:
             return
         ref = template_ref(pool.ref, revision)
         # Under the lock of an instance's name, so that no sweep takes its process and files for orphans.
-        with self._locks.hold(f"instance {ref}", deadline_s=_TEMPLATE_WAIT_S):
+        with self._locks.hold(lock_names.instance(ref), deadline_s=_TEMPLATE_WAIT_S):
             if self._known(into) is not None:
                 return
             try:
@@ -129,7 +130,7 @@ class Snapshots:
     def drop_template(self, pool: WorkerPool) -> None:
         """The next start of an instance of the pool makes it anew."""
         assert pool.revision is not None, "it has been cloned"
-        with self._locks.hold(f"instance {template_ref(pool.ref, pool.revision)}", deadline_s=_TEMPLATE_WAIT_S):
+        with self._locks.hold(lock_names.instance(template_ref(pool.ref, pool.revision)), deadline_s=_TEMPLATE_WAIT_S):
             self._driver().discard(self._storage.template(pool.ref, pool.revision))
 
     def _known(self, snapshot: Path) -> SnapshotManifest | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 
+from mvm.domain import lock_names
 from mvm.domain.findings import StalePid, StalePidResult
 from mvm.domain.ids import NodeId
 from mvm.domain.instance import Instance
@@ -34,10 +35,10 @@ def alone(locks: Locks, handler: Handler) -> Handler:
 
     def run(context: JobContext) -> Mapping[str, Any]:
         try:
-            with locks.hold(f"sweep {context.job.verb}", deadline_s=0):
+            with locks.hold(lock_names.sweep(context.job.verb), deadline_s=0):
                 return handler(context)
         except TimedOut as error:
-            if error.fields.get("lock") != f"sweep {context.job.verb}":
+            if error.fields.get("lock") != lock_names.sweep(context.job.verb):
                 raise
             return {"changed": False, "skipped": "the one before is still at work"}
 

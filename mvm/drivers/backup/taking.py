@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from mvm.domain import lock_names
 from mvm.domain.backup import About, Found, as_restored, found, job_as_restored
 from mvm.domain.ids import InstanceRef, NodeId, TenantId
 from mvm.domain.instance import Instance
@@ -104,7 +105,7 @@ class Taking:
         copy.touch(0o600)
         with ExitStack() as held:
             for folder in _folders(self.layout.audit):
-                held.enter_context(self.locks.hold(f"audit {TenantId(folder.name)}", deadline_s=_LOCK_S))
+                held.enter_context(self.locks.hold(lock_names.trail(TenantId(folder.name)), deadline_s=_LOCK_S))
             with closing(sqlite3.connect(self.layout.database)) as live, closing(sqlite3.connect(copy)) as db:
                 live.backup(db)
             files = sorted(path for path in self.layout.audit.rglob("*") if path.is_file())
@@ -114,7 +115,7 @@ class Taking:
         self, writer: Writer, room: Path, ref: InstanceRef, db: sqlite3.Connection, taken_at: datetime, report: Report
     ) -> None:
         """Its files and, in the copy of the store, its record as they are while no job is at it."""
-        with self.locks.hold(f"instance {ref}", deadline_s=_LOCK_S):
+        with self.locks.hold(lock_names.instance(ref), deadline_s=_LOCK_S):
             try:
                 instance = self.store.instance(ref)
             except NotFound:
@@ -205,7 +206,7 @@ class Taking:
         """A directory for copies, which only one backup has at a time."""
         with ExitStack() as held:
             try:
-                held.enter_context(self.locks.hold("backup", deadline_s=0))
+                held.enter_context(self.locks.hold(lock_names.BACKUP, deadline_s=0))
             except TimedOut:
                 raise NotAllowed(
                     "backup.busy", "another backup of this node is being taken", hint="wait for it"
