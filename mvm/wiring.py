@@ -59,10 +59,10 @@ class Client:
     @cached_property
     def registry(self) -> Registry:
         """The cluster's registry."""
-        from mvm.drivers.redis_link import RedisLink
         from mvm.drivers.redis_registry import RedisRegistry
+        from mvm.drivers.registry_migrations import registry_link
 
-        return RedisRegistry(RedisLink(self.connection["redis_url"], code="registry.unreachable"))
+        return RedisRegistry(registry_link(self.connection["redis_url"]))
 
     @cached_property
     def jobs(self) -> Jobs:
@@ -180,13 +180,14 @@ def open_ports(settings: Settings) -> NodePorts:
     from mvm.drivers.locks import FileLocks
     from mvm.drivers.redis_link import RedisLink
     from mvm.drivers.redis_registry import RedisRegistry
+    from mvm.drivers.registry_migrations import registry_link
     from mvm.drivers.secret_files import SecretFiles
     from mvm.drivers.sqlite_store import SqliteStore
 
     check_node(settings)
     layout = settings.layout
     store = SqliteStore(layout.database)
-    registry = RedisRegistry(RedisLink(settings.redis, code="registry.unreachable"))
+    registry = RedisRegistry(registry_link(settings.redis))
     queue = CeleryQueue(RedisLink(settings.broker, code="broker.unreachable"))
     locks = FileLocks(layout.locks, takeover_s=settings.takeover_s)
     audit = FileAuditLog(layout.audit, locks)

@@ -10,8 +10,8 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 import hiredis
@@ -20,6 +20,17 @@ from mvm.errors import Failed, InvalidInput, Unreachable
 
 _LOADS = "it still loads its data"
 _CONNECT_S = 0.9  # "down" must be known within a second
+
+
+class Greeting(NamedTuple):
+    """What each new connection asks first, and who looks at the answer: he raises when nothing else is to be asked."""
+
+    words: Sequence[str]
+    check: Callable[[Any], None]
+
+
+# The kernel connects us to a Redis that hangs, too. One that takes no writes refuses PING, and is read.
+_ECHO = Greeting(("ECHO", "mvm"), lambda _: None)
 
 
 class _Connection:
@@ -55,7 +66,7 @@ class RedisLink:
     A command that met a dead connection is sent once more: callers send only what may be repeated.
     """
 
-    def __init__(self, url: str, *, code: str, timeout_s: float = 5.0) -> None:
+    def __init__(self, url: str, *, code: str, timeout_s: float = 5.0, greeting: Greeting = _ECHO) -> None:
         self._url = urlsplit(url.replace("redis+socket://", "unix://", 1))
         if self._url.scheme not in ("unix", "redis", "rediss"):
             raise InvalidInput(
@@ -64,6 +75,7 @@ class RedisLink:
             )  # fmt: skip
         self._code = code
         self._timeout_s = timeout_s
+        self._greeting = greeting
         self._local = threading.local()
 
     def listens(self) -> bool:
@@ -130,20 +142,20 @@ class RedisLink:
             db = self._url.path.strip("/") if self._url.scheme != "unix" else ""
             if db and db != "0":
                 self._hello(connection, "SELECT", db)
-            # The kernel connects us to a Redis that hangs, too. One that takes no writes refuses PING, and is read.
-            self._hello(connection, "ECHO", "mvm")
+            self._greeting.check(self._hello(connection, *self._greeting.words))
         except BaseException:
             connection.sock.close()
             raise
         return connection
 
     @staticmethod
-    def _hello(connection: _Connection, *words: str) -> None:
+    def _hello(connection: _Connection, *words: str) -> Any:
         (reply,) = connection.exchange(hiredis.pack_command(cast("Any", words)), 1, _CONNECT_S)
         if isinstance(reply, hiredis.HiredisError):
             if _loads(reply):
                 raise OSError(errno.EAGAIN, _LOADS)
             raise _refused(words[0], reply)
+        return reply
 
     def _connect(self) -> socket.socket:
         if self._url.scheme == "unix":

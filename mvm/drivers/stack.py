@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,17 @@ from typing import Any
 
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import settings_of
-from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor, uplink
+from mvm.drivers import (
+    identity,
+    isolation,
+    netns,
+    redis_files,
+    registry_migrations,
+    remains,
+    state_dir,
+    supervisor,
+    uplink,
+)
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import write_private
 from mvm.drivers.probes import WORKERS, Probes, agent_address
@@ -146,6 +157,7 @@ class Stack:
         with state_dir.held(self._layout):
             if self._external or not self._is_served():
                 self._make_ready(report)
+                self._number_alone()
         self.publish()
 
     def _make_ready(self, report: Report) -> None:
@@ -157,6 +169,26 @@ class Stack:
             jobs = rebuild(self._layout, self._settings.node, self._shell)
             redis_files.made_good(self._layout.redis)
             report(f"the registry is put back from the node's store: tenants, pools, net ids and {jobs} jobs")
+
+    def _number_alone(self) -> None:
+        """The registry is of this mvm's version before others start the stack; a shared one only if it is there."""
+        if self._external:
+            with suppress(Unreachable):  # the first that comes up while it answers does it
+                self._migrate_registry()
+            return
+        with redis_files.served(self._layout.redis, self._shell) as link:
+            registry_migrations.migrate(link, unnumbered=STATE_VERSION)
+
+    def _migrate_registry(self) -> None:
+        """The registry, whose Redis answers, is of this mvm's version; a private one is so by its directory's.
+
+        Raises `NotAllowed` (``state.version``) when it is of a newer one.
+        """
+        unnumbered = None if self._external else STATE_VERSION
+        namespace = self._settings.namespace
+        inside = netns.entered(netns.path_of(namespace)) if namespace and netns.exists(namespace) else nullcontext()
+        with inside, closing(RedisLink(self._settings.redis, code="registry.unreachable")) as link:
+            registry_migrations.migrate(link, unnumbered=unnumbered)
 
     def _is_served(self) -> bool:
         """Whether a Redis has the private one's files open. While it loads them it listens, and does not answer."""
@@ -214,6 +246,8 @@ class Stack:
             try:
                 self._start(report)
                 self._wait_ready(report)
+                if "redis" in self.parts and not self._external:
+                    self._migrate_registry()
                 self.publish()
                 self._tell_of_uplink(report)
             except BaseException:
@@ -397,6 +431,7 @@ class Stack:
             answer = self._probes.ask(name, {})
             if not answer.well:
                 raise Unreachable("registry.unreachable", answer.note or "", hint=hint)
+            self._migrate_registry()
 
     def _down(self, report: Report) -> None:
         if self._supervisor.pids():

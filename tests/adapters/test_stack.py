@@ -11,20 +11,25 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from mvm.domain.layout import STATE_VERSION
 from mvm.domain.tenant import Quota, Tenant
 from mvm.drivers import isolation, netns, redis_files, state_dir
 from mvm.drivers import stack as stacks
 from mvm.drivers.qemu import cage
+from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.redis_registry import RedisRegistry
+from mvm.drivers.registry_migrations import VERSION_KEY
 from mvm.drivers.shell import LocalShell
 from mvm.drivers.sqlite_store import SqliteStore
-from mvm.drivers.stack import Stack, programs, running_settings
+from mvm.drivers.stack import Stack, connection, programs, running_settings
 from mvm.drivers.supervisor import Program
 from mvm.errors import Failed, Forbidden, InvalidInput, NotAllowed, Unreachable
 from mvm.settings import Settings, load_settings
+from mvm.wiring import open_client, open_ports
 from tests.support.fleets import network
 from tests.support.local import free_port
 from tests.support.make import ACME, START
@@ -220,6 +225,60 @@ def test_a_namespace_of_somebody_else_is_used_and_kept(settings: Settings) -> No
         assert netns.exists(name)
     finally:
         netns.delete(shell, name)
+
+
+# --- the registry's number
+NUMBER = b"%d" % STATE_VERSION
+
+
+def external(settings: Settings, redis: RedisServer) -> Settings:
+    return load_settings(**{**settings.model_dump(), "redis_url": redis.url})
+
+
+def number(url: str) -> bytes | None:
+    with closing(RedisLink(url, code="x")) as link:
+        return cast("bytes | None", link.command("GET", VERSION_KEY))
+
+
+def set_number(url: str, value: int) -> None:
+    with closing(RedisLink(url, code="x")) as link:
+        link.command("SET", VERSION_KEY, value)
+
+
+def test_a_new_registry_is_numbered(stack: Stack, settings: Settings, redis_server: RedisServer) -> None:
+    stack.up(quiet)
+    assert number(settings.redis) == NUMBER
+    others = Stack(external(settings, redis_server), LocalShell(), [])
+    stack.down(quiet)
+    others.up(quiet)
+    others.down(quiet)
+    assert number(redis_server.url) == NUMBER
+
+
+def test_a_new_registry_of_a_stack_that_others_start_is_numbered(settings: Settings, redis_server: RedisServer) -> None:
+    redis_only(settings).prepare_alone(quiet)
+    with redis_files.served(settings.layout.redis, LocalShell()) as link:
+        assert link.command("GET", VERSION_KEY) == NUMBER
+    Stack(external(settings, redis_server), LocalShell(), []).prepare_alone(quiet)
+    assert number(redis_server.url) == NUMBER
+
+
+def test_a_registry_that_a_newer_mvm_has_numbered_is_refused(settings: Settings, redis_server: RedisServer) -> None:
+    shared = external(settings, redis_server)
+    stack = Stack(shared, LocalShell(), [])
+    stack.up(quiet)
+    set_number(redis_server.url, STATE_VERSION + 1)
+    for use in (open_ports(shared).registry, open_client(connection(shared), shared.layout).registry):
+        with pytest.raises(NotAllowed) as caught:
+            use.nodes()
+        assert caught.value.code == "state.version"
+    stack.down(quiet)
+    for act in (stack.up, stack.prepare_alone):
+        with pytest.raises(NotAllowed) as caught:
+            act(quiet)
+        assert caught.value.code == "state.version"
+    assert [part.answers for part in stack.status()] == [False]
+    assert number(redis_server.url) == b"%d" % (STATE_VERSION + 1)
 
 
 # --- the private Redis's files

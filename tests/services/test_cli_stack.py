@@ -71,6 +71,7 @@ def test_up_refuses_a_wrong_config(run: CliRunner, tmp_path: Path, text: str, co
     assert "MVM_CONFIG" in error.hint
 
 
+@pytest.mark.redis
 def test_prepare_makes_the_state_directory_and_starts_nothing(run: CliRunner, tmp_path: Path) -> None:
     assert run.invoke(stack.up, ["--prepare"]).exit_code == 0
     assert (tmp_path / "s" / "certs" / "node.pem").exists()
