@@ -13,6 +13,7 @@ from typing import Any
 from mvm.domain.addressing import allocate
 from mvm.domain.ids import JobId, NodeId, PoolRef, TenantId
 from mvm.domain.job import Job, JobState, JobVerb, by_age
+from mvm.domain.layout import STATE_VERSION
 from mvm.domain.refusals import job_not_found, tenant_exists
 from mvm.domain.tenant import Quota, Tenant
 from mvm.drivers.redis_link import RedisLink
@@ -26,6 +27,7 @@ from mvm.drivers.redis_scripts import (
     UPDATE_JOB,
     WITHDRAW_TENANT,
 )
+from mvm.drivers.registry_migrations import VERSION_KEY
 from mvm.errors import Failed, MvmError, NotAllowed, TimedOut, error_from_dict
 from mvm.ports.registry import NodeRecord
 
@@ -103,8 +105,8 @@ class RedisRegistry:
         commands += [("HSETNX", "mvm:pools", str(ref), node) for ref, node in pools.items()]
         given = net_ids | {t.network.net_id for t in tenants}
         commands += [("SADD", "mvm:net_ids", *sorted(given))] if given else []
-        if commands:
-            self._link.pipeline(commands)
+        commands.append(("SET", VERSION_KEY, STATE_VERSION, "NX"))  # one that was emptied has lost that, too
+        self._link.pipeline(commands)
 
     def tenant(self, tenant: TenantId) -> Tenant | None:
         """See ports/registry.py."""

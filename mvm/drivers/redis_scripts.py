@@ -1,6 +1,7 @@
 """The registry's atomic steps, as Lua run inside Redis. Keys begin with ``mvm:``.
 
 ==========================  =======================================================================
+``mvm:version``             the version of all of these
 ``mvm:nodes``               hash: node id -> record
 ``mvm:tenants``             hash: tenant id -> record
 ``mvm:net_ids``             set of every net id ever given; shrinks only when a tenant could not be made

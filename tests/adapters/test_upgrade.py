@@ -128,6 +128,13 @@ def test_an_empty_registry_gets_this_version_and_an_old_one_is_migrated(redis_se
     link.close()
 
 
+def test_an_emptied_registry_that_a_node_puts_back_is_of_this_version(redis_server: RedisServer) -> None:
+    """Else the next up would take what is in it for that of the first version."""
+    with closing(RedisLink(redis_server.url, code="x")) as link:
+        RedisRegistry(link).restore([], {}, frozenset())
+        assert link.command("GET", registry_migrations.VERSION_KEY) == b"%d" % STATE_VERSION
+
+
 def _broken(_: object) -> None:
     raise sqlite3.OperationalError("no such column: hope")
 
