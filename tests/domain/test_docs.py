@@ -123,6 +123,16 @@ def test_operations_lists_no_other_setting() -> None:
     assert named - {"MVM_CONFIG"} == {f"MVM_{name.upper()}" for name in Settings.model_fields}
 
 
+def test_decisions_are_listed_once_in_their_order_by_their_headings() -> None:
+    folder = DOCS / "adr"
+    listed = re.findall(r"^- \[(\d{4})\]\(([^)]+)\) (.+)$", (folder / "README.md").read_text(), re.M)
+    decisions = sorted(path for path in folder.glob("*.md") if path.name != "README.md")
+    assert [name for _, name, _ in listed] == [path.name for path in decisions]
+    for number, name, title in listed:
+        assert name.startswith(f"{number}-")
+        assert (folder / name).read_text().startswith(f"# {int(number)}. {title}\n"), name
+
+
 @pytest.mark.parametrize("document", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
