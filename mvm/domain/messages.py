@@ -33,7 +33,6 @@ class Why(StrEnum):
     CONTENT = "content"
     BODY = "body"
     TASK = "unknown_task"
-    ARGUMENTS = "arguments"
 
 
 class ForeignMessage(InvalidInput):

@@ -283,7 +283,7 @@ class Runner:
         return job.with_(state=state, finished_at=self._clock.now(), progress=progress, deadline_at=None, **changes)
 
     def check_cancelled(self, job: Job) -> None:
-        """Raises `Cancelled` if somebody asked for it. An unreachable registry has nobody's wishes."""
+        """Raises `Cancelled` if somebody asked for it; nobody is taken to have while the registry cannot be reached."""
         self._heed(job, lambda: self._registry.cancel_requested(job.job_id))
 
     def _heed(self, job: Job, ask: Callable[[], bool]) -> None:

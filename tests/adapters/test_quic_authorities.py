@@ -13,6 +13,8 @@ import pytest
 
 from mvm.domain.layout import StateLayout
 from mvm.drivers.quic import certs
+from mvm.drivers.quic.authority import Issued
+from mvm.drivers.quic.identity import load_certificates, load_key
 from mvm.errors import InvalidInput, MvmError
 from tests.adapters.test_quic_certs import contents, problems
 from tests.support.quic_agent import NODE, make_certs, running_agent
@@ -115,8 +117,8 @@ def test_an_intermediate_issues_under_its_root(tmp_path: Path) -> None:
     lowest = below(tmp_path, "lowest", middle, "critical,CA:TRUE,pathlen:0")
     accepted(tmp_path, joined(tmp_path / "ca.pem", root[0], lowest[1], middle[0], lowest[0]))
     directory = StateLayout(tmp_path).certs
-    assert [c.subject.rfc4514_string() for c in certs.load_certificates(directory / "ca.pem")] == ["CN=root"]
-    assert len(certs.load_certificates(directory / "node.pem")) == 3
+    assert [c.subject.rfc4514_string() for c in load_certificates(directory / "ca.pem")] == ["CN=root"]
+    assert len(load_certificates(directory / "node.pem")) == 3
 
 
 def test_an_intermediate_without_its_root_is_trusted_itself(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_nothing_outlives_its_ca(tmp_path: Path) -> None:
 
 def test_a_set_that_ends_soon_is_good_until_then_without_the_cas_key(tmp_path: Path) -> None:
     directory = make_certs(tmp_path)
-    own = certs.Issued(certs.load_certificates(directory / "ca.pem")[0], certs.load_key(directory / "ca.key"))
+    own = Issued(load_certificates(directory / "ca.pem")[0], load_key(directory / "ca.key"))
     from tests.adapters.test_quic_certs import put
     from tests.support.quic_agent import node
 
@@ -187,6 +189,8 @@ import os, sys
 from pathlib import Path
 from mvm.domain.layout import StateLayout
 from mvm.drivers.quic import certs
+from mvm.drivers.quic.authority import Issued
+from mvm.drivers.quic.identity import load_certificates, load_key
 from tests.support.quic_agent import NODE
 
 root, bundle = Path(sys.argv[1]), Path(sys.argv[2])

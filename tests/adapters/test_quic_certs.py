@@ -15,7 +15,8 @@ from mvm.domain.ids import NodeId
 from mvm.domain.layout import StateLayout
 from mvm.drivers import files
 from mvm.drivers.quic import certs
-from mvm.drivers.quic.certs import Issued, issue
+from mvm.drivers.quic.authority import Issued, issue
+from mvm.drivers.quic.identity import load_certificates, load_key
 from mvm.errors import Failed, InvalidInput
 from tests.support.quic_agent import NODE, coordinator, days_from_now, make_certs, node
 
@@ -43,7 +44,7 @@ def bundle(path: Path, issued: Issued) -> Path:
 
 
 def ca_of(directory: Path) -> Issued:
-    return Issued(certs.load_certificates(directory / "ca.pem")[0], certs.load_key(directory / "ca.key"))
+    return Issued(load_certificates(directory / "ca.pem")[0], load_key(directory / "ca.key"))
 
 
 def test_a_new_set_is_whole_private_and_kept(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_given_ca_issues_and_what_was_issued_before_goes(tmp_path: Path) -> No
     given = bundle(tmp_path / "ca-bundle.pem", own)
     certs.init(StateLayout(tmp_path), NODE, given)
     assert problems(tmp_path) == {"ca": "", "node": "", "coordinator": ""}
-    assert certs.load_certificates(directory / "ca.pem") == (own.certificate,)
+    assert load_certificates(directory / "ca.pem") == (own.certificate,)
     assert not (directory / "ca.key").exists(), "a CA's key is not kept on a node that was given it"
     first = contents(directory)
     certs.init(StateLayout(tmp_path), NODE, given)

@@ -14,7 +14,7 @@ from mvm.agent import endpoint
 from mvm.agent.room import OF_ONE_NODE
 from mvm.domain.layout import StateLayout
 from mvm.drivers.quic import certs
-from mvm.drivers.quic.certs import Issued
+from mvm.drivers.quic.authority import Issued
 from mvm.drivers.quic.client import Connection, open_connection
 from mvm.drivers.quic.identity import Credentials
 from mvm.errors import MvmError, Unreachable

@@ -12,7 +12,7 @@ from cryptography import x509
 from mvm.cli.main import cli
 from mvm.domain.ids import NodeId
 from mvm.domain.layout import StateLayout
-from mvm.drivers.quic.certs import Issued
+from mvm.drivers.quic.authority import Issued
 from mvm.drivers.quic.client import QuicAgents, parse_address
 from mvm.drivers.quic.identity import node_dns, node_uri
 from mvm.drivers.quic.known_nodes import KnownNodes

@@ -23,13 +23,15 @@ from cryptography import x509
 
 from mvm.agent.server import listen, refuses_strangers
 from mvm.domain.ids import NodeId
-from mvm.drivers.quic.certs import CLIENT, SERVER, Issued, issue
+from mvm.drivers.quic.authority import Issued, issue
 from mvm.drivers.quic.client import QuicAgents
 from mvm.drivers.quic.frames import ALPN, encode
 from mvm.drivers.quic.identity import load_credentials, node_dns, node_uri
 from mvm.errors import Failed, Forbidden, NotFound, Unreachable
 from tests.support.quic_agent import (
+    CLIENT,
     NODE,
+    SERVER,
     coordinator,
     days_from_now,
     free_udp_port,

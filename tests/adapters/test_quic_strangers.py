@@ -11,12 +11,12 @@ from aioquic import tls
 from cryptography import x509
 
 from mvm.agent import endpoint, room
-from mvm.drivers.quic.certs import SERVER, Issued, issue
+from mvm.drivers.quic.authority import Issued, issue
 from mvm.drivers.quic.client import Connection
 from mvm.drivers.quic.frames import encode
 from mvm.drivers.quic.tls import _ClientTls
 from mvm.errors import Forbidden, MvmError, TimedOut, Unreachable
-from tests.support.quic_agent import REF, Agent, coordinator, days_from_now, make_certs, node, running_agent
+from tests.support.quic_agent import REF, SERVER, Agent, coordinator, days_from_now, make_certs, node, running_agent
 from tests.support.waiting import until
 
 INFO = encode({"id": "1", "method": "node.info", "params": {}})

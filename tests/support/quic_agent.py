@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mvm.agent.methods import method_table
 from mvm.agent.server import listen, serve
@@ -22,11 +23,12 @@ from mvm.domain.ids import InstanceRef, NodeId, PoolRef, TenantId
 from mvm.domain.layout import StateLayout
 from mvm.domain.lifecycle import Status
 from mvm.drivers.quic import certs
-from mvm.drivers.quic.certs import CLIENT, SERVER, Issued, issue
+from mvm.drivers.quic.authority import Issued, issue
 from mvm.drivers.quic.client import Connection, QuicAgents, open_connection
 from mvm.drivers.quic.identity import COORDINATOR_URI, Credentials, load_certificates, load_key, node_dns, node_uri
 
 NODE = NodeId("node-a")
+CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
 REF = "acme/web/i-7f2c91ab"
 
 

@@ -37,12 +37,9 @@ from mvm.drivers.quic.identity import (
 )
 from mvm.errors import Failed, MvmError
 
-__all__ = ["CLIENT", "SERVER", "Issued", "init", "issue", "load_certificates", "load_key", "status"]
-
 CA_DAYS = 3650
 LEAF_DAYS = 365
 RENEW_DAYS = 14  # `init` replaces a certificate that ends sooner
-CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
 _NAMES = ("ca.key", "ca.pem", "node.key", "node.pem", "coordinator.key", "coordinator.pem")
 _WORTH = timedelta(days=1)  # by which a new certificate has to outlive the one it replaces
 
@@ -145,10 +142,10 @@ def _issue_leaf(changes: _Changes, authority: Authority, role: Role, node_id: No
 
 def _leaf(authority: Authority, role: Role, node_id: NodeId) -> Issued:
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(COORDINATOR_URI)]
-    usages = [CLIENT]
+    usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
     if role is Role.NODE:
         names = [x509.DNSName(node_dns(node_id)), x509.UniformResourceIdentifier(node_uri(node_id))]
-        usages = [SERVER, CLIENT]
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     common_name = node_id if role is Role.NODE else "coordinator"
     return issue(
         authority.issuer, common_name, sans=names, usages=usages, days=LEAF_DAYS, not_later=authority.not_after
