@@ -8,7 +8,6 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,24 +17,12 @@ from typing import Any
 
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import settings_of
-from mvm.drivers import (
-    identity,
-    isolation,
-    netns,
-    redis_files,
-    registry_migrations,
-    remains,
-    state_dir,
-    supervisor,
-    uplink,
-)
+from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor, uplink
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import write_private
 from mvm.drivers.probes import WORKERS, Probes, agent_address
-from mvm.drivers.redis_link import RedisLink
-from mvm.drivers.registry_rebuild import rebuild
+from mvm.drivers.registry_upkeep import RegistryUpkeep
 from mvm.drivers.supervisor import Program, Supervisor
-from mvm.drivers.upgrade import upgrade
 from mvm.errors import Failed, Forbidden, MvmError, NotAllowed, Unreachable
 from mvm.ports.queue import node_queue
 from mvm.ports.shell import Shell
@@ -137,6 +124,7 @@ class Stack:
         self._given = parts
         self._programs = programs(settings) if parts is None else parts
         self._supervisor = Supervisor(settings.layout, shell)
+        self._registry = RegistryUpkeep(settings, shell)
         self._probes = Probes(settings)
         self._external = ("redis",) if settings.redis_url else ()
 
@@ -155,44 +143,10 @@ class Stack:
         """The state directory is ready for a stack that others start; one that runs already is left alone."""
         self.prepare(report)
         with state_dir.held(self._layout):
-            if self._external or not self._is_served():
-                self._make_ready(report)
-                self._number_alone()
+            if not self._registry.is_served():
+                self._registry.make_ready(report)
+                self._registry.migrate_before_it_is_started()
         self.publish()
-
-    def _make_ready(self, report: Report) -> None:
-        """What is kept is of this version, and can be read. Nothing of the stack runs."""
-        private = not self._settings.redis_url
-        lost = private and redis_files.mend(self._layout.redis, self._shell, report)
-        upgrade(self._settings, self._shell, report)
-        if lost:
-            jobs = rebuild(self._layout, self._settings.node, self._shell)
-            redis_files.made_good(self._layout.redis)
-            report(f"the registry is put back from the node's store: tenants, pools, net ids and {jobs} jobs")
-
-    def _number_alone(self) -> None:
-        """The registry is of this mvm's version before others start the stack; a shared one only if it is there."""
-        if self._external:
-            with suppress(Unreachable):  # the first that comes up while it answers does it
-                self._migrate_registry()
-            return
-        with redis_files.served(self._layout.redis, self._shell) as link:
-            registry_migrations.migrate(link, unnumbered=STATE_VERSION)
-
-    def _migrate_registry(self) -> None:
-        """The registry, whose Redis answers, is of this mvm's version; a private one is so by its directory's.
-
-        Raises `NotAllowed` (``state.version``) when it is of a newer one.
-        """
-        unnumbered = None if self._external else STATE_VERSION
-        namespace = self._settings.namespace
-        inside = netns.entered(netns.path_of(namespace)) if namespace and netns.exists(namespace) else nullcontext()
-        with inside, closing(RedisLink(self._settings.redis, code="registry.unreachable")) as link:
-            registry_migrations.migrate(link, unnumbered=unnumbered)
-
-    def _is_served(self) -> bool:
-        """Whether a Redis has the private one's files open. While it loads them it listens, and does not answer."""
-        return RedisLink(f"unix://{self._layout.redis_socket}", code="redis.unreachable").listens()
 
     def prepare(self, report: Report = lambda _: None) -> None:
         """The state directory exists, with all keys and certificates."""
@@ -204,6 +158,7 @@ class Stack:
         self._settings = self._settings.model_copy(
             update={"node_id": str(known.node_id), "netns": self._settings.netns or known.netns}
         )
+        self._registry = RegistryUpkeep(self._settings, self._shell)
         self._probes = Probes(self._settings)
         self._programs = programs(self._settings) if self._given is None else self._given
         for note in certs.init(self._layout, self._settings.node):
@@ -239,15 +194,15 @@ class Stack:
                 raise supervisor.already_up(self._layout)
             self._check_reach()
             self._supervisor.stop()  # what is left of one that was killed
-            self._check_unserved()
+            self._registry.check_unserved()
             self._check_ports()
             self._check_isolation(report)
-            self._make_ready(report)
+            self._registry.make_ready(report)
             try:
                 self._start(report)
                 self._wait_ready(report)
                 if "redis" in self.parts and not self._external:
-                    self._migrate_registry()
+                    self._registry.migrate()
                 self.publish()
                 self._tell_of_uplink(report)
             except BaseException:
@@ -378,15 +333,6 @@ class Stack:
         return Failed("stack.part_failed", f"{name} {why}; its last words:\n{supervisor.tail(log)}",
                       hint=f"see {log}", part=name)  # fmt: skip
 
-    def _check_unserved(self) -> None:
-        """Nobody else has the private Redis's files open: they are mended, and a Redis of ours is to have them."""
-        if not self._external and self._is_served():
-            raise NotAllowed(
-                "stack.already_up", f"a Redis that this stack has not started listens at {self._layout.redis_socket}",
-                hint="stop it first; who is it? fuser " + str(self._layout.redis_socket),
-                state_dir=str(self._layout.root),
-            )  # fmt: skip
-
     def _check_ports(self) -> None:
         ports = {"flower": self._settings.flower_port, "metrics": self._settings.metrics_port}
         for name, port in ports.items():
@@ -431,7 +377,7 @@ class Stack:
             answer = self._probes.ask(name, {})
             if not answer.well:
                 raise Unreachable("registry.unreachable", answer.note or "", hint=hint)
-            self._migrate_registry()
+            self._registry.migrate()
 
     def _down(self, report: Report) -> None:
         if self._supervisor.pids():

@@ -17,8 +17,7 @@ import pytest
 
 from mvm.domain.layout import STATE_VERSION
 from mvm.domain.tenant import Quota, Tenant
-from mvm.drivers import isolation, netns, redis_files, state_dir
-from mvm.drivers import stack as stacks
+from mvm.drivers import isolation, netns, redis_files, registry_upkeep, state_dir
 from mvm.drivers.qemu import cage
 from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.redis_registry import RedisRegistry
@@ -307,7 +306,7 @@ def test_what_was_lost_is_put_back_though_the_first_attempt_was_killed(
         store.put_tenant(acme)
     cut_off(settings)
     with monkeypatch.context() as patch:
-        patch.setattr(stacks, step, die)
+        patch.setattr(registry_upkeep, step, die)
         with pytest.raises(Killed):
             stack.prepare_alone(quiet)
     said: list[str] = []
