@@ -262,6 +262,7 @@ def test_a_new_registry_of_a_stack_that_others_start_is_numbered(settings: Setti
     assert number(redis_server.url) == NUMBER
 
 
+@pytest.mark.usefixtures("stack")  # which is taken down whatever comes
 def test_a_registry_that_a_newer_mvm_has_numbered_is_refused(settings: Settings, redis_server: RedisServer) -> None:
     shared = external(settings, redis_server)
     stack = Stack(shared, LocalShell(), [])
