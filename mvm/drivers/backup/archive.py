@@ -324,9 +324,13 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         file = path.open("rb")
     except FileNotFoundError:
-        raise NotFound("backup.not_found", f"there is no backup {path}", path=str(path)) from None
+        raise NotFound(
+            "backup.not_found", f"there is no backup {path}", hint="mvm backup create makes one", path=str(path)
+        ) from None
     except OSError as error:
-        raise Failed("backup.unreadable", f"{path}: {error.strerror}", path=str(path)) from None
+        raise Failed(
+            "backup.unreadable", f"{path}: {error.strerror}", hint="give a file that you may read", path=str(path)
+        ) from None
     with file:
         yield file
 
