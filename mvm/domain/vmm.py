@@ -77,6 +77,7 @@ _SHUTDOWNS = {
     "host-qmp-system-reset": Ending.TERMINATED,
     "host-ui": Ending.TERMINATED,
 }
+_HALTED = "reboot: System halted"  # the kernel's, which then keeps the machine on and does nothing any more
 _LAST_WORDS = {"reboot: Power down": Ending.HALTED, "reboot: Restarting system": Ending.REBOOTED}
 PANIC = "Kernel panic - not syncing"
 _TOLD = {
@@ -93,6 +94,11 @@ _MIN_ROOM = 16 << 20
 def ending_of(state: VmmState) -> Ending:
     """How the run of a VMM ended that is there, but `over`."""
     return _ENDINGS[state]
+
+
+def halted(console: str) -> bool:
+    """Whether a guest that does not answer has halted without powering its machine off: its VMM says that it runs."""
+    return console.rstrip().endswith(_HALTED)
 
 
 def ending(reason: str | None, console: str, *, told: bool) -> Ending:

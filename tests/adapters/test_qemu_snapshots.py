@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -18,12 +19,13 @@ import pytest
 
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.snapshot import Compression
+from mvm.domain.vmm import Ending, VmmState
 from mvm.drivers import processes, snapshot_files
 from mvm.drivers.qemu import driver, memory
 from mvm.drivers.qemu.qmp import Qmp
-from mvm.errors import Failed, Unreachable
+from mvm.errors import Failed, GuestFault, Unreachable
 from mvm.ports.guest import Worker
-from mvm.ports.vmm import BootSpec
+from mvm.ports.vmm import BootSpec, Presence
 from tests.support.microvm import ANSWER_S, BOOT_S, GUEST_IP, REVISION, QemuHost, identity, qemu_host
 from tests.support.waiting import until
 
@@ -223,6 +225,32 @@ def test_memory_open_files_and_the_clock_go_on(host: QemuHost, template: Path, o
         execute(host, own, "touch /dev/shm/ask; until [ ! -e /dev/shm/ask ]; do usleep 20000; done")
         shown = execute(host, own, "cat /root/open").splitlines()
         assert (shown[0], len(shown)) == ("first", generation + 1)
+
+
+@pytest.mark.parametrize("woken", [False, True], ids=["clone", "woken"])
+def test_a_guest_that_was_restored_can_reset_its_devices_and_reboot(
+    host: QemuHost, template: Path, own: BootSpec, woken: bool
+) -> None:
+    """Once its VMM did not survive that."""
+    process = clone(host, template, own)
+    configure(host, own)
+    if woken:
+        host.guest.prepare_sleep(own.ref, own.directory, deadline_s=ANSWER_S)
+        process = wake(host, own, sleep(host, own, process, template), template)
+    with suppress(GuestFault):  # it may be gone before it has answered
+        execute(host, own, "reboot")
+    assert host.vmm.wait_gone(process, deadline_s=BOOT_S)
+    assert host.vmm.ending(own.directory) is Ending.REBOOTED
+
+
+def test_a_guest_that_halts_and_leaves_its_machine_on_has_ended(host: QemuHost, template: Path, own: BootSpec) -> None:
+    process = clone(host, template, own)
+    configure(host, own)
+    assert host.vmm.state(own.ref, process) is VmmState.RUNNING
+    with suppress(GuestFault):
+        execute(host, own, "halt")
+    until(lambda: host.vmm.state(own.ref, process) is VmmState.ENDED, BOOT_S, "it has ended")
+    assert host.vmm.observe(own.ref, process) is Presence.PRESENT
 
 
 @pytest.mark.parametrize("hours", [-9, 9])

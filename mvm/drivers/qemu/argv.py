@@ -23,6 +23,7 @@ AccelName = Literal["kvm", "tcg"]
 
 # ACPI stays on: without it Debian's kernel finds no device of the machine.
 MACHINE = "microvm,acpi=on,rtc=on,pit=off,pic=off,pcie=off,usb=off,graphics=off,x-option-roms=off"
+_ANNOUNCED = {"announce-rounds": 1, "announce-initial": 100_000}  # milliseconds: the most that QEMU takes
 _ACCEL: Mapping[AccelName, Sequence[str]] = {
     "kvm": ("-accel", "kvm", "-cpu", "host"),
     "tcg": ("-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max"),
@@ -95,8 +96,9 @@ def restored(
 ) -> list[str]:
     """The command line of a VMM that waits for what was saved; `memory` is a template's.
 
-    Devices that were saved without a configuration section are not expected to have one; and no guest is announced
-    to the network, since a clone does not yet have its own MAC.
+    Devices that were saved without a configuration section are not expected to have one. A guest is to announce itself
+    as late as QEMU allows, since a clone does not yet have its own MAC: without any round (``announce-rounds=0``) QEMU
+    frees the network card's timer, and crashes as soon as its guest resets the card, which a reboot does.
     """
     layers = [spec.rootfs, *([template_disk] if template_disk else []), spec.overlay]
     data = _data_file(spec.data_disk) if spec.data_disk else None
@@ -108,10 +110,9 @@ def restored(
             "-object",
             f"memory-backend-file,id=ram,size={spec.mem_mib}M,mem-path=/proc/self/fd/{memory},share=off",
         ]
-    return [
-        *words, "-S", "-incoming", "defer", "-global", "migration.send-configuration=off",
-        "-global", "migration.announce-rounds=0", *diary.WORDS, *_name(mark, spec.ref),
-    ]  # fmt: skip
+    settings = {"send-configuration": "off", **_ANNOUNCED}
+    words += [word for name, value in settings.items() for word in ("-global", f"migration.{name}={value}")]
+    return [*words, "-S", "-incoming", "defer", *diary.WORDS, *_name(mark, spec.ref)]
 
 
 def machine(spec: BootSpec | TemplateSpec, accel: AccelName, *, data_bytes: int, host_cpu: str) -> str:

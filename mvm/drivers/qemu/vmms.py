@@ -21,7 +21,7 @@ from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.domain.refusals import out_of_memory
 from mvm.domain.secrets import Secrets
-from mvm.domain.vmm import PANIC, Ending, VmmState, ending
+from mvm.domain.vmm import PANIC, Ending, VmmState, ending, halted
 from mvm.drivers import files, identity, isolation, processes, secrets_disk, tap
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import closing_fd
@@ -191,11 +191,15 @@ class QemuVmms:
 
     def state(self, ref: InstanceRef, process: ProcessIdentity) -> VmmState:
         """See the port."""
-        with Qmp(ref, self._layout.instance(ref), _STATE_S) as qmp:
+        directory = self._layout.instance(ref)
+        with Qmp(ref, directory, _STATE_S) as qmp:
             try:
-                return _STATES.get(str(qmp.run("query-status")["status"]), VmmState.UNKNOWN)
+                state = _STATES.get(str(qmp.run("query-status")["status"]), VmmState.UNKNOWN)
             except (CommandFailed, KeyError, TypeError):
                 return VmmState.UNKNOWN
+        if state is VmmState.RUNNING and halted(self.console_tail(directory, lines=_LAST_LINES)):
+            return VmmState.ENDED
+        return state
 
     def ending(self, directory: Path) -> Ending:
         """See the port."""
