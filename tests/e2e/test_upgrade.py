@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.support import old_state
+from tests.support.reach import Reached, reaching
 from tests.support.stack import Stack, running_stack
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 OLD = "6e69ba5"
+PATIENCE_S = 120.0
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(900)]
 
@@ -50,12 +55,17 @@ def execute(stack: Stack, ref: str, command: str) -> str:
 
 
 class OldNode:
-    """Real guests that 6e69ba5 started: two running, one warm, one asleep; the new mvm has ended its stack."""
+    """Real guests that 6e69ba5 started: two running, one warm, one asleep; the new mvm has ended its stack.
 
-    def __init__(self, code: Path) -> None:
+    From before that until `held` is closed, those that run are reached by ping and ssh all the time.
+    """
+
+    def __init__(self, code: Path, held: ExitStack) -> None:
         self._code = code
+        self._held = held
         self.refs: list[str] = []
         self.vmms: set[int] = set()
+        self.reached: Reached
 
     def __call__(self, stack: Stack) -> None:
         old = Stack(stack.layout, stack.env | {"PYTHONPATH": str(self._code)}, old_code(self._code))
@@ -72,20 +82,33 @@ class OldNode:
         old.mvm("instance", "warm", self.refs[2])
         old.mvm("instance", "sleep", self.refs[3])
         self.vmms = set(stack.vmms())
+        running = [(row["ref"], row["guest_ip"]) for row in old.json("instance", "list") if row["status"] == "running"]
+        assert [ref for ref, _ in running] == self.refs[:2]
+        for ref, _ in running:
+            old.mvm("instance", "ssh", ref, "true")  # which writes down its host key
+        namespace = json.loads(stack.layout.connection.read_text())["netns"]
+        self.reached = self._held.enter_context(reaching(namespace, stack.layout, running))
+        until(lambda: self.reached.logins > 1 and self.reached.pings > 1, PATIENCE_S, "they can be reached at all")
         stack.mvm("down")  # its own would take the guests' network along
 
 
 @pytest.mark.root
 @pytest.mark.guest
 def test_guests_of_6e69ba5_go_on_under_the_new_stack(tmp_path: Path) -> None:
-    node = OldNode(tmp_path / "old")
-    with running_stack(before=node, MVM_BOOT_DEADLINE_S="120") as stack:
+    held = ExitStack()
+    node = OldNode(tmp_path / "old", held)
+    with held, running_stack(before=node, MVM_BOOT_DEADLINE_S="120") as stack:
         one, two, warm, asleep = node.refs
         assert stack.statuses() == {one: "running", two: "running", warm: "warm", asleep: "sleeping"}
         assert set(stack.vmms()) == node.vmms
         for ref in (one, two):
             assert execute(stack, ref, "cat /data/f") == "old"
             assert stack.mvm("instance", "ssh", ref, "--", "cat", "/data/f").strip() == "old"
+        count = node.reached.logins
+        until(lambda: node.reached.failures or node.reached.logins > count + 2, PATIENCE_S, "logins under the new one")
+        held.close()
+        assert not node.reached.failures, node.reached.failures
+        assert stack.json("net", "verify", "--active")["clean"]
         for ref in (warm, asleep):
             stack.mvm("instance", "wake", ref)
             assert execute(stack, ref, "test -s /run/kept; cat /data/f") == "old"

@@ -71,6 +71,22 @@ def test_a_guest_whose_interface_is_gone_is_replaced(stack: Stack, running: str)
     assert before["tap"] in stack.taps()
 
 
+def test_a_guest_that_reboots_is_started_again_unless_its_pool_says_otherwise(stack: Stack, running: str) -> None:
+    before = stack.json("instance", "info", running)
+    stack.run("instance", "exec", running, "--", "reboot")
+    until(lambda: replaced(stack, running, before), 120, "it was started again")
+    told = [each for each in stack.json("audit", "tail", "acme") if each["subject"] == running]
+    assert "guest.rebooted" in {each["code"] for each in told}
+    stack.mvm("pool", "update", "acme/web", "--on-exit", "stop")
+    stack.run("instance", "exec", running, "--", "halt")
+    until(lambda: stack.statuses()[running] == "stopped", 120, "it is over")
+    assert "rests" in stack.json("instance", "explain", running)["next"]["reason"]
+    assert "rested" in {each["cause"] for each in stack.json("pool", "info", "acme/web")["obstacles"]}
+    assert stack.statuses() == {running: "stopped"}
+    stack.mvm("pool", "update", "acme/web", "--on-exit", "restart")
+    stack.mvm("instance", "start", running)
+
+
 def test_a_bridge_that_is_gone_is_made_again_with_its_ports(stack: Stack, running: str) -> None:
     bridge = stack.json("tenant", "info", "acme")["bridge"]
     stack.in_namespace("ip", "link", "del", bridge)
