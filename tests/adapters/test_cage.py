@@ -97,7 +97,10 @@ def test_a_vmm_sees_and_holds_only_what_it_needs(host: QemuHost, own: BootSpec) 
         mounts = [line.split()[4:6] for line in Path(f"/proc/{process.pid}/mountinfo").read_text().splitlines()]
         assert all("ro" in options.split(",") for at, options in mounts if at != "/proc")
         assert all("nosuid" in options.split(",") for _, options in mounts)
-        opened = {str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()}
+        opened = set()
+        for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                opened.add(str(descriptor.readlink()))
         files = {path for path in opened if path.startswith("/") and not path.startswith(("/dev/", "/memfd:"))}
         logs = {own.directory / name for name in ("console.log", "events.log", "vmm.log")}
         allowed = {own.rootfs, own.overlay, *logs}

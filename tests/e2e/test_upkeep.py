@@ -84,7 +84,7 @@ def test_a_guest_that_reboots_is_started_again_unless_its_pool_says_otherwise(st
     assert "rested" in {each["cause"] for each in stack.json("pool", "info", "acme/web")["obstacles"]}
     assert stack.statuses() == {running: "stopped"}
     stack.mvm("pool", "update", "acme/web", "--on-exit", "restart")
-    stack.mvm("instance", "start", running)
+    until(lambda: stack.statuses()[running] == "running", 120, "its count wants it again")
 
 
 def test_a_bridge_that_is_gone_is_made_again_with_its_ports(stack: Stack, running: str) -> None:
