@@ -62,6 +62,9 @@ class Cause(StrEnum):
     CRITICAL_SURPLUS = "critical_surplus"
     """The pool is critical: what is too much stays."""
 
+    CRITICAL_STATES = "critical_states"
+    """The pool is critical: as many are up as are wanted, and each stays in the state that it is in."""
+
     RESTED = "rested"
     """Guests ended by themselves, and the pool lets such instances be."""
 
@@ -192,6 +195,7 @@ _TEXTS = {
     Cause.PINNED: "{count} too many are up, and stay: the pool is pinned",
     Cause.CRITICAL: "{count} are stopped, and stay: the pool is critical",
     Cause.CRITICAL_SURPLUS: "{count} too many are up, and stay: the pool is critical",
+    Cause.CRITICAL_STATES: "{count} are up in other states than the counts ask for, and stay: the pool is critical",
     Cause.RESTED: "{count} ended by themselves and rest: the pool's on_exit is stop; mvm instance start {pool} --all",
     Cause.SLEEPLESS: "{count} cannot sleep, and stay up: the template they were cloned from is gone",
     Cause.HEALTH_CHECK: "{count} keep another revision until {first} with the new one has passed a health check",

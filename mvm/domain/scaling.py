@@ -141,8 +141,7 @@ def at_counts(counts: DesiredCounts, observed: Collection[Instance]) -> bool:
     places = [(each.status, each.lands_on) for each in observed]
     if not counts.exact:
         return sum(now.is_up and then.is_up for now, then in places) == counts.running
-    wanted = {Status.RUNNING: counts.running, Status.WARM: counts.warm or 0, Status.SLEEPING: counts.sleeping or 0}
-    return all(places.count((place, place)) == count for place, count in wanted.items())
+    return all(places.count((place, place)) == count for place, count in _places(counts).items())
 
 
 def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: datetime) -> Scaled:
@@ -178,7 +177,22 @@ def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: date
     if len(up) > need.counts.total:
         surplus = len(up) - need.counts.total
         remarks.append(Remark(need.ref, Cause.CRITICAL_SURPLUS, surplus))
+    elif others := _in_other_states(need.counts, up):
+        remarks.append(Remark(need.ref, Cause.CRITICAL_STATES, others))
     return Scaled(tuple(actions), (*remarks, *_lacking(need, blocked)))
+
+
+def _in_other_states(counts: DesiredCounts, up: Sequence[Instance]) -> int:
+    """How many are up in a state of which `counts` asks for fewer; none where one count is for all that are up."""
+    if not counts.exact:
+        return 0
+    there = Counter(each.status for each in up if each.in_flight is None)
+    return (there - Counter(_places(counts))).total()
+
+
+def _places(counts: DesiredCounts) -> dict[Status, int]:
+    """How many `counts` asks for in each state, where they are exact."""
+    return {Status.RUNNING: counts.running, Status.WARM: counts.warm or 0, Status.SLEEPING: counts.sleeping or 0}
 
 
 def _was_stopped(instance: Instance) -> bool:

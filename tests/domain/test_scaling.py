@@ -421,3 +421,14 @@ def test_too_many_in_a_critical_pool_are_no_stopped_ones() -> None:
     )
     assert Remark(WEB, Cause.CRITICAL_SURPLUS, 1).text == "1 too many are up, and stay: the pool is critical"
     assert Remark(WEB, Cause.CRITICAL, 1).text == "1 are stopped, and stay: the pool is critical"
+
+
+def test_a_critical_pool_whose_instances_are_in_other_states_says_so() -> None:
+    """As many are up as are wanted, and none is touched; nobody would know why it is not at its counts."""
+    up = [instance(1, S.RUNNING), instance(2, S.RUNNING), instance(3, S.SLEEPING)]
+    room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, up)
+    exact = replace(need(1, critical=True), counts=DesiredCounts(running=1, warm=1, sleeping=1))
+    scaled = scale(exact, up, room, now=START)
+    assert scaled == Scaled((), (Remark(WEB, Cause.CRITICAL_STATES, 1),))
+    one_place = replace(exact, counts=DesiredCounts(running=3))
+    assert scale(one_place, up, room, now=START) == Scaled((), ())
