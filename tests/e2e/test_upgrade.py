@@ -82,8 +82,9 @@ class OldNode:
         old.mvm("instance", "warm", self.refs[2])
         old.mvm("instance", "sleep", self.refs[3])
         self.vmms = set(stack.vmms())
-        running = [(row["ref"], row["guest_ip"]) for row in old.json("instance", "list") if row["status"] == "running"]
-        assert [ref for ref, _ in running] == self.refs[:2]
+        rows = old.json("instance", "list")  # by their names, not as they were made
+        running = [(row["ref"], row["guest_ip"]) for row in rows if row["status"] == "running"]
+        assert {ref for ref, _ in running} == set(self.refs[:2])
         for ref, _ in running:
             old.mvm("instance", "ssh", ref, "true")  # which writes down its host key
         namespace = json.loads(stack.layout.connection.read_text())["netns"]
