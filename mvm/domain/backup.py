@@ -33,11 +33,15 @@ class Found(Enum):
     """Its VMM has them open: they are copied as they are at one instant, and what is in memory only is not kept."""
 
 
-def found(instance: Instance, *, has_vmm: bool) -> Found:
-    """How the disks of `instance` are, whose job, if it has one, is not at work now."""
+def found(instance: Instance, *, has_vmm: bool, wakes: bool) -> Found:
+    """How the disks of `instance` are, whose job, if it has one, is not at work now. `wakes` says whether what it
+    slept in is whole.
+    """
     if has_vmm:
         return Found.IN_USE
-    return Found.ASLEEP if instance.status is Status.SLEEPING else Found.AT_REST
+    if instance.status is not Status.SLEEPING:
+        return Found.AT_REST
+    return Found.ASLEEP if wakes else Found.LOST
 
 
 def as_restored(instance: Instance, how: Found, taken_at: datetime, lost: str = "") -> Instance:

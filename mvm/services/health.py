@@ -94,6 +94,15 @@ class GuestHealth:
         """A check that was made by the way: why `instance` did not pass it, or that it did (None)."""
         self._remember(instance, self._store.note(instance.ref, Note.HEALTH), reason)
 
+    def check(self, instance: Instance) -> None:
+        """As `seen`: `instance` can be asked now, though it stands still when sweeps come."""
+        self.seen(instance, self._why(instance))
+
+    def doubts(self, instance: Instance) -> bool:
+        """Whether the last check that `instance` had in this run failed."""
+        note = self._store.note(instance.ref, Note.HEALTH)
+        return note is not None and bool(note["misses"]) and note["run"] == instance.run
+
     def _remember(
         self, instance: Instance, note: Mapping[str, Any] | None, reason: str | None, *, proves: bool = False
     ) -> Health:

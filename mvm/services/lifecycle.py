@@ -162,12 +162,13 @@ class Lifecycle:
         self._microvms.forget_snapshot(running)
 
     def _wake(self, context: JobContext, instance: Instance, network: TenantNetwork) -> Instance:
-        """A sleeping instance runs again. One whose VMM has ended as it ran has nothing left to wake from: it stops.
+        """A sleeping instance runs again, also one whose guest is not well and that could not be put to sleep anew.
 
-        So does one that a killed worker woke, when its VMM ended with the host: its disk has outrun what it slept in.
+        One whose VMM has ended as it ran has nothing left to wake from: it stops. So does one that a killed worker
+        woke, when its VMM ended with the host: its disk has outrun what it slept in.
         """
         try:
-            return self._microvms.wake(context, instance, self._store.pool(instance.ref.pool_ref), network)
+            woken, fault = self._microvms.wake(context, instance, self._store.pool(instance.ref.pool_ref), network)
         except Fenced:
             raise
         except MvmError as error:
@@ -180,6 +181,12 @@ class Lifecycle:
                     replace(instance, status=Status.STOPPED, process=None, last_stopped_at=self._clock.now())
                 )
             raise
+        if fault is not None:
+            context.check_lease()
+            self._store.save_instance(replace(woken, status=Status.RUNNING, last_started_at=self._clock.now()))
+            self._microvms.forget_snapshot(woken)
+            raise fault
+        return woken
 
     def _resume(self, context: JobContext, instance: Instance) -> Instance:
         """A warm instance runs again. Where only its guest does not answer it runs all the same, and is found ill."""

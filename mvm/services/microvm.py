@@ -208,8 +208,11 @@ class MicroVms:
         self._secrets.try_refresh(instance)
         return instance
 
-    def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork) -> Instance:
-        """A sleeping instance runs again; on failure it has no process and no TAP, and its snapshot stays.
+    def wake(
+        self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork
+    ) -> tuple[Instance, MvmError | None]:
+        """A sleeping instance runs again, and what is not well with it all the same; on failure it has no process and
+        no TAP, and its snapshot stays.
 
         One that may still have former secrets mounted finds an empty disk, and is given those of now as it runs.
         """
@@ -224,11 +227,11 @@ class MicroVms:
             else:
                 self._secrets.given(instance.ref, spec.secrets, unsure=again)
             with self._telling(instance.ref):
-                process = self._snapshots.wake(context, instance, pool, spec)
+                process, fault = self._snapshots.wake(context, instance, pool, spec)
         instance = replace(instance, process=process)
-        if again or stale:
+        if again or stale or fault:
             self._secrets.try_refresh(instance)
-        return instance
+        return instance, fault
 
     def put_back(self, instance: Instance, network: TenantNetwork) -> None:
         """It sleeps on, or now: no process and no TAP, and what it slept in stays."""

@@ -197,7 +197,7 @@ class Reconcile:
                 continue
             if isinstance(action, Request):
                 instance = instances[action.ref]
-                if not _has_failed(action, instance, revisions[action.ref.pool_ref]):
+                if not self._has_failed(action, instance, revisions[action.ref.pool_ref]):
                     continue
             last = self._store.last_job(subject)
             if last is None or last.verb is not verb or last.state is not JobState.FAILED:
@@ -205,6 +205,15 @@ class Reconcile:
             if last.reason is Reason.RECONCILE:
                 failed[verb, subject] = last
         return failed
+
+    def _has_failed(self, action: Request, instance: Instance, revision: Revision | None) -> bool:
+        """Whether the last job of `instance` may have failed at what `action` asks for.
+
+        That a warm guest does not answer when it is to sleep was a check of its health: after some it is replaced.
+        """
+        if (action.verb, action.status) == (Verb.SLEEP, Status.WARM) and self._health.doubts(instance):
+            return False
+        return instance.last_error is not None and not (action.verb is Verb.START and instance.revision != revision)
 
     def _resting(self, failed: Mapping[Errand, Job]) -> dict[Errand, Rest]:
         """What of `failed` is not to be asked for yet."""
@@ -291,13 +300,6 @@ def _is_blocked(remark: Remark, desired: DesiredState) -> bool:
     """Whether it keeps something from being done that the document asks for."""
     listed = {tenant.id for tenant in desired.tenants} | {p.ref for tenant in desired.tenants for p in tenant.pools}
     return remark.cause.blocks and remark.subject in listed
-
-
-def _has_failed(action: Request, instance: Instance, revision: Revision | None) -> bool:
-    """Whether the last job of an instance may have failed at what `action` asks for."""
-    if (action.verb, action.status) == (Verb.SLEEP, Status.WARM):
-        return False  # that it is silent is a check of its health: after some of them it is replaced
-    return instance.last_error is not None and not (action.verb is Verb.START and instance.revision != revision)
 
 
 def job_for(action: Action) -> Asked:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
@@ -47,6 +48,13 @@ log = structlog.get_logger("mvm.snapshots")
 _TEMPLATE_WAIT_S = 300.0
 _GUEST_S = 10.0
 _SAVING = "save memory"
+
+
+class Woken(NamedTuple):
+    """What has become of a sleeping instance: it runs. `fault` says what is not well all the same."""
+
+    process: ProcessIdentity
+    fault: MvmError | None = None
 
 
 class Snapshots:
@@ -236,7 +244,8 @@ class Snapshots:
                 instance.ref, self._storage.directory(instance.ref), deadline_s=self._sleep_deadline_s
             )
         except GuestFault as error:
-            self._met(instance, error.message if isinstance(error, GuestSilent) else None)
+            if instance.status is Status.WARM:
+                self._check(instance, error)
             if isinstance(error, GuestGone) and not force:
                 raise
             if not force:
@@ -246,38 +255,48 @@ class Snapshots:
                 ) from None  # fmt: skip
             log.warning("put to sleep without the guest's consent", why=error.message)
         else:
-            self._met(instance, None)
+            if instance.status is Status.WARM:
+                self._health.seen(instance, None)
 
-    def _met(self, instance: Instance, silent: str | None) -> None:
-        """A warm guest is checked when it is asked to sleep: else it stands still, and no sweep can ask it."""
-        if instance.status is Status.WARM:
-            self._health.seen(instance, silent)
+    def _check(self, instance: Instance, fault: GuestFault) -> None:
+        """A warm guest is checked when it is asked to sleep: else it stands still, and no sweep can ask it.
 
-    def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec) -> ProcessIdentity:
+        One that says no may be at work, and is well. One that says no to everything is not.
+        """
+        if isinstance(fault, GuestSilent):
+            self._health.seen(instance, fault.message)
+        else:
+            self._health.check(instance)
+
+    def wake(self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec) -> Woken:
         """A sleeping instance runs where it was, and knows what time it is; its snapshot stays for the caller.
 
-        One whose guest does not answer has written to its disks meanwhile, which makes what it slept in unfit. So it
-        is put to sleep anew, as it is, and can be woken again. When its VMM ends after it has run, nothing is left to
-        wake it from, and the snapshot goes.
+        Once it has run it has written to its disks, which makes what it slept in unfit: from then on it is not
+        cancelled, and one whose guest does not answer is put to sleep anew, as it is, and can be woken again. Where
+        that fails too, it runs on. When its VMM ends, nothing is left to wake it from, and the snapshot goes.
         """
         driver = self._driver()
         context.step("verify and restore", 1, 3)
         process = driver.restore(
             self._storage.snapshot(instance.ref), self._base(instance, pool), spec, revision=_revision(instance)
         )
-        driver.resume(instance.ref, process)
         context.step("tell the time", 2, 3)
         try:
+            driver.resume(instance.ref, process)
             self._tell_time(replace(instance, process=process), secrets=spec.secrets is not None)
-        except GuestFault:
+        except (GuestFault, TimedOut) as fault:
             if self._vmm.observe(instance.ref, process) is Presence.ABSENT:
                 self.forget(instance.ref)
                 raise
             if spec.secrets is not None:
                 self._take_secrets_back(instance, process)
-            self._save(instance, process, pool, spec)
+            try:
+                self._save(instance, process, pool, spec)
+            except (Failed, NotFound, TimedOut) as error:
+                log.warning("runs on: it cannot sleep anew", instance=str(instance.ref), why=error.message)
+                return Woken(process, fault if isinstance(fault, GuestFault) else _final(fault))
             raise
-        return process
+        return Woken(process)
 
     def _take_secrets_back(self, instance: Instance, process: ProcessIdentity) -> None:
         """What is saved is to be without secrets; of a guest that is silent for good, the disk at least is empty."""
@@ -349,6 +368,11 @@ def unusable(error: MvmError) -> bool:
 def damaged(error: MvmError) -> bool:
     """Whether the template itself is at fault, for any instance."""
     return error.code.startswith("snapshot.")
+
+
+def _final(error: MvmError) -> Failed:
+    """The same, and no use in another try: what was tried is at work."""
+    return Failed(error.code, error.message, hint=error.hint, **error.fields)
 
 
 def _process(instance: Instance) -> ProcessIdentity:

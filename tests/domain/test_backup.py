@@ -35,14 +35,17 @@ RUNS = Instance(
 )
 def test_it_is_what_its_disks_are(status: Status, has_vmm: bool, how: Found, back: Status) -> None:
     instance = replace(RUNS, status=status)
-    assert found(instance, has_vmm=has_vmm) is how
+    assert found(instance, has_vmm=has_vmm, wakes=True) is how
     restored = as_restored(instance, how, make.START)
     assert (restored.status, restored.process, restored.in_flight) == (back, None, None)
     assert (restored.last_error is not None) == (restored.status is not status), "why it is another is told"
 
 
 def test_what_was_lost_is_told() -> None:
-    restored = as_restored(replace(RUNS, status=Status.SLEEPING), Found.LOST, make.START, "memory is missing")
+    """A stop was cut off once it had dropped what the instance slept in."""
+    half_stopped = replace(RUNS, status=Status.SLEEPING)
+    assert found(half_stopped, has_vmm=False, wakes=False) is Found.LOST
+    restored = as_restored(half_stopped, Found.LOST, make.START, "memory is missing")
     assert restored.status is Status.STOPPED
     assert "lost: memory is missing [backup.restored]" in str(restored.last_error)
 

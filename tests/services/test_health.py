@@ -9,6 +9,7 @@ import pytest
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
+from mvm.drivers.fake import Lie
 from mvm.errors import GuestRefused
 from tests.services.conftest import Node
 
@@ -176,6 +177,30 @@ def test_a_warm_guest_that_says_no_is_well(node: Node) -> None:
     node.host.fail("guest.prepare_sleep", GuestRefused("guest.refused", "busy"))
     node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
     assert explain(node, ref)["health"] is None
+
+
+def test_a_warm_guest_that_says_no_to_everything_is_not_well(node: Node) -> None:
+    (ref,) = running(node, 1)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.host.lie(InstanceRef.parse(ref), Lie.REFUSES)
+    for missed in range(1, CHECKS + 1):
+        node.fails("guest.not_ready", V.INSTANCE_SLEEP, ref)
+        assert explain(node, ref)["health"]["failed_checks"] == missed
+    node.ok(V.POOL_SCALE, "acme/web", running=0, warm=0, sleeping=1)
+    node.clock.advance(601)
+    for _ in range(3):
+        node.sweep(V.SWEEP_RECONCILE)
+    assert node.instance(ref).status is Status.SLEEPING
+
+
+def test_a_warm_guest_that_is_at_work_is_not_asked_to_sleep_in_every_pass(node: Node) -> None:
+    (ref,) = running(node, 1)
+    node.ok(V.INSTANCE_WARM, ref)
+    node.host.fail("guest.prepare_sleep", GuestRefused("guest.refused", "busy"), times=3)
+    node.ok(V.POOL_SCALE, "acme/web", running=0, warm=0, sleeping=1)
+    told = node.sweep(V.SWEEP_RECONCILE)
+    assert (told["jobs"], [each["cause"] for each in told["obstacles"]]) == (0, ["failed"])
+    assert node.instance(ref).status is Status.WARM
 
 
 def test_a_warm_guest_without_its_interface_is_not_well(node: Node) -> None:

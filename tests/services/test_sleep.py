@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from mvm.domain.ids import InstanceRef, PoolRef
+from mvm.domain.ids import InstanceRef, NodeId, PoolRef
+from mvm.domain.instance import ProcessIdentity
 from mvm.domain.job import JobState, JobVerb
 from mvm.domain.lifecycle import Status
-from mvm.errors import Failed, GuestRefused, GuestSilent, NotFound
+from mvm.errors import Failed, GuestRefused, GuestSilent, MvmError, NotFound, TimedOut
 from mvm.ports.store import Note
 from tests.services.conftest import Node
 
@@ -345,6 +346,41 @@ def test_a_wake_whose_guest_does_not_answer_sleeps_anew_and_can_be_woken(node: N
     assert not node.host.vmm.processes()
     node.ok(V.INSTANCE_WAKE, ref)
     assert not node.host.leaks()
+
+
+@pytest.mark.parametrize("fault", [GuestSilent("guest.silent", "no answer"), TimedOut("vmm.silent", "no answer")])
+def test_a_woken_one_that_is_not_well_and_cannot_sleep_anew_runs_on(node: Node, fault: MvmError) -> None:
+    """Its memory is nowhere else."""
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    node.host.fail("guest.wake", fault)
+    node.host.fail("vmm.save", Failed("disk.full", "no space left on device"))
+    node.fails(fault.code, V.INSTANCE_WAKE, ref)
+    assert node.instance(ref).status is Status.RUNNING
+    assert fault.code in str(node.instance(ref).last_error)
+    assert not node.host.machines[InstanceRef.parse(ref)].paused
+    assert node.host.layout.snapshot(InstanceRef.parse(ref)) not in node.host.saved, "it is of the past"
+    node.ok(V.INSTANCE_SLEEP, ref)
+    node.ok(V.INSTANCE_WAKE, ref)
+    assert not node.host.leaks()
+
+
+def test_a_wake_is_not_cancelled_once_its_guest_has_run(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would sleep on in a memory that its disks have outrun, and never wake."""
+    (ref,) = running(node)
+    node.ok(V.INSTANCE_SLEEP, ref)
+    resume, asked = node.host.vmm.resume, []
+
+    def and_somebody_cancels(instance: InstanceRef, process: ProcessIdentity) -> None:
+        resume(instance, process)
+        node.host.files[instance].writes += 1
+        asked.extend(node.registry.open_jobs(NodeId("n1")))
+        for job in asked:
+            node.services.jobs.cancel(job.job_id)
+
+    monkeypatch.setattr(node.host.vmm, "resume", and_somebody_cancels)
+    assert node.ok(V.INSTANCE_WAKE, ref)["status"] == "running"
+    assert [job.verb for job in asked] == [V.INSTANCE_WAKE]
 
 
 def test_a_warm_one_whose_guest_does_not_answer_runs_all_the_same(node: Node) -> None:

@@ -31,7 +31,10 @@ def take(world: World) -> Backup | None:
     if any(name.startswith("instance ") for name in world.locks.held):
         return None
     store = world.store.copy(lambda _: None)
-    how = {ref: found(row, has_vmm=ref in world.host.machines) for ref, row in world.rows().items()}
+    how = {
+        ref: found(row, has_vmm=ref in world.host.machines, wakes=world.host.layout.snapshot(ref) in world.host.saved)
+        for ref, row in world.rows().items()
+    }
     now = world.clock.now()
     store._instances = {ref: as_restored(row, how[ref], now) for ref, row in world.rows().items()}
     store._jobs = {key: job if job.state.final else job_as_restored(job, now) for key, job in store._jobs.items()}
@@ -58,6 +61,7 @@ def put_back(world: World, backup: Backup) -> None:
     world.registry.set_state(SimRegistry(TrueTime(world.clock), lambda _: None).state())
     world.queue.set_state(SimQueue(lambda: 0.0, world.clock.now, lambda _: None).state())
     world.redis_down, world.forgot = False, True
+    world.past.clear()  # of another Redis
     world.excused.update(world.accepted)
     world.harmed.update(world.rows())
 

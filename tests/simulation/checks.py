@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Iterator, Mapping
 
 from mvm.domain.desired import DesiredState
-from mvm.domain.ids import InstanceRef
+from mvm.domain.ids import InstanceRef, JobId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
@@ -34,13 +33,15 @@ _FORESEEN = (
 """How a job ends that should not have been asked for: what it needed was known not to be there."""
 
 
-def had_to_fail(world: World, since: datetime) -> list[str]:
-    """Jobs that sweeps have asked for since then, when nobody else did anything, and that could not succeed."""
+def had_to_fail(world: World, before: Mapping[JobId, Job]) -> list[str]:
+    """Jobs that sweeps have asked for and that could not succeed, though nobody else did anything since `before`."""
+    if any(not job.state.final and job.reason is Reason.MANUAL for job in before.values()):
+        return []
     return [
         f"asked in vain: {job.verb} {job.subject}: {job.error['message']}"
-        for job in world.registry.all_jobs().values()
-        if job.reason in (Reason.RECONCILE, Reason.SLEEP_POLICY)
-        and job.submitted_at > since
+        for job_id, job in world.registry.all_jobs().items()
+        if job_id not in before
+        and job.reason in (Reason.RECONCILE, Reason.SLEEP_POLICY)
         and job.error is not None
         and job.error["code"] in _FORESEEN
     ]

@@ -66,9 +66,9 @@ def settle(world: World) -> tuple[int, list[str]]:
     if until:
         world.pass_time(max(wait, HOLD_S) + 1)
     breaches: list[str] = []
-    quiet = world.clock.now()
     for number in range(1, ROUNDS + 1):
         world.pass_time(35.0)
+        before = world.registry.all_jobs()
         sweeps = [JobVerb.SWEEP_STALE_PIDS, JobVerb.SWEEP_ORPHANS, JobVerb.SWEEP_RECONCILE]
         if world.has_ill or world.rolls():
             sweeps.insert(0, JobVerb.SWEEP_HEALTH)
@@ -80,7 +80,7 @@ def settle(world: World) -> tuple[int, list[str]]:
             world.heartbeat()  # a sweep may have waited for silent guests
             world.jobs().sweep(verb, every_s=15.0)
             _drain(world)
-        if world.breaches or (vain := had_to_fail(world, quiet)):
+        if world.breaches or (vain := had_to_fail(world, before)):
             return number, list(world.breaches) or vain
         breaches = at_the_end(world)
         world.tell(f"--- round {number}: {breaches or 'all is well'}")

@@ -106,7 +106,7 @@ class World:
         self.forgot = self.was_full = False
         """Redis was away or lost something: it may cancel what it does not know to have begun."""
         self._acted: dict[str, list[Actor]] = {}
-        self._past: list[tuple[float, Any, Any, int]] = []
+        self.past: list[tuple[float, Any, Any, int]] = []
         self._services: dict[str, NodeServices] = {}
 
     # --- what is asked of it on the way
@@ -336,14 +336,14 @@ class World:
         """What Redis has on its disk by now."""
         if self.remembers and not self.redis_down:
             now = self.clock.elapsed
-            self._past = [each for each in self._past if each[0] >= now - 1.0]
-            self._past.append((now, self.registry.state(), self.queue.state(), len(self.accepted)))
+            self.past = [each for each in self.past if each[0] >= now - 1.0]
+            self.past.append((now, self.registry.state(), self.queue.state(), len(self.accepted)))
 
     def forget(self, pick: int) -> str:
         """Redis has lost what it did within the last second, or a part of it."""
-        if not self._past:
+        if not self.past:
             return "nothing lost"
-        _, registry, queue, count = self._past[pick % len(self._past)]
+        _, registry, queue, count = self.past[pick % len(self.past)]
         self.forgot = True
         self.registry.set_state(registry)
         self.queue.set_state(queue)

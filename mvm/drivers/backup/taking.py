@@ -19,6 +19,7 @@ from mvm.domain.ids import InstanceRef, NodeId, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job
 from mvm.domain.layout import STATE_VERSION, StateLayout
+from mvm.domain.lifecycle import Status
 from mvm.drivers.backup.archive import Writer
 from mvm.drivers.backup.restoring import failed
 from mvm.drivers.files import sync
@@ -122,10 +123,10 @@ class Taking:
                 db.execute("DELETE FROM instances WHERE ref = ?", (str(ref),))
                 db.execute("DELETE FROM notes WHERE ref = ?", (str(ref),))
                 return
-            how = self._found(instance)
-            lost = self._lost(instance) if how is Found.ASLEEP else None
-            if lost:
-                how = Found.LOST
+            has_vmm = self.vmm.observe(instance.ref, instance.process) is not Presence.ABSENT
+            lost = self._lost(instance) if instance.status is Status.SLEEPING else None
+            how = found(instance, has_vmm=has_vmm, wakes=lost is None)
+            if how is Found.LOST:
                 report(f"WARNING: {ref} sleeps and cannot be woken; it is stopped in the backup: {lost}")
             directory = self.layout.instance(ref)
             for name in _OWN:
@@ -139,10 +140,6 @@ class Taking:
                 self._add_all(writer, directory / _SNAPSHOT)
         kept = as_restored(instance, how, taken_at, lost or "")
         db.execute("UPDATE instances SET doc = ? WHERE ref = ?", (json.dumps(kept.to_dict()), str(ref)))
-
-    def _found(self, instance: Instance) -> Found:
-        presence = self.vmm.observe(instance.ref, instance.process)
-        return found(instance, has_vmm=presence is not Presence.ABSENT)
 
     def _lost(self, instance: Instance) -> str | None:
         """Why one that sleeps cannot be woken, as far as sizes tell; None when nothing is amiss."""
