@@ -59,5 +59,5 @@ def own_name(credentials: Credentials) -> str:
         raise Failed(
             "agent.bad_certificate",
             f"this node's certificate cannot be used: {refused}",
-            hint="mvm agent certs status shows it; mvm agent certs init replaces it",
+            hint="see: mvm agent certs status; make another one: mvm agent certs init",
         ) from None

@@ -24,7 +24,7 @@ _CHECKS = {name: name for name in ("name", "result", "detail", "hint")}
 
 
 @click.command(cls=Command)
-@click.option("--detach", is_flag=True, help="Return once every part answers; mvm down ends it.")
+@click.option("--detach", is_flag=True, help="Return once every part answers; to end it: mvm down.")
 @click.option("--netns", metavar="NAME", help="Network namespace; 'host' uses the caller's own.")
 @click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances.")
 @click.option("--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback.")

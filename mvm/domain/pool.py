@@ -120,9 +120,18 @@ class DesiredCounts:
         """Whether it says where each instance is."""
         return self.warm is not None or self.sleeping is not None
 
+    @property
+    def flags(self) -> str:
+        """As they are given to ``mvm pool scale``."""
+        return " ".join(f"--{name} {count}" for name, count in self._given.items())
+
+    @property
+    def _given(self) -> dict[str, int]:
+        counts = {"running": self.running, "warm": self.warm, "sleeping": self.sleeping}
+        return {name: count for name, count in counts.items() if count is not None}
+
     def __str__(self) -> str:
-        given = {"running": self.running, "warm": self.warm, "sleeping": self.sleeping}
-        return " ".join(f"{name}={count}" for name, count in given.items() if count is not None)
+        return " ".join(f"{name}={count}" for name, count in self._given.items())
 
     def __post_init__(self) -> None:
         for name in ("running", "warm", "sleeping"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mvm.domain.ids import InstanceRef, JobId, TenantId
+from mvm.domain.ids import InstanceRef, TenantId
 from mvm.errors import Failed, GuestGone, GuestRefused, GuestSilent, NotAllowed, NotFound, Unreachable
 
 _LISTS = {"tenant": "mvm tenant list", "pool": "mvm pool list", "instance": "mvm instance list"}
@@ -17,7 +17,7 @@ def not_found(what: str, name: object) -> NotFound:
     )
 
 
-def job_not_found(job_id: JobId) -> NotFound:
+def job_not_found(job_id: str) -> NotFound:
     """A job nobody knows."""
     return NotFound("job.not_found", f"there is no job {job_id}", hint="see: mvm job list", field="job", value=job_id)
 
@@ -49,7 +49,7 @@ def tenant_exists(tenant: TenantId) -> NotAllowed:
 def guest_gone(ref: InstanceRef) -> GuestGone:
     """Nobody can answer."""
     return GuestGone(
-        "guest.gone", f"the VMM of {ref} does not run", hint="mvm instance info tells its status", subject=str(ref)
+        "guest.gone", f"the VMM of {ref} does not run", hint=f"see: mvm instance info {ref}", subject=str(ref)
     )
 
 
@@ -57,7 +57,7 @@ def guest_silent(ref: InstanceRef) -> GuestSilent:
     """It has not answered by the deadline."""
     return GuestSilent(
         "guest.silent", f"the guest of {ref} did not answer in time",
-        hint="its console may tell why: mvm instance logs", subject=str(ref),
+        hint=f"its console may tell why: mvm instance logs {ref}", subject=str(ref),
     )  # fmt: skip
 
 
@@ -65,5 +65,5 @@ def guest_refused(ref: InstanceRef, words: str, missing: Sequence[str] = ()) -> 
     """It answered, but not as it should; `missing` are the parts of a request that it has not acknowledged."""
     return GuestRefused(
         "guest.refused", f"the guest of {ref} refused: {words[:500]}",
-        hint="its console may tell more: mvm instance logs", subject=str(ref), missing=list(missing),
+        hint=f"its console may tell more: mvm instance logs {ref}", subject=str(ref), missing=list(missing),
     )  # fmt: skip

@@ -182,7 +182,9 @@ class Remark:
 _TEXTS = {
     Cause.UNDER_WAY: "{count} have a job under way",
     Cause.NEXT_PASS: "{count} are asked for by the next pass",
-    Cause.HELD: "{count} stay as a person left them until {until} ({first} first); to end that: mvm pool scale {pool}",
+    Cause.HELD: (
+        "{count} stay as a person left them until {until} ({first} first); to end that: mvm pool scale {pool} {detail}"
+    ),
     Cause.QUOTA: "{count} more cannot be had: no room in the tenant's quota ({limit})",
     Cause.POOL_QUOTA: "not created: no room in the tenant's quota ({limit})",
     Cause.SUBNET: "{count} more cannot be created: the tenant's subnet has no free address",

@@ -219,13 +219,13 @@ def _under_way(need: PoolNeed, alive: Sequence[Instance]) -> list[Remark]:
 
 
 def _held(need: PoolNeed, held: Sequence[Instance], now: datetime) -> list[Remark]:
-    """`until` is when the first of them is free again."""
+    """`until` is when the first of them is free again. Scaling to the counts there are frees all of them at once."""
     ends = {until: each.ref for each in held if (until := each.held_until(now, need.scaled_at))}
     if not ends:
         return []
     first = min(ends)
     others = tuple(each.ref for each in held if each.ref != ends[first])
-    return [Remark(need.ref, Cause.HELD, len(held), (ends[first], *others), first)]
+    return [Remark(need.ref, Cause.HELD, len(held), (ends[first], *others), first, detail=need.counts.flags)]
 
 
 @dataclass(slots=True)

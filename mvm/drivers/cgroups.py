@@ -255,5 +255,5 @@ def _translated(subject: InstanceRef | Path) -> Iterator[None]:
     except OSError as error:
         raise Failed(
             "cgroup.failed", f"the control group of {subject}: {error.filename or ''}: {error.strerror}",
-            hint="mvm doctor tells which limits this host can set",
+            hint="which limits this host can set: mvm doctor",
         ) from None  # fmt: skip

@@ -63,7 +63,7 @@ def examine(settings: Settings, shell: Shell | None = None) -> list[Check]:
 def _root() -> Check:
     if os.geteuid() == 0:
         return Check("root", "ok", "running as root")
-    return Check("root", "fail", f"running as uid {os.geteuid()}", "run mvm up as root")
+    return Check("root", "fail", f"running as uid {os.geteuid()}", "as root: mvm up")
 
 
 def _tun(path: Path = Path("/dev/net/tun")) -> Check:
@@ -127,7 +127,7 @@ def _isolation(settings: Settings, shell: Shell) -> list[Check]:
     from mvm.drivers.isolation import trial
 
     if os.geteuid() != 0:
-        return [Check("cage", "warn", "not tried: that needs root", "run mvm doctor as root")]
+        return [Check("cage", "warn", "not tried: that needs root", "as root: mvm doctor")]
     why = trial(shell)
     hint = "guests cannot be started without it; is this a container?"
     found = [

@@ -48,6 +48,6 @@ def check(missing: Mapping[str, str]) -> None:
         told = "; ".join(f"{name} ({why})" for name, why in missing.items())
         raise Failed(
             "cage.incomplete", f"this host cannot isolate guests as required, it lacks: {told}",
-            hint="mvm doctor tells more; without MVM_REQUIRE_ISOLATION guests are started nevertheless",
+            hint="see: mvm doctor; without MVM_REQUIRE_ISOLATION guests are started nevertheless",
             missing=sorted(missing),
         )  # fmt: skip

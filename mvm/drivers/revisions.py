@@ -92,7 +92,7 @@ def _signature(revision: Revision, directory: Path) -> Signature:
     if not directory.is_dir():
         raise NotFound(
             "revision.not_found", f"revision {revision.short} is not on this node",
-            hint="build it with: mvm pool build", revision=revision,
+            hint="build it with: mvm pool build T/P", revision=revision,
         )  # fmt: skip
     return tuple(_stat(revision, directory / name) for name in (MANIFEST, *FILES))
 
@@ -125,5 +125,5 @@ def _verify(revision: Revision, directory: Path) -> None:
 def _damaged(revision: Revision, name: str, how: str) -> NoReturn:
     raise Failed(
         "revision.damaged", f"revision {revision.short}: {name} {how}",
-        hint="remove its directory and build it again with: mvm pool build", revision=revision, file=name,
+        hint="remove its directory and build it again with: mvm pool build T/P", revision=revision, file=name,
     )  # fmt: skip

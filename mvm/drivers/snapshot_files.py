@@ -117,7 +117,7 @@ def manifest(directory: Path) -> SnapshotManifest:
         raise NotFound(
             "snapshot.not_found",
             f"there is no snapshot {directory}",
-            hint="to start the instance anew without what it held in memory: mvm instance start --force",
+            hint="to start the instance anew without what it held in memory: mvm instance start --force REF",
         ) from None
     except (ValueError, OSError) as error:
         damaged(directory, MANIFEST, f"cannot be read: {error}")

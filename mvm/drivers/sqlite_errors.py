@@ -27,7 +27,8 @@ def translated(path: Path, error: sqlite3.Error) -> MvmError:
     if kind == sqlite3.SQLITE_FULL:
         return full(path, str(error))
     if kind in _DAMAGED:
-        return Failed("store.damaged", message, hint="restore the last backup: mvm backup restore")
+        hint = "mvm down, move the state directory away, and restore the last backup: mvm backup restore FILE"
+        return Failed("store.damaged", message, hint=hint)
     if kind in _UNWRITABLE:
         return Failed("store.failed", message, hint="look at the file's permissions and at how its disk is mounted")
     if kind == sqlite3.SQLITE_IOERR:

@@ -86,7 +86,9 @@ def held(layout: StateLayout) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise NotAllowed(
-                "stack.busy", f"another mvm up or mvm down of {layout.root} is at work", hint="see: mvm status"
+                "stack.busy",
+                f"the stack of {layout.root} is being started or stopped by another command",
+                hint="see: mvm status",
             ) from None
         yield
     finally:

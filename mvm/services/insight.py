@@ -166,7 +166,8 @@ class Insight:
         held = instance.held_until(self._clock.now(), pool.scaled_at)
         if held is None or pool.desired is None:
             return None
-        return f"until {held:%Y-%m-%d %H:%M:%S} UTC, as a person left it; mvm pool scale ends that"
+        end = f"mvm pool scale {pool.ref} {pool.desired.flags}"
+        return f"until {held:%Y-%m-%d %H:%M:%S} UTC, as a person left it; to end that: {end}"
 
     def _replacing(self, instance: Instance, pool: WorkerPool, outlook: Outcome, reason: str) -> dict[str, Any]:
         if pool.critical or pool.pinned:

@@ -274,7 +274,8 @@ def test_whoever_scales_a_pool_ends_what_others_have_said_before() -> None:
     room = Room.of(Quota(), NETWORK, {WEB: SHAPE}, [held])
     scaled = scale(need(1), [held], room, now=START)
     assert scaled.actions == ()
-    assert scaled.remarks == (Remark(WEB, Cause.HELD, 1, (held.ref,), held.manual_override_until),)
+    until = held.manual_override_until
+    assert scaled.remarks == (Remark(WEB, Cause.HELD, 1, (held.ref,), until, detail="--running 1"),)
     assert decide(need(1, scaled_at=spoke), [held]) == (start(held),)
     assert decide(need(1, scaled_at=spoke - timedelta(seconds=1)), [held]) == ()
     older = replace(held, manual_override_at=None)  # written before that was written down

@@ -93,6 +93,34 @@ def test_whoever_is_held_is_named_with_the_time_when_that_ends(mvm: CommandLine,
     assert (statuses(node), causes(node)) == (["running", "running"], {})
 
 
+@pytest.mark.parametrize("by", ["hand", "document"])
+@pytest.mark.parametrize("counts", [{"running": 2}, {"running": 1, "warm": 1}, {"running": 0, "sleeping": 2}])
+def test_the_command_that_a_remark_names_ends_what_holds(
+    mvm: CommandLine, node: Node, tmp_path: Path, by: str, counts: dict[str, int]
+) -> None:
+    if by == "hand":
+        node.pool()
+        node.ok(V.POOL_SCALE, "acme/web", **counts)
+    else:
+        mvm.ok("agent", "reconcile", "--desired", document(tmp_path, {"desired_counts": counts}))
+    passes(node, 4)
+    wanted = statuses(node)
+    assert len(wanted) == 2
+    node.clock.advance(1)
+    ref = str(node.services.store.instances()[0].ref)
+    mvm.ok("instance", "stop", ref)
+    passes(node)
+    assert statuses(node) != wanted
+    node.clock.advance(1)
+    remark = causes(node)["held"]["text"]
+    command = remark.rpartition("to end that: ")[2]
+    explained = mvm.json("instance", "explain", ref)["next"]["reason"]
+    assert explained.endswith(f"to end that: {command}")
+    mvm.ok(*command.split()[1:])
+    passes(node, 4)
+    assert (statuses(node), causes(node)) == (wanted, {})
+
+
 def test_a_stop_by_reconcile_makes_no_hold(node: Node) -> None:
     node.pool()
     refs = node.create(2)

@@ -325,7 +325,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         file = path.open("rb")
     except FileNotFoundError:
         raise NotFound(
-            "backup.not_found", f"there is no backup {path}", hint="mvm backup create makes one", path=str(path)
+            "backup.not_found", f"there is no backup {path}", hint="to make one: mvm backup create FILE", path=str(path)
         ) from None
     except OSError as error:
         raise Failed(

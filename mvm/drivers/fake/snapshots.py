@@ -155,12 +155,12 @@ class FakeSnapshots(Part):
         for machine in self._host.machines.values():
             if machine.process == process:
                 return MemoryUse(rss=64 << 20, pss=32 << 20, private=16 << 20)
-        raise Unreachable("vmm.gone", f"process {process.pid} has ended", hint="mvm instance info")
+        raise Unreachable("vmm.gone", f"process {process.pid} has ended", hint="see: mvm instance list")
 
     def _running(self, ref: InstanceRef, process: ProcessIdentity) -> Machine:
         machine = self._host.machines.get(ref)
         if machine is None or machine.process != process:
-            raise Unreachable("vmm.gone", f"the VMM of {ref} does not run", hint="mvm instance info tells its status")
+            raise Unreachable("vmm.gone", f"the VMM of {ref} does not run", hint=f"see: mvm instance info {ref}")
         return machine
 
     def _restored(self, snapshot: Path, template: Path | None, spec: BootSpec, revision: Revision) -> ProcessIdentity:

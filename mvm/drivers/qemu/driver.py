@@ -272,7 +272,10 @@ class QemuDriver(QemuVmms):
                 yield qmp
         except CommandFailed as error:
             raise Failed(
-                "vmm.failed", f"the VMM of {ref} refused: {error}", hint="mvm instance info", subject=str(ref)
+                "vmm.failed",
+                f"the VMM of {ref} refused: {error}",
+                hint=f"see: mvm instance info {ref}",
+                subject=str(ref),
             ) from None
 
     def _has_begun(self, spec: BootSpec, process: ProcessIdentity) -> bool:
@@ -326,7 +329,9 @@ def _devices(qmp: Qmp) -> bytes:
         with os.fdopen(os.dup(fd), "rb") as file:
             data = file.read(_DEVICES_BYTES + 1)
     if len(data) > _DEVICES_BYTES:  # a VMM that has been taken over would have us read until there is no memory
-        raise Failed("vmm.failed", "the devices' state has no end", hint="mvm instance stop --force ends the VMM")
+        raise Failed(
+            "vmm.failed", "the devices' state has no end", hint="to end the VMM: mvm instance stop --force REF"
+        )
     return data
 
 
@@ -352,12 +357,12 @@ def _refuse(snapshot: Path, why: Refusal | None) -> None:
     if why:
         raise Failed(
             why.code, f"{snapshot} cannot be restored: {why.reason}",
-            hint="to start the instance anew without what it held in memory: mvm instance start --force",
+            hint="to start the instance anew without what it held in memory: mvm instance start --force REF",
         )  # fmt: skip
 
 
 def _ended(process: ProcessIdentity) -> Unreachable:
-    return Unreachable("vmm.gone", f"process {process.pid} has ended", hint="mvm instance info tells its status")
+    return Unreachable("vmm.gone", f"process {process.pid} has ended", hint="see: mvm instance list")
 
 
 def _memory_name(template: SnapshotId) -> str:

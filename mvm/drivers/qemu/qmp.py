@@ -149,18 +149,18 @@ class Qmp:
     def _babbles(self) -> Failed:
         return Failed(
             "vmm.failed", f"the VMM of {self._ref} does not speak QMP",
-            hint="mvm instance stop --force ends it", subject=str(self._ref),
+            hint=f"to end it: mvm instance stop --force {self._ref}", subject=str(self._ref),
         )  # fmt: skip
 
     def _gone(self) -> Unreachable:
         return Unreachable(
-            "vmm.gone", f"the VMM of {self._ref} does not run", hint="mvm instance info tells its status",
+            "vmm.gone", f"the VMM of {self._ref} does not run", hint=f"see: mvm instance info {self._ref}",
             subject=str(self._ref),
         )  # fmt: skip
 
     def _silent(self) -> TimedOut:
         return TimedOut(
             "vmm.silent", f"the VMM of {self._ref} does not answer",
-            hint="is the host overloaded? try again; if it hangs: mvm instance stop --force",
+            hint=f"is the host overloaded? try again; if it hangs: mvm instance stop --force {self._ref}",
             subject=str(self._ref),
         )  # fmt: skip

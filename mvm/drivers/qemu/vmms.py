@@ -225,7 +225,7 @@ class QemuVmms:
             with suppress(FileNotFoundError):
                 secrets_disk.replace(process, secrets)
                 return
-        raise Unreachable("vmm.gone", f"the VMM of {ref} does not run", hint="mvm instance info tells its status")
+        raise Unreachable("vmm.gone", f"the VMM of {ref} does not run", hint=f"see: mvm instance info {ref}")
 
     def processes(self) -> Mapping[InstanceRef, tuple[ProcessIdentity, ...]]:
         """See the port."""

@@ -376,6 +376,6 @@ def _other_node(address: str, found: str, meant: NodeId | None) -> Forbidden:
 
 def _unreachable(address: str, why: str) -> Unreachable:
     return Unreachable(
-        "agent.unreachable", f"no agent answers at {address}: {why}", hint="mvm status shows what runs",
+        "agent.unreachable", f"no agent answers at {address}: {why}", hint="see: mvm status",
         address=address,
     )  # fmt: skip

@@ -205,9 +205,7 @@ def _unreadable(path: Path, error: OSError) -> NotFound | Forbidden:
 
 def damaged(path: Path, why: str) -> InvalidInput:
     """The error for a file that is not what it should be."""
-    return InvalidInput(
-        "certs.damaged", f"{path} {why}", hint="mvm agent certs status shows all of them", path=str(path)
-    )
+    return InvalidInput("certs.damaged", f"{path} {why}", hint="see: mvm agent certs status", path=str(path))
 
 
 def _peer(leaf: x509.Certificate, usage: ObjectIdentifier) -> Peer:
