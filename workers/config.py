@@ -7,7 +7,7 @@ from typing import Any
 from kombu import Queue
 
 from mvm.domain.job import JobVerb, Lane, lane_of
-from mvm.drivers.celery_queue import PRIORITY_SEPARATOR, PRIORITY_STEPS
+from mvm.drivers.celery_queue import PRIORITY_SEPARATOR, PRIORITY_STEPS, unacked_key
 from mvm.ports.queue import node_queue
 from mvm.settings import Settings
 
@@ -50,8 +50,7 @@ def celery_settings(settings: Settings, role: str) -> dict[str, Any]:
             "priority_steps": list(PRIORITY_STEPS),
             "sep": PRIORITY_SEPARATOR,
             "queue_order_strategy": "priority",
-            # Of this worker alone, so that its successor can take over at once what it left.
-            "unacked_key": f"mvm:unacked:{settings.node}:{role}",
+            "unacked_key": unacked_key(settings.node, role),
             "unacked_index_key": f"mvm:unacked_index:{settings.node}:{role}",
             "unacked_mutex_key": f"mvm:unacked_mutex:{settings.node}:{role}",
         },

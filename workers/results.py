@@ -16,6 +16,7 @@ from celery.backends.base import BaseBackend
 
 from mvm.domain.ids import JobId
 from mvm.domain.job import Job, JobState
+from mvm.domain.refusals import job_not_found
 from mvm.errors import Cancelled, Failed, InvalidInput, MvmError, NotAllowed, NotFound, TimedOut, error_from_dict
 from mvm.services.jobs import Jobs
 
@@ -25,6 +26,8 @@ _STATES = {
     JobState.FAILED: states.FAILURE,
     JobState.CANCELLED: states.REVOKED,
 }
+
+_LOOK_S = 0.2
 
 
 class JobRevoked(Cancelled, exceptions.TaskRevokedError):  # type: ignore[misc]
@@ -52,6 +55,8 @@ class JobResults(BaseBackend):  # type: ignore[misc]
     """What Celery asks of a result backend. Nothing is stored by it, so nothing expires but jobs themselves."""
 
     supports_autoexpire = True
+    unheard_of_s = 5.0
+    """How long a task may be one of which nobody has heard: between a link's end and the message of the next, it is."""
 
     @property
     def _jobs(self) -> Jobs:
@@ -102,12 +107,20 @@ class JobResults(BaseBackend):  # type: ignore[misc]
         no_ack: bool = True,
         on_interval: Callable[[], Any] | None = None,
     ) -> dict[str, Any]:
-        """The job's end, told at once; `on_interval` is called every `interval` seconds at least."""
+        """The job's end, told at once; `on_interval` is called every `interval` seconds at least.
+
+        Raises `NotFound` (``job.not_found``) when there is no such job, and nothing from which it could come.
+        """
         end = None if timeout is None else time.monotonic() + timeout
+        heard_of = time.monotonic()
         while True:
             meta: dict[str, Any] = self.get_task_meta(task_id)
             if meta["status"] in states.READY_STATES:
                 return meta
+            if "name" in meta or self._jobs.is_expected(task_id):
+                heard_of = time.monotonic()
+            elif time.monotonic() - heard_of > self.unheard_of_s:
+                raise job_not_found(task_id)
             if on_interval:
                 on_interval()
             left = interval if end is None else min(interval, end - time.monotonic())
@@ -120,7 +133,7 @@ class JobResults(BaseBackend):  # type: ignore[misc]
             for _ in self._jobs.follow([JobId(task_id)], deadline_s=seconds):
                 continue
         except (NotFound, InvalidInput):  # not a job yet: nothing tells when it becomes one
-            threading.Event().wait(min(seconds, 0.1))
+            threading.Event().wait(min(seconds, _LOOK_S))
         except TimedOut:
             return
 

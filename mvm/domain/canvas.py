@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from mvm.domain.job import Job
+
 FOLLOWING = ("callbacks", "chain", "chord", "group", "group_index")
+
+
+def names(job: Job, task_id: str) -> bool:
+    """Whether the task is the job, or one that is to follow it."""
+    return task_id == job.job_id or task_id in json.dumps(job.canvas)
 
 
 def canvas_of(request: Mapping[str, Any], job_id: str, parent: str | None) -> Mapping[str, Any] | None:

@@ -27,6 +27,15 @@ PRIORITY_STEPS = (0, 3, 6, 9)
 PRIORITY_SEPARATOR = "\x06\x16"
 _PRIORITY = {Lane.URGENT: 0, Lane.NORMAL: 3, Lane.BULK: 9}
 _BATCH = 500
+ROLES = ("main", "urgent")
+"""A node's workers."""
+
+
+def unacked_key(node: NodeId, role: str) -> str:
+    """Where kombu keeps what a worker has taken and not done. Of that worker alone, so that its successor can take over
+    at once what it left.
+    """
+    return f"mvm:unacked:{node}:{role}"
 
 
 def priority_of(lane: Lane) -> int:
@@ -145,6 +154,12 @@ class CeleryQueue:
         """See ports/queue.py."""
         return frozenset(job_id for _, _, job_id in self._waiting(node))
 
+    def speaks_of(self, node: NodeId, task_id: str) -> bool:
+        """See ports/queue.py."""
+        waiting, taken = _queue_keys(node), [unacked_key(node, role) for role in ROLES]
+        asked = [("LRANGE", key, 0, -1) for key in waiting] + [("HVALS", key) for key in taken]
+        return any(_names(raw, task_id) for raws in self._link.pipeline(asked) for raw in raws)
+
     def discard(self, node: NodeId, jobs: frozenset[JobId]) -> None:
         """See ports/queue.py."""
         drops = [("LREM", key, 0, raw) for key, raw, job_id in self._waiting(node) if job_id in jobs]
@@ -153,14 +168,31 @@ class CeleryQueue:
 
     def _waiting(self, node: NodeId) -> Iterator[tuple[str, bytes, JobId]]:
         """Each message in the node's queues: the list's key, the message, its job."""
-        names = {node_queue(node, lane) for lane in Lane}
-        keys = [f"{name}{PRIORITY_SEPARATOR}{p}" if p else name for name in names for p in PRIORITY_STEPS]
+        keys = _queue_keys(node)
         lists = self._link.pipeline([("LRANGE", key, 0, -1) for key in keys])
         for key, raws in zip(keys, lists, strict=True):
             for raw in raws:
                 job_id = _job_of(raw)
                 if job_id is not None:
                     yield key, raw, job_id
+
+
+def _queue_keys(node: NodeId) -> Sequence[str]:
+    names = {node_queue(node, lane) for lane in Lane}
+    return [f"{name}{PRIORITY_SEPARATOR}{p}" if p else name for name in names for p in PRIORITY_STEPS]
+
+
+def _names(raw: bytes, task_id: str) -> bool:
+    """Whether a message, or what kombu keeps of one that was taken, has the id anywhere in it."""
+    sought = task_id.encode()
+    if sought in raw:
+        return True
+    try:
+        told = json.loads(raw)
+        message = told[0] if isinstance(told, list) else told
+        return sought in base64.b64decode(message["body"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False  # a foreign one, which its worker will set aside
 
 
 def _job_of(raw: bytes) -> JobId | None:

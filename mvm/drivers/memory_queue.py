@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from threading import Lock
 
+from mvm.domain.canvas import names
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, Lane
 from mvm.errors import Unreachable
@@ -42,6 +43,12 @@ class MemoryQueue:
         """See ports/queue.py."""
         with self._lock:
             return frozenset(job.job_id for key in self._keys() if key[0] == node for job in self._sent[key])
+
+    def speaks_of(self, node: NodeId, task_id: str) -> bool:
+        """See ports/queue.py; what was taken is done."""
+        with self._lock:
+            jobs = [job for key in self._keys() if key[0] == node for job in self._sent[key]]
+        return any(names(job, task_id) for job in jobs)
 
     def discard(self, node: NodeId, jobs: frozenset[JobId]) -> None:
         """See ports/queue.py."""

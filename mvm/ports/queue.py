@@ -38,6 +38,13 @@ class JobQueue(Protocol):
         """The jobs whose messages wait in the node's queues; not those that a worker has taken."""
         ...
 
+    def speaks_of(self, node: NodeId, task_id: str) -> bool:
+        """Whether a message has this task's id, as its own or as that of one that follows.
+
+        Of those that wait in the node's queues, and those that its workers have taken and not done.
+        """
+        ...
+
     def discard(self, node: NodeId, jobs: frozenset[JobId]) -> None:
         """Take these jobs' messages out of the node's queues."""
         ...

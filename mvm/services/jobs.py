@@ -7,6 +7,7 @@ from datetime import timedelta
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from mvm.domain.canvas import names
 from mvm.domain.ids import JobId, NodeId, PoolRef
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason, lane_of
 from mvm.domain.refusals import job_not_found
@@ -90,6 +91,13 @@ class Jobs:
     def refusal(self, task_id: str) -> MvmError | None:
         """See `Registry.refusal`."""
         return self._registry.refusal(task_id)
+
+    def is_expected(self, task_id: str) -> bool:
+        """Whether something that is under way names this Celery task, which may become a job yet."""
+        return any(
+            any(names(job, task_id) for job in self._registry.open_jobs(node)) or self._queue.speaks_of(node, task_id)
+            for node in (record.node_id for record in self._registry.nodes())
+        )
 
     def find(self, job_id: JobId) -> Job | None:
         """One job, if it is known."""

@@ -128,6 +128,47 @@ except Exception as error:
     assert {"TaskRevokedError", "Cancelled"} <= set(later[2])
 
 
+def test_waiting_for_a_job_that_does_not_exist_ends_and_says_so(node: OneNode) -> None:
+    node.instance()
+    for unknown in ("j-000000000000-0000000000", "11111111-2222-4333-8444-555555555555"):
+        told = node.celery("result", unknown, check=False)
+        assert told.returncode != 0
+        assert f"there is no job {unknown}" in told.stderr.splitlines()[-1]
+        program = f"{_START}result = app.AsyncResult({unknown!r})\n"
+        assert node.python(f"{program}print(json.dumps(result.state))") == "PENDING", "Celery's word for it"
+        looked = node.celery("inspect", "--json", "query_task", unknown)
+        assert set(map(str, json.loads(looked.stdout).values())) == {"{}"}
+
+
+def test_what_may_become_a_job_yet_is_waited_for(node: OneNode) -> None:
+    """A later link of a chain, a chord's body and what another program has sent, while a worker has no hand free."""
+    ref, other = node.instance(), node.instance()
+    with node.held(f"instance {ref}"):
+        says = node.python(f"""{_START}
+from celery import Celery, chain, chord
+from celery.exceptions import TimeoutError
+from mvm.settings import load_settings
+settings = load_settings()
+plain = Celery("plain", broker=settings.broker, set_as_current=False)
+plain.conf.broker_transport_options = {{"sep": ":"}}
+busy = [start.delay({ref!r}) for _ in range(6)]
+waited = [
+    chain(start.si({ref!r}), stop.si({ref!r}), start.si({ref!r})).apply_async(),
+    chord([start.si({other!r}), stop.si({ref!r})], stop.si({other!r})).apply_async(),
+    plain.send_task("mvm.instance.create", ["acme/web"], queue=f"node.{{settings.node}}"),
+]
+app.backend.unheard_of_s = 0.5
+says = []
+for result in waited:
+    try:
+        app.AsyncResult(result.id).get(timeout=2)
+    except Exception as error:
+        says.append(type(error).__name__)
+print(json.dumps(says))
+""")
+    assert set(says) == {"TimeoutError"}
+
+
 def test_what_follows_a_broken_link_is_told_so(node: OneNode) -> None:
     ref = node.instance()
     ids, says = node.python(f"""{_START}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from mvm.domain.canvas import names
 from mvm.domain.ids import JobId, NodeId
 from mvm.domain.job import Job, Lane
 from mvm.drivers.memory_registry import MemoryRegistry
@@ -97,6 +98,11 @@ class SimQueue:
         """See ports/queue.py."""
         self.call("queue.queued")
         return frozenset(message.job.job_id for message in self.ready)
+
+    def speaks_of(self, node: NodeId, task_id: str) -> bool:
+        """See ports/queue.py."""
+        self.call("queue.speaks_of")
+        return any(names(message.job, task_id) for message in self.ready)
 
     def discard(self, node: NodeId, jobs: frozenset[JobId]) -> None:
         """See ports/queue.py."""
