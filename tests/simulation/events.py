@@ -66,7 +66,8 @@ def _restarted(random: Random, events: list[Event]) -> list[Event]:
     if random.random() >= RESTARTS:
         return events
     for _ in range(random.choice((1, 1, 2))):
-        events.insert(random.randrange(len(events) + 1), Event("stack"))
+        at, pick = random.randrange(len(events) + 1), random.randrange(3)
+        events.insert(at, Event("stack", pick))
     return events
 
 

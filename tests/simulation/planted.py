@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from mvm.domain import scaling
+from mvm.domain.identity import Identity
 from mvm.domain.ids import InstanceRef
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.lifecycle import Status
@@ -78,6 +79,13 @@ def stop_what_stands_still() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def go_by_another_name() -> Iterator[None]:
+    """A node whose host was renamed comes up all the same, and its pools are another node's."""
+    with patch.object(Identity, "check_node", lambda self, node_id: None):
+        yield
+
+
 PLANTED: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
     function.__name__.replace("_", "-"): function
     for function in (
@@ -87,5 +95,6 @@ PLANTED: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
         count_ready_as_gone,
         compare_pid_only,
         stop_what_stands_still,
+        go_by_another_name,
     )
 }

@@ -15,8 +15,8 @@ RUNS = 300
 NEAR = 150
 """Seeds that are looked through for a planted bug; the first of them has it, as long as runs mean what they do now."""
 FOUND_AT = {
-    "drop-the-lock": 30, "ack-early": 30, "forget-an-undo": 1250, "count-ready-as-gone": 5, "compare-pid-only": 200,
-    "stop-what-stands-still": 0,
+    "drop-the-lock": 200, "ack-early": 30, "forget-an-undo": 1300, "count-ready-as-gone": 5, "compare-pid-only": 200,
+    "stop-what-stands-still": 0, "go-by-another-name": 0,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mvm.domain.identity import Identity, Place
 from mvm.domain.ids import InstanceRef, JobId, NodeId, TenantId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobVerb, Reason
@@ -17,7 +18,7 @@ from mvm.domain.scaling import proving
 from mvm.domain.tenant import Quota
 from mvm.domain.vmm import Ending, VmmState
 from mvm.drivers.fake import Lie
-from mvm.errors import Failed, GuestRefused, GuestSilent, MvmError
+from mvm.errors import Failed, GuestRefused, GuestSilent, MvmError, NotAllowed
 from mvm.ports.guest import Worker
 from mvm.ports.host import MemoryLeft
 from mvm.services.jobs import Jobs
@@ -102,6 +103,8 @@ class World:
         self.told: list[str] | None = None
         self.remembers = False
         self.backup: Backup | None = None
+        self.identity = Identity("5e", NODE, "mvm", Place(1, 2))
+        """What the state directory remembers of itself."""
         self.was_low = False
         self.forgot = self.was_full = False
         """Redis was away or lost something: it may cancel what it does not know to have begun."""
@@ -556,8 +559,21 @@ class World:
         self.redis_down = False
         for name in ("worker", "urgent"):
             self.queue.give_back(name)
+        if event.pick % 3 == 1:
+            told += f"; {self._renamed(NodeId('renamed'))}"
         self.restart()
         return told
+
+    def _renamed(self, name: NodeId) -> str:
+        """Its host has been given another `name` before ``mvm up``: refused, or else no pool may be left behind."""
+        try:
+            self.identity.check_node(name)
+        except NotAllowed as error:
+            return f"up as {name} is refused ({error.code}), as {NODE} it is not"
+        stranded = [str(pool.ref) for pool in self.store._pools.values() if pool.node_id != name]
+        if stranded:
+            self.breach(f"stranded: {stranded} are on {NODE}, and the node is {name} now")
+        return f"up as {name}"
 
     def _do_redis(self, event: Event) -> str:
         if not self.redis_down:
