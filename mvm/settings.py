@@ -38,8 +38,9 @@ class _TomlFile(PydanticBaseSettingsSource):
         try:
             return tomllib.loads(Path(config).read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or error
             raise InvalidInput(
-                "settings.unreadable", f"{config}: {error}", hint="correct the file, or unset MVM_CONFIG",
+                "settings.unreadable", f"{config}: {why}", hint="correct the file, or unset MVM_CONFIG",
                 field="MVM_CONFIG",
             ) from None  # fmt: skip
 

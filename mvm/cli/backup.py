@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mvm.cli.base import Group, output_of
+from mvm.cli.paths import NewFile
 from mvm.cli.render import show_one
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def backup() -> None:
 
 
 @backup.command()
-@_FILE
+@click.argument("file", type=NewFile())
 @click.pass_context
 def create(ctx: click.Context, file: Path) -> None:
     """Back the node up into FILE, which must not exist. Guests run on; their disks are as after a power cut."""

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mvm.cli.base import LazyGroup, output_in, output_of, wants_debug
+from mvm.cli.paths import NewDirectory
 
 _COMMANDS = {
     "up": ("mvm.cli.stack:up", "Start the stack on this machine."),
@@ -69,7 +70,7 @@ def _report(error: Exception, output: str, debug: bool) -> int:
 
 @click.command(cls=Root, lazy=_COMMANDS, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--state-dir", envvar="MVM_STATE_DIR", type=click.Path(file_okay=False, readable=False), metavar="DIR",
+    "--state-dir", envvar="MVM_STATE_DIR", type=NewDirectory(), metavar="DIR",
     help="Where the node's state is (MVM_STATE_DIR; default: /var/lib/mvm).",
 )  # fmt: skip
 @click.version_option(package_name="mvm-fleet", message="%(version)s")

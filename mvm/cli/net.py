@@ -14,6 +14,7 @@ from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet
 from mvm.cli.params import pass_fleet
+from mvm.cli.paths import NewFile
 from mvm.cli.render import Columns, clean, emit, paint, table
 from mvm.errors import Failed, InvalidInput
 
@@ -27,7 +28,7 @@ def net() -> None:
 
 @net.command()
 @click.option("--active", is_flag=True, help="Prove it with traffic, from probes on each tenant's bridge.")
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Keep it as JSON, too.")
+@click.option("--report", type=NewFile(), metavar="FILE", help="Keep it as JSON, too.")
 @pass_fleet
 def verify(fleet: Fleet, output: str, active: bool, report: Path | None) -> None:
     """Compare the networks with what they should be. Exits 0 only when everything is clean."""

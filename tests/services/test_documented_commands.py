@@ -19,7 +19,9 @@ _JOB = "j-01a20b5f1c19-d1fc307a6a"
 
 def commands(document: Path) -> list[list[str]]:
     """The words that are typed after ``mvm``, also in blocks that cannot be run."""
-    texts = (each.commands.replace("\\\n", " ").replace("$job", _JOB) for each in examples(document))
+    texts = (
+        each.commands.replace("\\\n", " ").replace("$job", _JOB).replace("/backups/", "") for each in examples(document)
+    )
     return [words for text in texts for line in text.splitlines() for words in _in_line(line)]
 
 

@@ -60,7 +60,7 @@ def failed(error: OSError) -> Failed:
     """A backup could not be written or restored."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return Failed("disk.full" if full else "backup.failed", f"{error.filename or 'the backup'}: {error.strerror}",
-                  hint="free some space" if full else "nothing is left of it; try again")  # fmt: skip
+                  hint="free some space" if full else "nothing is left of it; mend that and try again")  # fmt: skip
 
 
 def _refuse_used(layout: StateLayout, tops: frozenset[str]) -> None:
