@@ -25,11 +25,19 @@ _COLUMNS: Columns = {
     "reason": "reason",
     "verb": lambda row: row.get("verb", row["kind"]),
     "subject": "subject",
-    "change": lambda row: f"{row.get('from') or '-'} > {row.get('to') or '-'}",
+    "change": lambda row: _change(row.get("from"), row.get("to")),
     "result": lambda row: row.get("code") or row.get("result"),
     "job": "job_id",
     "why": lambda row: row.get("why") or (row["cut"]["bytes"] if "cut" in row else row.get("text")),
 }
+
+
+def _change(before: str | None, after: str | None) -> str:
+    if before == after:
+        return f"stays {after}" if after else "-"
+    return f"{before or '-'} > {after or '-'}"
+
+
 _FINDINGS: Columns = {
     "file": "file", "line": lambda row: row["line"] or "end", "entry": "seq", "is": "problem",
     "detail": "detail",

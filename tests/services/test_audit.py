@@ -305,3 +305,19 @@ def test_a_look_along_a_trail_that_nobody_waits_for_ends(node: Node) -> None:
     with pytest.raises(EOFError):
         node.services.view.audit_verify(ACME, check=gone)
     assert node.services.view.audit_verify(ACME)["whole"], "the trail is not held"
+
+
+def test_what_changed_nothing_says_so(node: Node, mvm: CommandLine) -> None:
+    node.pool()
+    (ref,) = node.create()
+    node.ok(JobVerb.INSTANCE_START, ref)
+    node.fails("instance.invalid_transition", JobVerb.INSTANCE_START, ref)
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", pinned=True)
+    node.ok(JobVerb.POOL_UPDATE, "acme/web", pinned=True)
+    told = mvm.ok("audit", "tail", "acme")
+    started, failed, pinned, again = told.splitlines()[-4:]
+    assert "  ready > running  " in started
+    assert "  stays running  " in failed
+    assert "  pinned=false > pinned=true  " in pinned
+    assert "  stays pinned=true  " in again
+    assert "- > -" not in told
