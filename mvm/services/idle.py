@@ -66,7 +66,7 @@ class Idleness:
         waiting = {job.subject: job.verb for job in self._registry.open_jobs(self._node_id)}
         pools = {pool.ref: pool for pool in self._store.pools()}
         up = [i for i in self._store.instances() if i.has_vmm]
-        free = [i for i in up if i.in_flight is None and str(i.ref) not in waiting and _governed(pools[i.ref.pool_ref])]
+        free = [i for i in up if i.in_flight is None and str(i.ref) not in waiting and governed(pools[i.ref.pool_ref])]
         short = self._short_mib()
         if short:  # what falls asleep already is memory on its way
             asleep_soon = [i for i in up if waiting.get(str(i.ref)) is JobVerb.INSTANCE_SLEEP]
@@ -177,5 +177,6 @@ def policy_of(pool: WorkerPool, *, sleepless: bool) -> SleepPolicy:
     return replace(pool.sleep_policy, sleep_after_s=0) if sleepless else pool.sleep_policy
 
 
-def _governed(pool: WorkerPool) -> bool:
+def governed(pool: WorkerPool) -> bool:
+    """Whether the sleep policy has anything to decide in it."""
     return not pool.protected and bool(pool.sleep_policy.warm_after_s or pool.sleep_policy.sleep_after_s)

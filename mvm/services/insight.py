@@ -28,7 +28,7 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore, Note
 from mvm.ports.vmm import MemoryUse, Snapshotting, VmmDriver
 from mvm.services.health import GuestHealth
-from mvm.services.idle import policy_of
+from mvm.services.idle import governed, policy_of
 from mvm.services.snapshots import sleepless
 
 if TYPE_CHECKING:  # it leads back here
@@ -77,7 +77,7 @@ class Insight:
             "waiting": self._waiting(ref),
             "health": self._health.explain(instance),
             "policy": {**asdict(pool.sleep_policy), "pinned": pool.pinned, "critical": pool.critical},
-            "decision": dict(note["decision"]) if note else None,
+            "decision": dict(note["decision"]) if note and _concerns(note, instance, pool) else None,
             "acted": dict(note["acted"]) if note and note["acted"] else None,
             "sample": self._sample(instance, note),
             "next": self._next(instance, pool, note, outlook),
@@ -246,6 +246,11 @@ class Insight:
             return self._vmm.manifest(directory)
         except (NotFound, Failed):  # removed, or damaged: then a wake says so
             return None
+
+
+def _concerns(note: Mapping[str, Any], instance: Instance, pool: WorkerPool) -> bool:
+    """Whether what the sleep policy noted is about the run that an instance is in, and would be decided again."""
+    return instance.has_vmm and note["watch"]["run"] == instance.run and governed(pool)
 
 
 def _planned(instance: Instance, outlook: Outcome) -> dict[str, Any] | None:

@@ -230,6 +230,19 @@ def test_an_instance_explains_itself(node: Node) -> None:
     assert explain(node, ref)["next"]["reason"] == "it stays stopped until it is started"
 
 
+def test_a_decision_is_told_as_long_as_it_concerns_what_is_now(node: Node) -> None:
+    (ref,) = running(node)
+    sweep(node)
+    assert explain(node, ref)["decision"]["verb"] == "keep"
+    for verb in (V.INSTANCE_STOP, V.INSTANCE_START, V.INSTANCE_SLEEP, V.INSTANCE_WAKE):
+        node.ok(verb, ref)
+        assert explain(node, ref)["decision"] is None, f"it was of the run before {verb}"
+    sweep(node)
+    assert explain(node, ref)["decision"]["verb"] == "keep"
+    node.ok(V.POOL_UPDATE, "acme/web", pinned=True)
+    assert explain(node, ref)["decision"] is None, "the policy leaves it alone now"
+
+
 def test_a_failure_is_part_of_the_explanation(node: Node) -> None:
     (ref,) = running(node)
     node.host.fail("vmm.save", Failed("disk.full", "no space left"))
