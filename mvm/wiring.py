@@ -237,7 +237,8 @@ def open_backup(settings: Settings) -> Taking:
     from mvm.drivers.backup.taking import Taking
 
     ports = open_ports(settings)
-    return Taking(settings.layout, settings.node, ports.store, ports.locks, ports.vmm, ports.clock)
+    shared = bool(settings.redis_url or settings.broker_url)
+    return Taking(settings.layout, settings.node, ports.store, ports.locks, ports.vmm, ports.clock, shared)
 
 
 def _uid_of(store: NodeStore) -> Callable[[InstanceRef], int | None]:

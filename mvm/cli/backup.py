@@ -62,15 +62,15 @@ def verify(ctx: click.Context, file: Path) -> None:
 def restore(ctx: click.Context, file: Path) -> None:
     """Restore FILE into the state directory, which must be empty. A damaged one is refused before anything is written.
 
-    What ran is stopped, with its disk as it was; what slept sleeps. The node that the backup is of must not run on.
+    What ran is stopped, with its disk as it was; what slept sleeps.
     """
     from mvm.drivers.backup.restoring import restore as put_back
 
     os.umask(0o077)
     settings = _settings(ctx)
     about = put_back(file, settings.layout, _progress(file))
-    _say(f"this is node {about.node_id}")
-    _say("before mvm up: the node that was backed up must not run any more, or both take the same jobs")
+    if about.shared or settings.redis_url or settings.broker_url:
+        _say(f"the original node {about.node_id} must not run any more: with a shared Redis both take the same jobs")
     _show(ctx, file, about, state_dir=str(settings.state_dir))
 
 

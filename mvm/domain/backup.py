@@ -79,12 +79,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a backup says of itself first. `state_version` is the state directory's."""
+    """What a backup says of itself first. `state_version` is the state directory's.
+
+    `shared`: the node had its registry or its broker together with others. Older backups do not say it.
+    """
 
     node_id: NodeId
     taken_at: datetime
     state_version: int
     format: int = FORMAT
+    shared: bool = False
 
     def to_json(self) -> bytes:
         """As it is written."""
@@ -93,6 +97,7 @@ class About:
             "state_version": self.state_version,
             "node_id": str(self.node_id),
             "taken_at": self.taken_at.isoformat(),
+            "shared": self.shared,
         }
         return json.dumps(data).encode()
 
@@ -114,7 +119,8 @@ class About:
                 hint="restore it with the mvm that made it", found=form, expected=FORMAT,
             )  # fmt: skip
         refuse_newer("the backup's state", state)
-        return cls(NodeId(data["node_id"]), datetime.fromisoformat(data["taken_at"]), state, form)
+        taken_at, shared = datetime.fromisoformat(data["taken_at"]), data.get("shared") is True
+        return cls(NodeId(data["node_id"]), taken_at, state, form, shared)
 
 
 def manifest(entries: Mapping[str, Entry]) -> bytes:

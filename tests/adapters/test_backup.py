@@ -10,13 +10,16 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
+from click.testing import CliRunner
 
+from mvm.cli.main import cli
 from mvm.domain.backup import FORMAT, About
 from mvm.domain.ids import NodeId, Revision
 from mvm.domain.instance import Instance
@@ -236,6 +239,19 @@ def node(layout: StateLayout, store: SqliteStore) -> StateLayout:
 def statuses(layout: StateLayout) -> list[tuple[Status, str | None]]:
     with closing(SqliteStore(layout.database)) as store:
         return [(each.status, each.last_error) for each in store.instances()]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_restore_warns_of_the_original_where_both_would_take_the_same_jobs(
+    node: StateLayout, taking: Taking, tmp_path: Path, shared: bool
+) -> None:
+    replace(taking, shared=shared).take(tmp_path / "b", lambda _: None)
+    words = ["--state-dir", str(tmp_path / "back"), "backup", "restore", str(tmp_path / "b")]
+    done = CliRunner().invoke(cli, words, prog_name="mvm", env={"MVM_REDIS_URL": "", "MVM_BROKER_URL": ""})
+    assert done.exit_code == 0, done.output
+    assert ("take the same jobs" in done.stderr) == shared
+    if not shared:
+        assert done.stderr == ""
 
 
 def test_a_node_comes_back_as_it_was(node: StateLayout, taking: Taking, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Taking:
     locks: Locks
     vmm: VmmDriver
     clock: Clock
+    shared: bool = False  # the node has its registry or its broker together with others
 
     def take(self, into: Path, report: Report) -> About:
         """The file `into`, complete and on the disk, or nothing.
@@ -57,7 +58,7 @@ class Taking:
         draft = into.with_name(f".{into.name}.partial")
         try:
             with self._room() as room, _new(draft) as file:
-                about = About(self.node_id, self.clock.now(), STATE_VERSION)
+                about = About(self.node_id, self.clock.now(), STATE_VERSION, shared=self.shared)
                 writer = Writer(file, about)
                 self._write(writer, room, about.taken_at, report)
                 writer.close()
