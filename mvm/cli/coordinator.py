@@ -78,7 +78,7 @@ def list_instances(fleet: Fleet, output: str, node: str, tenant: TenantId) -> No
 
 @coordinator.command()
 @click.option("--node", metavar="ADDR", required=True, help=_NODE)
-@click.option("--tenant", type=TENANT, required=True, metavar="T")
+@click.option("--tenant", type=TENANT, required=True, metavar="T", help="The tenant's id.")
 @click.option("--pool", required=True, metavar="P", help="The pool's id.")
 @click.option("--instance", required=True, metavar="I", help="The instance's id.")
 @pass_fleet

@@ -25,6 +25,7 @@ from mvm.cli.params import (
     counted,
     job_options,
     pass_fleet,
+    wait_options,
     yes_option,
 )
 from mvm.cli.render import Columns, age, emit, show_list, show_one
@@ -60,7 +61,7 @@ for _command in (guest.logs, guest.ssh, guest.exec_):
 
 @instance.command()
 @click.argument("ref", metavar="T/P", type=POOL)
-@click.option("--count", type=int, default=1, metavar="N", help="How many.")
+@click.option("--count", type=int, default=1, metavar="N", help="How many; default: 1.")
 @job_options
 @pass_fleet
 def create(fleet: Fleet, output: str, ref: PoolRef, count: int, wait: JobWait) -> None:
@@ -182,7 +183,7 @@ def sleep(
 @instance.command()
 @_many
 @click.option("--force", is_flag=True, help="Start anew, from the disks, what cannot or need not go on where it was.")
-@job_options
+@wait_options(f"{_WAKE_S:.0f}")
 @pass_fleet
 def wake(
     fleet: Fleet, output: str, refs: Sequence[Target], all_: bool, parallel: int | None, force: bool, wait: JobWait

@@ -101,7 +101,7 @@ def _objects(rows: Sequence[Any]) -> bool:
 
 @job.command()
 @click.argument("ids", metavar="ID...", type=JOB, nargs=-1, required=True)
-@click.option("--timeout", type=SECONDS, metavar="SECONDS", help="Wait at most so long.")
+@click.option("--timeout", type=SECONDS, metavar="SECONDS", help="Wait at most so long; default: no limit.")
 @pass_fleet
 def wait(fleet: Fleet, output: str, ids: Sequence[JobId], timeout: float | None) -> None:
     """Wait for jobs; exits 0 only if all succeeded."""

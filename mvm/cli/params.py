@@ -73,18 +73,29 @@ class JobWait:
     timeout_s: float | None
 
 
-def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--no-wait`` and ``--timeout``, passed as ``wait: JobWait``."""
+def wait_options(limit: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--no-wait`` and ``--timeout``, passed as ``wait: JobWait``; without the latter `limit` holds."""
 
-    @click.option("--no-wait", is_flag=True, help="Print the job's id and return.")
-    @click.option("--timeout", type=SECONDS, metavar="SECONDS", help="Wait at most so long; the job goes on.")
-    @functools.wraps(command)
-    def wrapper(*args: Any, no_wait: bool, timeout: float | None, **kwargs: Any) -> Any:
-        return command(*args, wait=JobWait(not no_wait, timeout), **kwargs)
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        about = with_default("Wait at most so long; the job goes on", limit)
 
-    return wrapper
+        @click.option("--no-wait", is_flag=True, help="Print the job's id and return.")
+        @click.option("--timeout", type=SECONDS, metavar="SECONDS", help=about)
+        @functools.wraps(command)
+        def wrapper(*args: Any, no_wait: bool, timeout: float | None, **kwargs: Any) -> Any:
+            return command(*args, wait=JobWait(not no_wait, timeout), **kwargs)
+
+        return wrapper
+
+    return decorate
 
 
+def with_default(text: str, default: object | None) -> str:
+    """The help text of an option, a clause: with its default, if it has one."""
+    return f"{text}." if default is None else f"{text}; default: {default}."
+
+
+job_options = wait_options("no limit")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 

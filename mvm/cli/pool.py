@@ -23,6 +23,7 @@ from mvm.cli.params import (
     job_options,
     pass_fleet,
     read_file,
+    with_default,
     yes_option,
 )  # fmt: skip
 from mvm.cli.render import Columns, age, show_list, show_one
@@ -43,62 +44,102 @@ from mvm.domain.snapshot import Compression
 from mvm.domain.vmm import OnExit
 from mvm.errors import InvalidInput, NotFound
 
+_SHAPE = InstanceResources()
+
 
 @click.group(cls=Group)
 def pool() -> None:
     """Pools of a tenant: one image, one shape, desired counts."""
 
 
-def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
+def _ways(*, new: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """How the pool's instances start and sleep and what they reach, passed as ``ways: dict``.
 
-    Only what of it is given, ready for a job.
+    Only what of it is given, ready for a job; of a `new` pool the rest has defaults.
     """
+    policy = SleepPolicy()
 
-    @click.option("--cold/--no-cold", default=None, help="Boot each instance instead of cloning a template.")
-    @click.option(
-        "--compression", type=click.Choice([c.value for c in Compression]), help="How sleeping memory is packed."
-    )
-    @click.option(
-        "--seccomp", type=click.Choice([p.value for p in SeccompPolicy]), help="Which system calls its VMMs may make."
-    )
-    @click.option("--pinned/--no-pinned", default=None, help="Its instances are never put away when idle.")
-    @click.option("--critical/--no-critical", default=None, help="Nor are these: others depend on them.")
-    @click.option(
-        "--on-exit", type=click.Choice([e.value for e in OnExit]), help="When a guest halts or reboots by itself."
-    )
-    @click.option("--warm-after", type=int, metavar="S", help="Seconds of idleness until it is paused; 0: never.")
-    @click.option("--sleep-after", type=int, metavar="S", help="Seconds of idleness until it sleeps; 0: never.")
-    @click.option("--min-running", type=int, metavar="S", help="Seconds that it runs at least before.")
-    @click.option(
-        "--egress", type=click.Choice([e.value for e in Egress]), help="What they reach outside; default: none."
-    )
-    @click.option("--allow", multiple=True, metavar="CIDR[:PORT[/PROTO]]", help="For --egress allow; repeatable.")
-    @click.option("--metadata/--no-metadata", default=None, help="Whether its guests can ask about themselves.")
-    @click.option("--user-data", metavar="F", help="A text that they can read there; jobs show it: no secrets.")
-    @functools.wraps(command)
-    def wrapper(
-        *args: Any, cold: bool | None, compression: str | None, seccomp: str | None, pinned: bool | None,
-        critical: bool | None, on_exit: str | None,
-        warm_after: int | None, sleep_after: int | None, min_running: int | None,
-        egress: str | None, allow: tuple[str, ...], metadata: bool | None, user_data: str | None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        policy = {"warm_after_s": warm_after, "sleep_after_s": sleep_after, "min_running_s": min_running}
-        ways = _given(
-            start=None if cold is None else StartMode.COLD if cold else StartMode.CLONE,
-            compression=compression,
-            seccomp_policy=seccomp,
-            pinned=pinned,
-            critical=critical,
-            on_exit=on_exit,
-            metadata_enabled=metadata,
-            user_data=None if user_data is None else checked_user_data(_read(user_data)),
-            sleep_policy=_given(**policy) or None,
-            egress=_egress(egress, allow),
+    def said(text: str, default: object) -> str:
+        return with_default(text, default if new else None)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option(
+            "--cold/--no-cold", default=None, help=said("Boot each instance instead of cloning a template", "--no-cold")
         )
-        return command(*args, ways=ways, **kwargs)
+        @click.option(
+            "--compression",
+            type=click.Choice([c.value for c in Compression]),
+            help=said("How sleeping memory is packed", Compression.ZSTD),
+        )
+        @click.option(
+            "--seccomp",
+            type=click.Choice([p.value for p in SeccompPolicy]),
+            help=said("Which system calls its VMMs may make", SeccompPolicy.BASELINE),
+        )
+        @click.option(
+            "--pinned/--no-pinned", default=None, help=said("Its instances are never put away when idle", "--no-pinned")
+        )
+        @click.option(
+            "--critical/--no-critical", default=None, help=said("Nor are these: others depend on them", "--no-critical")
+        )
+        @click.option(
+            "--on-exit",
+            type=click.Choice([e.value for e in OnExit]),
+            help=said("When a guest halts or reboots by itself", OnExit.RESTART),
+        )
+        @click.option(
+            "--warm-after",
+            type=int,
+            metavar="S",
+            help=said("Seconds of idleness until it is paused; 0: never", policy.warm_after_s),
+        )
+        @click.option(
+            "--sleep-after",
+            type=int,
+            metavar="S",
+            help=said("Seconds of idleness until it sleeps; 0: never", policy.sleep_after_s),
+        )
+        @click.option(
+            "--min-running",
+            type=int,
+            metavar="S",
+            help=said("Seconds that it runs at least before", policy.min_running_s),
+        )
+        @click.option(
+            "--egress", type=click.Choice([e.value for e in Egress]), help=said("What they reach outside", Egress.NONE)
+        )
+        @click.option("--allow", multiple=True, metavar="CIDR[:PORT[/PROTO]]", help="For --egress allow; repeatable.")
+        @click.option(
+            "--metadata/--no-metadata",
+            default=None,
+            help=said("Whether its guests can ask about themselves", "--metadata"),
+        )
+        @click.option("--user-data", metavar="F", help="A text that they can read there; jobs show it: no secrets.")
+        @functools.wraps(command)
+        def wrapper(
+            *args: Any, cold: bool | None, compression: str | None, seccomp: str | None, pinned: bool | None,
+            critical: bool | None, on_exit: str | None,
+            warm_after: int | None, sleep_after: int | None, min_running: int | None,
+            egress: str | None, allow: tuple[str, ...], metadata: bool | None, user_data: str | None, **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            sleep = {"warm_after_s": warm_after, "sleep_after_s": sleep_after, "min_running_s": min_running}
+            ways = _given(
+                start=None if cold is None else StartMode.COLD if cold else StartMode.CLONE,
+                compression=compression,
+                seccomp_policy=seccomp,
+                pinned=pinned,
+                critical=critical,
+                on_exit=on_exit,
+                metadata_enabled=metadata,
+                user_data=None if user_data is None else checked_user_data(_read(user_data)),
+                sleep_policy=_given(**sleep) or None,
+                egress=_egress(egress, allow),
+            )
+            return command(*args, ways=ways, **kwargs)
 
-    return wrapper
+        return wrapper
+
+    return decorate
 
 
 def _egress(kind: str | None, allow: tuple[str, ...]) -> dict[str, Any] | None:
@@ -120,18 +161,18 @@ def _given(**values: Any) -> dict[str, Any]:
 @click.argument("ref", metavar="T/P", type=POOL)
 @click.option("--flake", required=True, metavar="REF", help="What the image is built from, such as builtin:")
 @click.option("--profile", required=True, metavar="NAME", help="Of builtin: minimal, baseline or python.")
-@click.option("--cpus", type=int, metavar="N", help="vCPUs of an instance.")
-@click.option("--mem", type=int, metavar="MIB", help="Memory of an instance.")
+@click.option("--cpus", type=int, metavar="N", help=with_default("vCPUs of an instance", _SHAPE.vcpus))
+@click.option("--mem", type=int, metavar="MIB", help=with_default("Memory of an instance", _SHAPE.mem_mib))
 @click.option("--data-disk", type=int, metavar="MIB", help="Size of a disk that survives stops; default: none.")
 @click.option("--node", type=NODE, metavar="NODE", help="Where it lives; default: this node.")
-@_ways
+@_ways(new=True)
 @job_options
 @pass_fleet
 def create(
     fleet: Fleet, output: str, ref: PoolRef, flake: str, profile: str, cpus: int | None, mem: int | None,
     data_disk: int | None, node: NodeId | None, ways: dict[str, Any], wait: JobWait,
 ) -> None:  # fmt: skip
-    """Create pool T/P."""
+    """Create pool T/P. What its instances have of vCPUs, memory and disk cannot be changed later."""
     source = ImageSource(flake, profile)
     resources = InstanceResources(**_given(vcpus=cpus, mem_mib=mem, data_disk_mib=data_disk))
     SleepPolicy(**ways.get("sleep_policy", {}))
@@ -178,11 +219,11 @@ def info(fleet: Fleet, output: str, ref: PoolRef) -> None:
 
 @pool.command()
 @click.argument("ref", metavar="T/P", type=POOL)
-@_ways
+@_ways(new=False)
 @job_options
 @pass_fleet
 def update(fleet: Fleet, output: str, ref: PoolRef, ways: dict[str, Any], wait: JobWait) -> None:
-    """Change how the instances of pool T/P start and sleep from now on, and what they reach at once."""
+    """Change how the instances of pool T/P start and sleep from now on, and what they reach at once; the rest stays."""
     if not ways:
         raise InvalidInput("pool.nothing_to_update", "nothing to change is given", hint="see: mvm pool update --help")
     job = fleet.jobs.submit(JobVerb.POOL_UPDATE, str(ref), fleet.pool_route(ref), params=ways, actor=actor())
@@ -209,7 +250,10 @@ def build(fleet: Fleet, output: str, ref: PoolRef, wait: JobWait) -> None:
 def scale(
     fleet: Fleet, output: str, ref: PoolRef, running: int | None, warm: int | None, sleeping: int | None, wait: JobWait
 ) -> None:
-    """Set how many instances pool T/P has; reconcile keeps it so."""
+    """Set how many instances pool T/P has; reconcile keeps it so.
+
+    Without --running that count stays; without --warm and --sleeping the sleep policy puts idle ones away.
+    """
     given = {"running": running, "warm": warm, "sleeping": sleeping}
     params = {name: count for name, count in given.items() if count is not None}
     if not params:

@@ -25,9 +25,13 @@ _CHECKS = {name: name for name in ("name", "result", "detail", "hint")}
 
 @click.command(cls=Command)
 @click.option("--detach", is_flag=True, help="Return once every part answers; to end it: mvm down.")
-@click.option("--netns", metavar="NAME", help="Network namespace; 'host' uses the caller's own.")
-@click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances.")
-@click.option("--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback.")
+@click.option(
+    "--netns", metavar="NAME", help="Network namespace; 'host': none; default: mvm, or one by the state directory."
+)
+@click.option("--driver", type=click.Choice(["qemu", "fake"]), help="What runs the instances; default: qemu.")
+@click.option(
+    "--flower-port", type=click.IntRange(1, 65535), metavar="P", help="Flower's port on loopback; default: 5555."
+)
 @click.option(
     "--prepare", is_flag=True, help="Start nothing; only make the state directory, for a stack that others run."
 )

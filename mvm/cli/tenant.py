@@ -14,7 +14,17 @@ from mvm.cli.base import Group
 from mvm.cli.errors import show_and_exit
 from mvm.cli.fleet import Fleet
 from mvm.cli.following import finish, show_job, show_result
-from mvm.cli.params import TENANT, JobWait, actor, confirm, job_options, pass_fleet, read_file, yes_option
+from mvm.cli.params import (
+    TENANT,
+    JobWait,
+    actor,
+    confirm,
+    job_options,
+    pass_fleet,
+    read_file,
+    with_default,
+    yes_option,
+)  # fmt: skip
 from mvm.cli.render import Columns, age, show_list, show_one
 from mvm.domain.addressing import parse_net_id, parse_subnet
 from mvm.domain.ids import NodeId, TenantId
@@ -23,31 +33,35 @@ from mvm.domain.secrets import MAX_BYTES, parse
 from mvm.domain.tenant import Quota
 from mvm.errors import InvalidInput
 
-_QUOTA = {  # flag, field, unit
-    "--max-vcpus": ("max_vcpus", "N"),
-    "--max-mem": ("max_mem_mib", "MIB"),
-    "--max-running": ("max_running", "N"),
-    "--max-warm": ("max_warm", "N"),
-    "--max-pools": ("max_pools", "N"),
-    "--max-instances-per-pool": ("max_instances_per_pool", "N"),
-    "--max-disk": ("max_disk_gib", "GIB"),
+_QUOTA = {  # flag, field, unit, what it limits
+    "--max-vcpus": ("max_vcpus", "N", "vCPUs of running and warm instances"),
+    "--max-mem": ("max_mem_mib", "MIB", "Memory of running and warm instances"),
+    "--max-running": ("max_running", "N", "Running instances"),
+    "--max-warm": ("max_warm", "N", "Warm instances"),
+    "--max-pools": ("max_pools", "N", "Pools"),
+    "--max-instances-per-pool": ("max_instances_per_pool", "N", "Instances of one pool, whatever their status"),
+    "--max-disk": ("max_disk_gib", "GIB", "All data disks"),
 }
 
 
-def quota_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The quota's flags; those given are passed as ``quota``, validated."""
+def quota_options(*, new: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The quota's flags; those given are passed as ``quota``, validated. Of a `new` tenant the rest has defaults."""
 
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        values = {name: kwargs.pop(name) for name, _ in _QUOTA.values()}
-        quota = {name: value for name, value in values.items() if value is not None}
-        Quota(**quota)
-        return command(*args, quota=quota, **kwargs)
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            values = {name: kwargs.pop(name) for name, _, _ in _QUOTA.values()}
+            quota = {name: value for name, value in values.items() if value is not None}
+            Quota(**quota)
+            return command(*args, quota=quota, **kwargs)
 
-    decorated: Callable[..., Any] = wrapper
-    for flag, (name, unit) in reversed(_QUOTA.items()):
-        decorated = click.option(flag, name, type=int, metavar=unit)(decorated)
-    return decorated
+        decorated: Callable[..., Any] = wrapper
+        for flag, (name, unit, limits) in reversed(_QUOTA.items()):
+            text = with_default(limits, getattr(Quota(), name) if new else None)
+            decorated = click.option(flag, name, type=int, metavar=unit, help=text)(decorated)
+        return decorated
+
+    return decorate
 
 
 @click.group(cls=Group)
@@ -59,7 +73,7 @@ def tenant() -> None:
 @click.argument("tenant_id", metavar="ID", type=TENANT)
 @click.option("--net-id", type=int, metavar="N", help="0 to 4095, never given twice; default: a free one.")
 @click.option("--subnet", metavar="CIDR", help="Within 10.240.0.0/12; default: a free /24.")
-@quota_options
+@quota_options(new=True)
 @job_options
 @pass_fleet
 def create(
@@ -104,7 +118,7 @@ def info(fleet: Fleet, output: str, tenant_id: TenantId) -> None:
 
 @tenant.command()
 @click.argument("tenant_id", metavar="ID", type=TENANT)
-@quota_options
+@quota_options(new=False)
 @job_options
 @pass_fleet
 def update(fleet: Fleet, output: str, tenant_id: TenantId, quota: dict[str, int], wait: JobWait) -> None:
