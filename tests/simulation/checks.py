@@ -89,12 +89,12 @@ def _at_rest(world: World) -> Iterator[str]:
 
 
 def _up(world: World, ref: InstanceRef, row: Instance) -> Iterator[str]:
-    machine, tap = world.host.machines.get(ref), _tap(world, row)
+    machine, tap, warm = world.host.machines.get(ref), _tap(world, row), row.status is Status.WARM
     if machine is None:
         yield f"stores disagree: {ref} is {row.status} and has no process, though none was ended"
     elif machine.process != row.process:
         yield f"stores disagree: {ref} is recorded as {row.process} and runs as {machine.process}"
-    elif machine.paused is not (row.status is Status.WARM):
+    elif (machine.still if warm else machine.paused) is not warm:  # what its VMM has halted stands still as well
         yield f"stores disagree: {ref} is {row.status} and {'paused' if machine.paused else 'not paused'}"
     if tap not in world.host.taps and not _only_told(world, ref):
         yield f"stores disagree: {ref} is {row.status} and has no TAP"
