@@ -30,11 +30,10 @@ def every_line_is_an_object(stack: Stack) -> None:
 
 @pytest.mark.parametrize("document", WITH_EXAMPLES, ids=lambda path: path.name)
 def test_every_example_works(document: Path, tmp_path: Path) -> None:
-    with running_stack(MVM_NODE_ID=own_name()) as stack:
+    todo = [example for example in examples(document) if not example.excuse]
+    brings_up = any("mvm up" in example.commands for example in todo)
+    with running_stack(up=not brings_up, MVM_NODE_ID=own_name()) as stack:
         reader = Reader(stack, tmp_path)
-        todo = [example for example in examples(document) if not example.excuse]
-        if any("mvm up" in example.commands for example in todo):
-            stack.mvm("down")
         for example in todo:
             reader.type(example)
         if stack.run("status").returncode:

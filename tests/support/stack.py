@@ -186,12 +186,17 @@ def _end_abandoned() -> None:
 
 @contextlib.contextmanager
 def running_stack(
-    driver: str = "qemu", *, builds: bool = False, before: Callable[[Stack], None] | None = None, **settings: str
+    driver: str = "qemu",
+    *,
+    builds: bool = False,
+    up: bool = True,
+    before: Callable[[Stack], None] | None = None,
+    **settings: str,
 ) -> Iterator[Stack]:
     """A stack of its own state directory, namespace and ports; nothing of it is left at the end.
 
-    It has the minimal image already, unless it `builds`; what `before` does comes before it is up. What a test run left
-    that was killed goes first.
+    It has the minimal image already, unless it `builds`; what `before` does comes before it is up. Without `up` whoever
+    uses it brings it up. What a test run left that was killed goes first.
     """
     _end_abandoned()
     root = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -211,11 +216,12 @@ def running_stack(
         "MVM_STALE_PID_SWEEP_S": "2",
         "MVM_RECONCILE_SWEEP_S": "2", "MVM_ORPHAN_SWEEP_S": "3", "MVM_ORPHAN_GRACE_S": "3", **settings,
     }  # fmt: skip
-    stack = Stack(layout, env)
+    stack, down = Stack(layout, env), False
     try:
         if before:
             before(stack)
-        stack.mvm("up", "--detach")
+        if up:
+            stack.mvm("up", "--detach")
         yield stack
         try:
             stack.mvm("down", "--instances", timeout_s=600)  # of the 1,000 jobs there are 400, beside other work
@@ -223,6 +229,8 @@ def running_stack(
             print(stack.told())
             raise
         assert not stack.rest()
+        down = True
     finally:
-        stack.end()
+        if not down:
+            stack.end()
         shutil.rmtree(root, ignore_errors=True)
