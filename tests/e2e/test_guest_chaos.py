@@ -33,7 +33,7 @@ from tests.support.stack import Stack, running_stack
 from tests.support.waiting import until
 
 GUESTS = int(os.environ.get("MVM_TEST_CHAOS_GUESTS", "3"))
-SECONDS = float(os.environ.get("MVM_TEST_CHAOS_S", "60"))
+SECONDS = float(os.environ.get("MVM_TEST_CHAOS_S", "30"))
 REPORT = Path(__file__).parents[2] / "build" / "guest-chaos.txt"
 NODE = NodeId("n1")
 KILL_S, ASK_S = 5.0, 1.0
