@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from tests.support.stack import COMMAND, Stack, running_stack
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.redis]
 
@@ -53,6 +54,7 @@ def test_nothing_is_lost_or_told_twice_when_workers_are_killed() -> None:
         jobs = []
         for verb in ("start", "warm", "start", "stop"):
             (job,) = stack.mvm("instance", verb, *refs, "--no-wait").split()
+            until(lambda job=job: _begun(stack, job), 60, "some of it has begun")  # type: ignore[misc]
             for part in ("worker", "urgent"):
                 os.kill(stack.pid(part), signal.SIGKILL)
             stack.run("job", "wait", job)
@@ -64,6 +66,10 @@ def test_nothing_is_lost_or_told_twice_when_workers_are_killed() -> None:
         assert Counter(entry["job_id"] for entry in told) == Counter(ended.keys())
         assert {entry["job_id"]: entry["result"] for entry in told} == ended
         assert stack.json("audit", "verify", "acme")["whole"]
+
+
+def _begun(stack: Stack, job: str) -> bool:
+    return any(child["state"] != "queued" for child in stack.json("job", "show", job)["children"])
 
 
 def _wait_for(following: subprocess.Popen[str], verb: str) -> None:

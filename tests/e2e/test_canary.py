@@ -137,6 +137,7 @@ def test_a_canary_is_found_nowhere(tmp_path: Path) -> None:
         run("tenant", "secrets", "rotate", "acme", ends=1)
         sealed.write_bytes(kept)
         job = run("instance", "start", one, "--no-wait").strip()
+        until(lambda: stack.json("job", "show", job)["state"] != "queued", 60, "it has begun")
         os.kill(stack.pid("worker"), signal.SIGKILL)
         run("job", "wait", job)
         run("instance", "stop", two)

@@ -22,6 +22,8 @@ from supervisor.xmlrpc import SupervisorTransport
 from mvm.domain.instance import ProcessIdentity
 from mvm.domain.layout import StateLayout
 from mvm.drivers import processes
+from mvm.drivers.shell import LocalShell
+from mvm.drivers.supervisor import Supervisor
 from tests.support.local import free_port
 from tests.support.microvm import image_cache, lay_in, minimal_image
 from tests.support.waiting import until
@@ -106,11 +108,12 @@ class Stack:
 
     def pid(self, part: str) -> int:
         """The pid of a part of the stack, once it has one."""
+        supervisor = Supervisor(self.layout, LocalShell())  # a command would take a second or more of CPU to ask it
         found: list[int] = []
 
         def seen() -> bool:
-            rows = json.loads(self.run("status", "-o", "json").stdout)
-            found[:] = [row["pid"] for row in rows if row["name"] == part and row["pid"]]
+            pid = supervisor.parts()[part].pid
+            found[:] = [pid] if pid else []
             return bool(found)
 
         until(seen, 60, f"{part} has a process")
@@ -132,7 +135,6 @@ class Stack:
     def vmms(self) -> list[int]:
         """Pids of the VMM processes of this state directory."""
         from mvm.drivers.qemu.driver import QemuDriver
-        from mvm.drivers.shell import LocalShell
 
         found = QemuDriver(self.layout, LocalShell()).processes().values()
         return [process.pid for several in found for process in several]
