@@ -1,4 +1,7 @@
-"""Templates and snapshots of real guests: what only they can show."""
+"""Templates and snapshots of real guests: what only they can show.
+
+``MVM_TEST_CLONES`` is how many clones are compared, 20 for the whole proof.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,7 @@ pytestmark = [pytest.mark.root, pytest.mark.guest]
 
 MIB = 1 << 20
 DATA_MIB = 16
+CLONES = int(os.environ.get("MVM_TEST_CLONES", "8"))
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +104,10 @@ def wake(host: QemuHost, spec: BootSpec, snapshot: Path, template: Path) -> Proc
 
 
 # --- clones
-def test_twenty_clones_have_nothing_in_common(host: QemuHost, template: Path) -> None:
-    specs = [with_data(host, host.spec(number)) for number in range(100, 120)]
-    addresses = [f"{IPv4Address('10.240.1.0') + number}/24" for number in range(100, 120)]
+def test_many_clones_have_nothing_in_common(host: QemuHost, template: Path) -> None:
+    numbers = range(100, 100 + CLONES)
+    specs = [with_data(host, host.spec(number)) for number in numbers]
+    addresses = [f"{IPv4Address('10.240.1.0') + number}/24" for number in numbers]
     try:
         for spec, address in zip(specs, addresses, strict=True):
             clone(host, template, spec)
@@ -117,7 +122,7 @@ def test_twenty_clones_have_nothing_in_common(host: QemuHost, template: Path) ->
         )
         said = [execute(host, spec, "; echo --; ".join(asked)).split("\n--\n") for spec in specs]
         answers = list(zip(*said, strict=True))
-        assert [len(set(told)) for told in answers] == [20] * len(asked)
+        assert [len(set(told)) for told in answers] == [CLONES] * len(asked)
         assert answers[2] == tuple(spec.nic.mac for spec in specs)
         assert answers[4] == tuple(addresses)
     finally:
