@@ -19,7 +19,7 @@ from tests.support.waiting import until
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.redis, pytest.mark.timeout(600)]
 
 WRITER = """
-(i=0; while :; do i=$((i + 1)); echo $i >/data/draft; sync; mv /data/draft /data/count; sync; usleep 100000; done) \
+(i=0; while :; do i=$((i + 1)); echo $i >/data/draft; sync; mv /data/draft /data/count; sync; usleep 500000; done) \
   >/dev/null 2>&1 &
 """
 IN_MEMORY = "echo only in memory >/run/kept; cat /run/kept /data/count"
