@@ -30,7 +30,7 @@ from mvm.settings import Settings
 
 Report = Callable[[str], None]
 _READY_S = 120.0
-_ASK_AGAIN_S = 0.1
+_ASK_AGAIN_S = 0.25  # each asking takes CPU from what is to answer
 _GIVE_UP_AFTER = 3  # processes of one part, one after the other
 
 
