@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,56 +17,60 @@ from tests.support.waiting import until
 pytestmark = [pytest.mark.root, pytest.mark.redis]
 
 
-def test_what_is_done_to_a_tenant_is_told_and_what_is_done_to_the_trail_is_found() -> None:
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
     with running_stack("fake") as stack:
-        stack.mvm("tenant", "create", "acme")
-        stack.mvm("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal")
-        stack.mvm("pool", "build", "acme/web")
-        refs = [each["ref"] for each in stack.json("instance", "create", "acme/web", "--count", "4")]
-        following = subprocess.Popen(
-            [*COMMAND, "audit", "tail", "acme", "-f", "-n", "1", "-o", "json"], env=stack.env,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            stack.mvm("instance", "start", *refs)
-            stack.mvm("instance", "sleep", refs[0])
-            stack.mvm("instance", "wake", refs[0])
-            _wait_for(following, "instance.wake")
-        finally:
-            following.kill()
-            following.communicate()
-        entries = stack.json("audit", "tail", "acme", "-n", "100")
-        assert [entry["seq"] for entry in entries] == list(range(1, len(entries) + 1))
-        assert sorted(e["subject"] for e in entries if e["verb"] == "instance.start") == sorted(refs)
-        (woken,) = [entry for entry in entries if entry["verb"] == "instance.wake"]
-        assert (woken["from"], woken["to"], woken["reason"]) == ("sleeping", "running", "urgent")
-        jobs = {job["job_id"] for job in stack.json("job", "list", "--all", "--limit", "1000")}
-        assert {entry["job_id"] for entry in entries} <= jobs
-        assert stack.json("audit", "verify", "acme")["whole"]
-        _spoil(stack)
+        yield stack
 
 
-def test_nothing_is_lost_or_told_twice_when_workers_are_killed() -> None:
-    with running_stack("fake") as stack:
-        stack.mvm("tenant", "create", "acme")
-        stack.mvm("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal")
-        stack.mvm("pool", "build", "acme/web")
-        refs = [each["ref"] for each in stack.json("instance", "create", "acme/web", "--count", "20")]
-        jobs = []
-        for verb in ("start", "warm", "start", "stop"):
-            (job,) = stack.mvm("instance", verb, *refs, "--no-wait").split()
-            until(lambda job=job: _begun(stack, job), 60, "some of it has begun")  # type: ignore[misc]
-            for part in ("worker", "urgent"):
-                os.kill(stack.pid(part), signal.SIGKILL)
-            stack.run("job", "wait", job)
-            jobs.append(job)
-        children = [child for job in jobs for child in stack.json("job", "show", job)["children"]]
-        assert len(children) == 80
-        ended = {child["job_id"]: child["state"] for child in children}
-        told = [e for e in stack.json("audit", "tail", "acme", "-n", "1000") if e["job_id"] in ended]
-        assert Counter(entry["job_id"] for entry in told) == Counter(ended.keys())
-        assert {entry["job_id"]: entry["result"] for entry in told} == ended
-        assert stack.json("audit", "verify", "acme")["whole"]
+def test_what_is_done_to_a_tenant_is_told_and_what_is_done_to_the_trail_is_found(stack: Stack) -> None:
+    stack.mvm("tenant", "create", "acme")
+    stack.mvm("pool", "create", "acme/web", "--flake", "builtin:", "--profile", "minimal")
+    stack.mvm("pool", "build", "acme/web")
+    refs = [each["ref"] for each in stack.json("instance", "create", "acme/web", "--count", "4")]
+    following = subprocess.Popen(
+        [*COMMAND, "audit", "tail", "acme", "-f", "-n", "1", "-o", "json"], env=stack.env,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        stack.mvm("instance", "start", *refs)
+        stack.mvm("instance", "sleep", refs[0])
+        stack.mvm("instance", "wake", refs[0])
+        _wait_for(following, "instance.wake")
+    finally:
+        following.kill()
+        following.communicate()
+    entries = stack.json("audit", "tail", "acme", "-n", "100")
+    assert [entry["seq"] for entry in entries] == list(range(1, len(entries) + 1))
+    assert sorted(e["subject"] for e in entries if e["verb"] == "instance.start") == sorted(refs)
+    (woken,) = [entry for entry in entries if entry["verb"] == "instance.wake"]
+    assert (woken["from"], woken["to"], woken["reason"]) == ("sleeping", "running", "urgent")
+    jobs = {job["job_id"] for job in stack.json("job", "list", "--all", "--limit", "1000")}
+    assert {entry["job_id"] for entry in entries} <= jobs
+    assert stack.json("audit", "verify", "acme")["whole"]
+    _spoil(stack)
+
+
+def test_nothing_is_lost_or_told_twice_when_workers_are_killed(stack: Stack) -> None:
+    stack.mvm("tenant", "create", "bolt")
+    stack.mvm("pool", "create", "bolt/web", "--flake", "builtin:", "--profile", "minimal")
+    stack.mvm("pool", "build", "bolt/web")
+    refs = [each["ref"] for each in stack.json("instance", "create", "bolt/web", "--count", "20")]
+    jobs = []
+    for verb in ("start", "warm", "start", "stop"):
+        (job,) = stack.mvm("instance", verb, *refs, "--no-wait").split()
+        until(lambda job=job: _begun(stack, job), 60, "some of it has begun")  # type: ignore[misc]
+        for part in ("worker", "urgent"):
+            os.kill(stack.pid(part), signal.SIGKILL)
+        stack.run("job", "wait", job)
+        jobs.append(job)
+    children = [child for job in jobs for child in stack.json("job", "show", job)["children"]]
+    assert len(children) == 80
+    ended = {child["job_id"]: child["state"] for child in children}
+    told = [e for e in stack.json("audit", "tail", "bolt", "-n", "1000") if e["job_id"] in ended]
+    assert Counter(entry["job_id"] for entry in told) == Counter(ended.keys())
+    assert {entry["job_id"]: entry["result"] for entry in told} == ended
+    assert stack.json("audit", "verify", "bolt")["whole"]
 
 
 def _begun(stack: Stack, job: str) -> bool:

@@ -6,11 +6,12 @@ Blocks of ``sh`` and ``console`` are run in their order. One that cannot be has 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.support.documents import ROOT, Reader, examples, own_name
+from tests.support.documents import ROOT, Example, Reader, examples, own_name
 from tests.support.stack import Stack, running_stack
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,25 +29,37 @@ def every_line_is_an_object(stack: Stack) -> None:
             assert {"event", "logger", "level", "timestamp"} <= json.loads(line).keys(), (path.name, line)
 
 
-@pytest.mark.parametrize("document", WITH_EXAMPLES, ids=lambda path: path.name)
-def test_every_example_works(document: Path, tmp_path: Path) -> None:
-    todo = [example for example in examples(document) if not example.excuse]
-    brings_up = any("mvm up" in example.commands for example in todo)
-    with running_stack(up=not brings_up, MVM_NODE_ID=own_name()) as stack:
-        reader = Reader(stack, tmp_path)
-        for example in todo:
-            reader.type(example)
-        if stack.run("status").returncode:
-            stack.mvm("up", "--detach")
-        every_line_is_an_object(stack)
-
-
-def test_the_example_scripts_work(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    """For examples that need one and bring none up."""
     with running_stack(MVM_NODE_ID=own_name()) as stack:
-        reader = Reader(stack, tmp_path)
-        for script in sorted((ROOT / "docs" / "examples").glob("*.sh")):
-            pages = reader.run(str(script), "shop")
-            assert pages.count("hello from i-") == 3
+        yield stack
+
+
+@pytest.mark.parametrize("document", WITH_EXAMPLES, ids=lambda path: path.name)
+def test_every_example_works(document: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    todo = [example for example in examples(document) if not example.excuse]
+    if not any("mvm up" in example.commands for example in todo):
+        every_example_works(request.getfixturevalue("stack"), todo, tmp_path)
+        return
+    with running_stack(up=False, MVM_NODE_ID=own_name()) as own:
+        every_example_works(own, todo, tmp_path)
+        if own.vmms() and own.run("status").returncode:
+            own.mvm("up", "--detach")  # who else would stop them
+
+
+def every_example_works(stack: Stack, todo: Sequence[Example], tmp_path: Path) -> None:
+    reader = Reader(stack, tmp_path)
+    for example in todo:
+        reader.type(example)
+    every_line_is_an_object(stack)
+
+
+def test_the_example_scripts_work(stack: Stack, tmp_path: Path) -> None:
+    reader = Reader(stack, tmp_path)
+    for script in sorted((ROOT / "docs" / "examples").glob("*.sh")):
+        pages = reader.run(str(script), "shop")
+        assert pages.count("hello from i-") == 3
 
 
 def test_the_readme_shows_what_the_demo_does() -> None:
