@@ -69,8 +69,8 @@ POOL = Object({
     "seccomp_policy": Field(Choice(SeccompPolicy), "which system calls a VMM may make", SeccompPolicy.BASELINE),
     "snapshot_compression": Field(Choice(Compression), "how sleeping memory is packed", Compression.ZSTD),
     "metadata_enabled": Field(Boolean(), "whether guests may ask the metadata service", True),
-    "pinned": Field(Boolean(), "its instances are never put to sleep, stopped or pruned", False),
-    "critical": Field(Boolean(), "its instances are started, and otherwise never touched", False),
+    "pinned": Field(Boolean(), "nobody but a person stops its instances or puts them away; not pruned", False),
+    "critical": Field(Boolean(), "its instances are started, and otherwise left to people; not pruned", False),
     "on_exit": Field(Choice(OnExit), "what follows when a guest halts or reboots by itself", OnExit.RESTART),
     "sleep_policy": Field(Object({
         "warm_after_s": Field(Integer(0, MAX_POLICY_S), "idle seconds until warm; 0: never", _SLEEP.warm_after_s),

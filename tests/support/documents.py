@@ -74,7 +74,6 @@ class Reader:
         for name in ("docs", "scripts", ".venv", "README.md"):
             (place / name).symlink_to(ROOT / name)
         (place / "backups").mkdir()
-        (place / "secrets.json").write_text('{"DB_PASSWORD": "text"}')
         self._env = stack.env | {"PATH": f"{self._commands()}:{stack.env['PATH']}"}
 
     def _commands(self) -> Path:
