@@ -24,6 +24,7 @@ from mvm.drivers.netns import entered, path_of, socket_in
 
 _ANSWER_S = 20.0  # on a machine that has much else to do
 _PAUSE_S = 0.2
+_LOGIN_PAUSE_S = 1.0  # on an emulated CPU each takes a good part of a second
 _ROOT = Path(__file__).parents[2]
 _HEAD = 20  # bytes of an IP packet before its content
 
@@ -42,8 +43,8 @@ def reaching(namespace: str, layout: StateLayout, guests: Sequence[tuple[str, st
     """Within the block each of `guests`, a ref and an address, is pinged and logged in to, again and again."""
     seen, over = Reached(), threading.Event()
 
-    def again(what: str, act: Callable[[], None]) -> None:
-        while not over.wait(_PAUSE_S):
+    def again(what: str, act: Callable[[], None], pause_s: float) -> None:
+        while not over.wait(pause_s):
             try:
                 act()
             except (OSError, AssertionError, subprocess.SubprocessError) as error:
@@ -56,8 +57,9 @@ def reaching(namespace: str, layout: StateLayout, guests: Sequence[tuple[str, st
         for ref, address in guests:
             with entered(path_of(namespace)):
                 card = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))
-            threads.append(threading.Thread(target=again, args=("pings", _Pinger(card, address))))
-            threads.append(threading.Thread(target=again, args=("logins", _Login(namespace, layout, ref, address))))
+            threads.append(threading.Thread(target=again, args=("pings", _Pinger(card, address), _PAUSE_S)))
+            login = _Login(namespace, layout, ref, address)
+            threads.append(threading.Thread(target=again, args=("logins", login, _LOGIN_PAUSE_S)))
         for thread in threads:
             thread.start()
         try:
