@@ -131,7 +131,7 @@ def test_a_killed_vmm_is_noticed_and_its_pool_brought_back(emptied: Stack) -> No
     stack.mvm("pool", "destroy", "acme/kept", "-y")
 
 
-def test_running_vms_survive_worker_agent_and_stack(emptied: Stack) -> None:
+def test_running_vms_survive_worker_and_agent(emptied: Stack) -> None:
     stack, (ref,) = emptied, create(emptied, 1)
     stack.mvm("instance", "start", ref)
     pid = stack.json("instance", "info", ref)["pid"]
@@ -139,10 +139,6 @@ def test_running_vms_survive_worker_agent_and_stack(emptied: Stack) -> None:
         old = stack.pid(part)
         os.kill(old, signal.SIGKILL)
         until(lambda part=part, old=old: _answers(stack, part, old), 60, f"{part} is back")
-    assert execute(stack, ref, "echo alive") == "alive"
-    stack.mvm("down")
-    assert stack.vmms() == [pid]
-    stack.mvm("up", "--detach")
     assert execute(stack, ref, "echo alive") == "alive"
     assert stack.json("instance", "info", ref)["pid"] == pid
 
