@@ -29,11 +29,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             running.mvm("tenant", "create", tenant)
         for pool, *more in (
             ("acme/web", "--user-data", str(user_data)),
-            ("bolt/web",),
-            ("acme/quiet", "--no-metadata"),
-            ("acme/python", "--profile", "python"),
+            ("bolt/web", "--cold"),  # as the others with one instance: a template would be made for each
+            ("acme/quiet", "--cold", "--no-metadata"),
+            ("acme/python", "--cold", "--profile", "python"),
         ):
-            running.mvm("pool", "create", pool, "--flake", "builtin:", "--profile", "minimal", "--mem", "128", *more)
+            words = ("--flake", "builtin:", "--profile", "minimal", "--mem", "128", *more)
+            running.mvm("pool", "create", pool, *words)
             running.mvm("pool", "build", pool)
         yield running
 
@@ -131,7 +132,7 @@ def test_a_flood_and_long_headers_are_cut_off_and_others_are_served(stack: Stack
 
 def test_a_tenant_that_comes_later_is_served_too(stack: Stack, guests: dict[str, str], tmp_path: Path) -> None:
     stack.mvm("tenant", "create", "late")
-    stack.mvm("pool", "create", "late/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128")
+    stack.mvm("pool", "create", "late/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128", "--cold")
     stack.mvm("pool", "build", "late/web")
     ref = create(stack, "late/web")
     assert ask(stack, ref, "GET", "/latest/meta-data/tenant", f"{TOKEN}: {token(stack, ref)}") == (200, "late")
