@@ -27,7 +27,7 @@ IN_MEMORY = "echo only in memory >/run/kept; cat /run/kept /data/count"
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with running_stack(MVM_BOOT_DEADLINE_S="120") as running:
+    with running_stack() as running:
         running.mvm("tenant", "create", "acme")
         pool = ("acme/web", "--flake", "builtin:", "--profile", "minimal", "--mem", "128", "--data-disk", "32")
         running.mvm("pool", "create", *pool)

@@ -98,7 +98,7 @@ class OldNode:
 def test_guests_of_6e69ba5_go_on_under_the_new_stack(tmp_path: Path) -> None:
     held = ExitStack()
     node = OldNode(tmp_path / "old", held)
-    with held, running_stack(before=node, MVM_BOOT_DEADLINE_S="120") as stack:
+    with held, running_stack(before=node) as stack:
         one, two, warm, asleep = node.refs
         assert stack.statuses() == {one: "running", two: "running", warm: "warm", asleep: "sleeping"}
         assert set(stack.vmms()) == node.vmms

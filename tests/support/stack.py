@@ -215,7 +215,7 @@ def running_stack(
     env |= {
         "MVM_STATE_DIR": str(layout.root), "MVM_FLOWER_PORT": str(free_port()), "MVM_METRICS_PORT": str(free_port()),
         "MVM_AGENT_PORT": str(free_port()), "MVM_DRIVER": driver, "PYTHONPATH": str(_ROOT), "MVM_NODE_ID": "n1",
-        "MVM_STALE_PID_SWEEP_S": "2",
+        "MVM_STALE_PID_SWEEP_S": "2", "MVM_BOOT_DEADLINE_S": "120",  # a slow machine is no failure
         "MVM_RECONCILE_SWEEP_S": "2", "MVM_ORPHAN_SWEEP_S": "3", "MVM_ORPHAN_GRACE_S": "3", **settings,
     }  # fmt: skip
     stack, down = Stack(layout, env), False
