@@ -307,6 +307,22 @@ def test_who_follows_too_much_is_told_and_nobody_else_is_affected(agent: Agent) 
     until(lambda: _follows(agent), 60, "there is room again")
 
 
+def test_a_wake_never_waits_for_commands_without_end(agent: Agent) -> None:
+    """As many as the agent once had threads for all that may last: wakes, of whatever tenant, were refused then."""
+    endless = [command(agent) for _ in range(32)]
+    for ref in (REF, "other/web/i-00000001"):
+        assert call(agent, "instance.wake", ref=ref, actor="test") == {"ref": ref}
+    assert call(agent, "node.info") == {"node_id": "node-a"}
+    for stream in endless:
+        stream.close()  # type: ignore[attr-defined]
+
+
+def command(agent: Agent) -> Iterator[dict[str, Any]]:
+    stream = agent.agents.stream(agent.address, "instance.exec", LASTING, deadline_s=120)
+    next(stream)
+    return stream
+
+
 def _follows(agent: Agent) -> bool:
     try:
         follow(agent, REF).close()  # type: ignore[attr-defined]
@@ -328,8 +344,7 @@ def test_a_command_ends_with_its_client_however_that_goes(agent: Agent) -> None:
 
 @contextmanager
 def leave_politely(agent: Agent) -> Iterator[None]:
-    stream = agent.agents.stream(agent.address, "instance.exec", LASTING, deadline_s=120)
-    next(stream)
+    stream = command(agent)
     yield
     stream.close()  # type: ignore[attr-defined]
 
