@@ -206,6 +206,16 @@ def test_a_flood_costs_a_share_of_a_core_and_who_goes_is_noticed(tmp_path: Path,
     assert told >= int(passed), "a part each second, at least"
 
 
+@pytest.mark.parametrize("piece", [b"\n", b"\n" * 64, b"\n" * 65536], ids=["one by one", "some", "many"])
+def test_newlines_without_end_cost_nobody_a_core(tmp_path: Path, piece: bytes) -> None:
+    with flooding(tmp_path, guest.CONTROL, b"", piece):
+        began, used = time.monotonic(), time.thread_time()
+        with pytest.raises((Failed, TimedOut)):
+            UnixGuestChannel().ping(REF, tmp_path, deadline_s=HEARD_S)
+        passed = time.monotonic() - began
+    assert time.thread_time() - used < 0.2 + passed / 2
+
+
 @contextmanager
 def flooding(directory: Path, port: str, begun: bytes, piece: bytes) -> Iterator[None]:
     """A guest that says `begun`, and then `piece` until it is not heard any more."""

@@ -291,6 +291,17 @@ def cut_off(settings: Settings) -> bytes:
     return grown.read_bytes()
 
 
+def test_it_comes_up_though_a_power_cut_left_zeros(stack: Stack, settings: Settings) -> None:
+    stack.prepare()
+    cut_off(settings)
+    with next(settings.layout.redis.rglob("*.incr.aof")).open("ab") as grown:
+        grown.write(bytes(4096))
+    said: list[str] = []
+    stack.up(said.append)
+    assert [part.answers for part in stack.status()] == [True]
+    assert any("redis.damaged-" in text for text in said), "what was lost is told, with where all of it is kept"
+
+
 @pytest.mark.parametrize("step", ["upgrade", "rebuild"])
 def test_what_was_lost_is_put_back_though_the_first_attempt_was_killed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, step: str

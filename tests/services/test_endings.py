@@ -292,3 +292,14 @@ def test_however_its_agent_lies_an_instance_is_stopped_and_destroyed(node: Node,
     node.ok(V.INSTANCE_DESTROY, second)
     assert not node.host.machines
     assert str(NODE) == "n1"
+
+
+@pytest.mark.parametrize("lie", list(Lie))
+def test_however_their_agents_lie_a_pool_is_scaled_down(node: Node, lie: Lie) -> None:
+    refs = running(node, 2)
+    for ref in refs:
+        node.host.lie(InstanceRef.parse(ref), lie)
+    node.ok(V.POOL_SCALE, "acme/web", running=0)
+    reconciled(node)
+    assert [node.instance(ref).status for ref in refs] == [S.STOPPED] * 2
+    assert not node.host.machines

@@ -16,6 +16,7 @@ from mvm.domain.ids import JobId
 from mvm.domain.instance import Instance
 from mvm.domain.job import Job, JobState, JobVerb, Reason
 from mvm.domain.lifecycle import Status
+from mvm.drivers.fake import Lie
 from mvm.errors import Failed
 from mvm.services.jobs import Asked
 from tests.services.conftest import NODE, Node
@@ -126,6 +127,19 @@ def test_counts_images_and_rules_change(mvm: CommandLine, node: Node, file: Path
     up = [i for i in node.services.store.instances() if i.status is Status.RUNNING]
     assert len(up) == 2
     assert all(before.get(instance.ref) != instance.revision for instance in up)
+
+
+@pytest.mark.parametrize("lie", list(Lie))
+def test_however_their_agents_lie_a_rollout_replaces_guests(mvm: CommandLine, node: Node, file: Path, lie: Lie) -> None:
+    words = ("agent", "reconcile", "--desired", str(file))
+    mvm.ok(*words)
+    before = {i.ref: i.revision for i in node.services.store.instances()}
+    for ref in before:
+        node.host.lie(ref, lie)
+    write(file, {"profile": "python"})
+    mvm.ok(*words)
+    assert statuses(node) == {"running": 2}
+    assert all(before.get(i.ref) != i.revision for i in node.services.store.instances())
 
 
 def test_a_check_right_after_a_start_proves_nothing(mvm: CommandLine, node: Node, file: Path) -> None:

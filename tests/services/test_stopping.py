@@ -13,6 +13,7 @@ from mvm.cli import stop_all
 from mvm.domain.ids import InstanceRef
 from mvm.domain.job import JobVerb
 from mvm.domain.lifecycle import Status
+from mvm.drivers.fake import Lie
 from mvm.drivers.stack import Stack
 from mvm.errors import Failed, MvmError, NotAllowed
 from mvm.settings import Settings
@@ -93,6 +94,17 @@ def test_down_with_instances_stops_warm_ones_too(node: Node, up: Settings, stack
     assert [node.instance(ref).status for ref in (awake, warm, asleep)] == [S.STOPPED, S.STOPPED, S.SLEEPING]
     stack.down.assert_called_once()
     assert calls(stack) == [("stop_part", "beat")]
+
+
+@pytest.mark.parametrize("lie", list(Lie))
+def test_down_with_instances_ends_those_whose_agents_lie(node: Node, up: Settings, stack: Mock, lie: Lie) -> None:
+    refs = running(node, 2)
+    for ref in refs:
+        node.host.lie(InstanceRef.parse(ref), lie)
+    stop_all.down_with_instances(up, stack, lambda _: None)
+    assert [node.instance(ref).status for ref in refs] == [S.STOPPED] * 2
+    assert not node.host.machines
+    stack.down.assert_called_once()
 
 
 @pytest.mark.parametrize("trouble", ["an instance stays up", "another down is at work"])
