@@ -13,6 +13,8 @@ from mvm.domain.pool import ImageSource
 
 BACKUP: Final = "backup"
 """One backup at a time."""
+DISK: Final = "disk"
+"""Whoever takes room on the disk, until it is written down that it is taken."""
 FIREWALL: Final = "firewall"
 """Whoever changes the packet filter."""
 IMAGES: Final = "images"

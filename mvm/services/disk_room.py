@@ -44,9 +44,19 @@ class DiskRoom:
         self._admit("making a template", memory)
 
     def admit_sleep(self, ref: InstanceRef, held: int) -> None:
-        """What the VMM of `ref` holds in memory can be put on the disk, and what those hold that fall asleep now."""
-        others = (i for i in self._store.instances() if i.in_flight and i.in_flight.verb is Verb.SLEEP and i.ref != ref)
+        """What the VMM of `ref` holds in memory can be put on the disk, and what those hold that were admitted before.
+
+        The caller holds `lock_names.DISK` until the job's next step says that it was admitted.
+        """
+        others = [each for each in self._store.instances() if each.ref != ref and self._is_promised(each)]
         self._admit(f"putting {ref} to sleep", held, sum(map(self._held, others)))
+
+    def _is_promised(self, instance: Instance) -> bool:
+        """Whether it falls asleep: not one that still asks for room, and may be refused."""
+        if instance.in_flight is None or instance.in_flight.verb is not Verb.SLEEP:
+            return False
+        job = self._store.job(instance.in_flight.job_id)
+        return job is not None and job.step is not None
 
     def _held(self, instance: Instance) -> int:
         if instance.process is None or not isinstance(self._vmm, Snapshotting):

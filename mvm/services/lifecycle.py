@@ -31,6 +31,7 @@ from mvm.services.views import instance_view
 MAX_CREATE = 1000
 _LOCK_S = 300.0
 _UNUSED = (Status.CREATED, Status.READY)
+_UNWRITTEN = "its guest did not get ready, and may have written to memory alone what it was to write to its disks"
 
 
 class Lifecycle:
@@ -123,6 +124,7 @@ class Lifecycle:
             ):
                 self._rouse(context, instance)
                 return {}
+            self._tell_unwritten(context, instance)
             with context.undoing(partial(self._undo_start, ref, network)):
                 instance = self._microvms.bring_up(context, instance, pool, network)
             running = instance.moved(Status.RUNNING, last_error=None, last_started_at=self._clock.now())
@@ -219,12 +221,20 @@ class Lifecycle:
             ref, began = instance.ref, self._clock.monotonic()
             pool, network = self._store.pool(ref.pool_ref), self._store.tenant(ref.tenant).network
             held = self._microvms.held(instance)
-            manifest = self._microvms.sleep(
+            manifest, ready = self._microvms.sleep(
                 context, instance, pool, network, force=bool(context.job.params.get("force"))
             )
             asleep = instance.moved(Status.SLEEPING, process=None, last_stopped_at=self._clock.now())
             took = round(self._clock.monotonic() - began, 4)
-            note = {"seconds": took, "bytes": manifest.size, "held": held, "at": self._clock.now().isoformat()}
+            note = {
+                "seconds": took,
+                "bytes": manifest.size,
+                "held": held,
+                "at": self._clock.now().isoformat(),
+                "ready": ready,
+            }
+            if not ready:
+                context.remark(f"asleep by force: {_UNWRITTEN}, and only a wake keeps that")
             with context.ending(snapshot_bytes=manifest.size, seconds=took, **instance_view(network, asleep)):
                 self._store.save_instance(asleep)
                 self._store.put_note(ref, Note.SLEPT, note)
@@ -235,12 +245,22 @@ class Lifecycle:
         with self._claimed(context, Verb.STOP) as instance:
             network = self._store.tenant(instance.ref.tenant).network
             context.step("shut down guest", 0, 2)
-            clean = not context.job.params.get("force") and self._microvms.shut_down(instance)
+            forced = bool(context.job.params.get("force"))
+            clean = not forced and self._microvms.shut_down(instance)
+            self._tell_unwritten(context, instance)
+            if instance.has_vmm and not (clean or forced):
+                context.remark("its guest did not shut down in time and was ended: what it had not written is lost")
             self._microvms.take_down(instance, network)  # no step of its own: not cancelled half way
             stopped = instance.moved(Status.STOPPED, process=None, last_stopped_at=self._clock.now())
             with context.ending(clean=clean, **instance_view(network, stopped)):
                 self._store.save_instance(stopped)
         return {}
+
+    def _tell_unwritten(self, context: JobContext, instance: Instance) -> None:
+        """Of one that was put to sleep by force, and whose memory goes now. An older mvm did not note it."""
+        note = self._store.note(instance.ref, Note.SLEPT)
+        if instance.status is Status.SLEEPING and note and not note.get("ready", True):
+            context.remark(f"it slept by force: {_UNWRITTEN}; that is lost")
 
     def destroy(self, context: JobContext) -> Mapping[str, Any]:
         """Remove the subject instance with everything it has, whatever its status."""

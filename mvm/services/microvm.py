@@ -21,7 +21,6 @@ from mvm.domain.instance import Instance
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import WorkerPool
 from mvm.domain.refusals import out_of_memory, out_of_room
-from mvm.domain.snapshot import SnapshotManifest
 from mvm.domain.vmm import VmmState
 from mvm.errors import Cancelled, Failed, GuestFault, GuestSilent, MvmError, NotAllowed, TimedOut, Unreachable
 from mvm.ports.cgroup import Cgroups
@@ -33,7 +32,7 @@ from mvm.ports.vmm import BootSpec, Nic, VmmDriver
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
 from mvm.services.secrets import TenantSecrets
-from mvm.services.snapshots import Snapshots, damaged, unusable
+from mvm.services.snapshots import Slept, Snapshots, damaged, unusable
 
 log = structlog.get_logger("mvm.lifecycle")
 
@@ -176,7 +175,7 @@ class MicroVms:
 
     def sleep(
         self, context: JobContext, instance: Instance, pool: WorkerPool, network: TenantNetwork, *, force: bool
-    ) -> SnapshotManifest:
+    ) -> Slept:
         """Its memory is on disk; no process and no TAP are left.
 
         A clone whose template is gone has nothing to be saved over as long as it is up: that is noted.
@@ -185,13 +184,13 @@ class MicroVms:
         self._secrets.withdrawn(instance.ref, surely=not force)
         with context.undoing(partial(self._give_secrets_back, instance)), self._telling(instance.ref):
             try:
-                manifest = self._snapshots.sleep(context, instance, pool, spec, force=force)
+                slept = self._snapshots.sleep(context, instance, pool, spec, force=force)
             except MvmError as error:
                 if instance.cloned and error.code in ("snapshot.other_base", "snapshot.not_found"):
                     self._store.put_note(instance.ref, Note.SLEEPLESS, {"run": instance.run})
                 raise
         self._networks.disconnect(instance, network)
-        return manifest
+        return slept
 
     def _give_secrets_back(self, instance: Instance) -> None:
         if instance.status is Status.RUNNING:

@@ -50,6 +50,15 @@ _GUEST_S = 10.0
 _SAVING = "save memory"
 
 
+class Slept(NamedTuple):
+    """What an instance sleeps in. `ready` says whether its guest has written to its disks all that it had to: else some
+    of that is in its memory alone.
+    """
+
+    manifest: SnapshotManifest
+    ready: bool
+
+
 class Woken(NamedTuple):
     """What has become of a sleeping instance: it runs. `fault` says what is not well all the same."""
 
@@ -196,7 +205,7 @@ class Snapshots:
 
     def sleep(
         self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec, *, force: bool
-    ) -> SnapshotManifest:
+    ) -> Slept:
         """Its memory is on disk and its process has ended; on failure it is as it was.
 
         The guest is asked first to make itself small; unless with `force`, one that does not answer is not put to
@@ -208,21 +217,24 @@ class Snapshots:
                 context.job.step,
                 context.left_at,
             ):  # a worker was killed: what it saved is whole, or not there
-                return driver.manifest(into)
+                return Slept(driver.manifest(into), ready=not force)
             raise Unreachable("vmm.gone", f"the VMM of {ref} has ended", hint="a sweep will record it as stopped")
         process = _process(instance)
         driver.discard(into)
-        self._room.admit_sleep(ref, driver.memory(process).private)
-        context.step("prepare guest", 0, 3)
+        held = driver.memory(process).private
+        with self._locks.hold(lock_names.DISK, deadline_s=_GUEST_S):
+            self._room.admit_sleep(ref, held)
+            context.step("prepare guest", 0, 3)
         paused = driver.paused(ref, process)
         with context.undoing(partial(self._undo_sleep, context, instance, paused=paused)):
+            ready = False
             if not (paused and force):
                 driver.resume(ref, process)  # a warm one too is asked
-                self._ask_to_sleep(instance, force=force)
+                ready = self._ask_to_sleep(instance, force=force)
             context.step(_SAVING, 1, 3)
             manifest = self._save(instance, process, pool, spec)
         log.info("asleep", bytes=manifest.size)
-        return manifest
+        return Slept(manifest, ready)
 
     def _undo_sleep(self, context: JobContext, instance: Instance, *, paused: bool) -> None:
         with suppress(Unreachable):  # what went wrong may be that it has ended
@@ -238,7 +250,8 @@ class Snapshots:
             into=self._storage.snapshot(instance.ref), compression=pool.compression,
         )  # fmt: skip
 
-    def _ask_to_sleep(self, instance: Instance, *, force: bool) -> None:
+    def _ask_to_sleep(self, instance: Instance, *, force: bool) -> bool:
+        """Whether the guest got ready, and has written to its disks what it had to."""
         try:
             self._guest.prepare_sleep(
                 instance.ref, self._storage.directory(instance.ref), deadline_s=self._sleep_deadline_s
@@ -254,9 +267,11 @@ class Snapshots:
                     hint=f"mvm instance sleep {instance.ref} --force", subject=str(instance.ref),
                 ) from None  # fmt: skip
             log.warning("put to sleep without the guest's consent", why=error.message)
+            return False
         else:
             if instance.status is Status.WARM:
                 self._health.seen(instance, None)
+            return True
 
     def _check(self, instance: Instance, fault: GuestFault) -> None:
         """A warm guest is checked when it is asked to sleep: else it stands still, and no sweep can ask it.

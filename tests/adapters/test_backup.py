@@ -155,6 +155,17 @@ def test_what_is_put_together_wrongly_is_damage_too(tmp_path: Path, files: dict[
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("what", ["device", "pipe", "directory"])
+def test_what_has_no_end_is_not_read(tmp_path: Path, what: str) -> None:
+    path = {"device": Path("/dev/zero"), "pipe": tmp_path / "pipe", "directory": tmp_path}[what]
+    if what == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(Failed) as caught:
+        archive.check(path)
+    assert caught.value.code == "backup.unreadable"
+    assert "not a regular file" in caught.value.message
+
+
 def test_a_newer_one_is_refused_as_newer(tmp_path: Path) -> None:
     for about, code in (
         (About(ABOUT.node_id, ABOUT.taken_at, STATE_VERSION + 1), "state.version"),

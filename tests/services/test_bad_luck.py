@@ -207,7 +207,9 @@ def test_a_guest_that_will_not_shut_down_is_ended(node: Node) -> None:
     (ref,) = node.create()
     node.ok(V.INSTANCE_START, ref)
     node.host.hang_guest(InstanceRef.parse(ref))
-    assert node.ok(V.INSTANCE_STOP, ref)["clean"] is False
+    stopped = node.ok(V.INSTANCE_STOP, ref)
+    assert stopped["clean"] is False
+    assert stopped["remarks"] == ["its guest did not shut down in time and was ended: what it had not written is lost"]
     assert not node.host.vmm.processes()
     assert not node.host.leaks()
 

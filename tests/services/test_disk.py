@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from mvm.domain.disk import Watermarks
 from mvm.domain.ids import InstanceRef, PoolRef, Revision
+from mvm.domain.instance import InFlight
 from mvm.domain.job import JobState, JobVerb
-from mvm.domain.lifecycle import Status
+from mvm.domain.lifecycle import Status, Verb
+from mvm.errors import QuotaExceeded
 from mvm.ports.storage import NodeStorage
+from mvm.services.disk_room import DiskRoom
 from tests.services.conftest import NODE, Node
 from tests.support.command_line import CommandLine
 
@@ -178,6 +183,24 @@ def test_below_the_reserve_nothing_large_begins(node: Node, mvm: CommandLine) ->
     assert node.instance(ref).status is Status.WARM
     node.host.disk_free += MIB
     node.ok(V.INSTANCE_SLEEP, ref)
+
+
+def test_room_is_promised_to_those_that_were_admitted_alone(node: Node) -> None:
+    """One that still asks may be refused: many that ask at once would all be refused for each other's sake."""
+    node.pool()
+    other, ref = started(node, 2)
+    node.host.disk_free = RESERVE + 20 * MIB  # a VMM holds 16
+    store, job = node.services.store, node.submit(V.INSTANCE_SLEEP, other)
+    claimed = replace(node.instance(other), in_flight=InFlight(job.job_id, Verb.SLEEP))
+    with store.transaction():
+        store.put_job(job.with_(step="prepare guest"))
+        store.save_instance(claimed)
+    room = DiskRoom(store, node.host.storage, node.host.vmm, Watermarks(reserve=RESERVE, low=LOW))
+    with pytest.raises(QuotaExceeded, match=r"of which 16\.0M are promised"):
+        room.admit_sleep(InstanceRef.parse(ref), 16 * MIB)
+    with store.transaction():
+        store.put_job(job)
+    room.admit_sleep(InstanceRef.parse(ref), 16 * MIB)
 
 
 def test_without_room_for_a_template_instances_are_booted(node: Node) -> None:

@@ -348,6 +348,20 @@ def test_a_wake_whose_guest_does_not_answer_sleeps_anew_and_can_be_woken(node: N
     assert not node.host.leaks()
 
 
+@pytest.mark.parametrize("then", [V.INSTANCE_STOP, V.INSTANCE_START])
+@pytest.mark.parametrize("hung", [True, False])
+def test_who_drops_the_memory_of_one_that_slept_by_force_says_what_is_lost(
+    node: Node, hung: bool, then: JobVerb
+) -> None:
+    (ref,) = running(node)
+    if hung:
+        node.host.hang_guest(InstanceRef.parse(ref))
+    slept = node.ok(V.INSTANCE_SLEEP, ref, force=True)
+    told = node.ok(then, ref, force=True)
+    for result, words in ((slept, "only a wake keeps that"), (told, "that is lost")):
+        assert any(words in remark for remark in result.get("remarks", ())) is hung, result
+
+
 @pytest.mark.parametrize("fault", [GuestSilent("guest.silent", "no answer"), TimedOut("vmm.silent", "no answer")])
 def test_a_woken_one_that_is_not_well_and_cannot_sleep_anew_runs_on(node: Node, fault: MvmError) -> None:
     """Its memory is nowhere else."""

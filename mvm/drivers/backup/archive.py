@@ -322,6 +322,11 @@ def _exactly(file: IO[bytes], count: int, path: Path) -> Iterator[bytes]:
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # it is read twice, and has an end
+            raise Failed(
+                "backup.unreadable", f"{path} is not a regular file", hint="give a file that backup create has made",
+                path=str(path),
+            )  # fmt: skip
         file = path.open("rb")
     except FileNotFoundError:
         raise NotFound(
