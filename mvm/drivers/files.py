@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
+_TURN_S = 1.0
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _AT_FDCWD, _EXCHANGE = -100, 2
 _LONGEST_NAME = 200  # of 255, so that more fits behind it
@@ -23,6 +26,20 @@ def closing_fd(fd: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def take_turn(fd: int, meanwhile: Callable[[], None]) -> None:
+    """Hold the lock of the open file `fd` alone. While others do, `meanwhile` is called about once a second, and may
+    raise.
+    """
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            meanwhile()
+            Event().wait(_TURN_S)  # nothing tells when it is free
+        else:
+            return
 
 
 def sync(path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource, Profile
 from mvm.drivers import heap
 from mvm.drivers.builtin import cpio, ext4, kernel, recipe
-from mvm.drivers.builtin.debs import Package, Packages
-from mvm.drivers.files import sync, take_place
+from mvm.drivers.builtin.debs import Meanwhile, Package, Packages
+from mvm.drivers.files import sync, take_place, take_turn
 from mvm.drivers.revisions import BUILD_LOCK
 from mvm.errors import Failed
 from mvm.ports.images import Admission, ProgressReport, admitted
@@ -42,10 +42,10 @@ class BuiltinImages:
 
     def build(self, source: ImageSource, report: ProgressReport, admit: Admission = admitted) -> Revision:
         """Build; see the port."""
-        with _errors(), heap.given_back(), self._turn() as images:
+        with _errors(), heap.given_back(), self._turn(partial(report, "wait for another build")) as images:
             report("find packages")
             profile = recipe.canonical(source.profile)
-            packages = self._resolve(profile)
+            packages = self._resolve(profile, partial(report, "find packages"))
             inputs = {name: package.sha256 for name, package in packages.items()} | _own_inputs()
             existing = self._existing(profile, inputs)
             if existing:
@@ -54,8 +54,9 @@ class BuiltinImages:
             admit()
             missing = self._packages.missing(list(packages.values()))
             if missing:
-                report(f"download {sum(package.size for package in missing) / 1e6:.0f} MB of packages")
-                self._packages.fetch(missing)
+                download = f"download {sum(package.size for package in missing) / 1e6:.0f} MB of packages"
+                report(download)
+                self._packages.fetch(missing, partial(report, download))
             with tempfile.TemporaryDirectory(dir=images, prefix=".build-") as directory:
                 work = Path(directory, "image")  # renamed away, so that the rest goes with the directory
                 work.mkdir(mode=0o700)
@@ -63,10 +64,10 @@ class BuiltinImages:
                 report("record")
                 return self._publish(work, profile, release, inputs)
 
-    def _resolve(self, profile: Profile) -> dict[str, Package]:
-        image = self._packages.dependency(recipe.KERNEL, recipe.KERNEL_NAME)
+    def _resolve(self, profile: Profile, meanwhile: Meanwhile) -> dict[str, Package]:
+        image = self._packages.dependency(recipe.KERNEL, recipe.KERNEL_NAME, meanwhile)
         names = (recipe.PACKAGES[profile], (recipe.BUSYBOX, image))
-        found = dict(self._packages.resolve([name for group in names for name in group]))
+        found = dict(self._packages.resolve([name for group in names for name in group], meanwhile))
         found[recipe.KERNEL] = found.pop(image)
         return found
 
@@ -131,13 +132,13 @@ class BuiltinImages:
         return None
 
     @contextmanager
-    def _turn(self) -> Iterator[Path]:
+    def _turn(self, meanwhile: Meanwhile) -> Iterator[Path]:
         """Hold the node's turn to build; whatever a killed builder left behind is removed."""
         images = self._layout.images
         images.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(images / BUILD_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take_turn(lock, meanwhile)
             for left in images.glob(".build-*"):
                 shutil.rmtree(left)
             yield images

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mvm.drivers import processes
 from mvm.errors import Failed, TimedOut
 from mvm.ports.shell import Completed
 
+_TICK_S = 1.0
 _KEPT = 4000  # characters of a failed program's stderr
 
 
@@ -38,13 +40,22 @@ class LocalShell:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         timeout_s: float = 60.0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Completed:
         """Run to the end; `env` adds to the caller's environment."""
         try:
-            done = subprocess.run(
-                [*self._prefix, *argv], input=stdin, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout_s,
-                capture_output=True, encoding="utf-8", errors="replace", check=False,
-            )  # fmt: skip
+            with subprocess.Popen(
+                [*self._prefix, *argv],
+                env={**os.environ, **(env or {})},
+                cwd=cwd,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=meanwhile is not None,
+            ) as program:
+                done = _ended(program, stdin, timeout_s, meanwhile)
         except subprocess.TimeoutExpired as expired:
             raise TimedOut(
                 "shell.timed_out", f"{argv[0]} did not end within {timeout_s:g} s",
@@ -84,6 +95,30 @@ class LocalShell:
             raise Failed("shell.failed", f"{argv[0]} cannot be seen in /proc", hint="mount /proc without hidepid")
         self._reaper.watch(pid)
         return identity
+
+
+def _ended(
+    program: subprocess.Popen[str], stdin: str, timeout_s: float, meanwhile: Callable[[], None] | None
+) -> subprocess.CompletedProcess[str]:
+    """What `program` said, once it has ended; it is killed where that takes too long, or `meanwhile` raises."""
+    end, given = time.monotonic() + timeout_s, stdin or None
+    try:
+        while True:
+            left = end - time.monotonic()
+            try:
+                out, err = program.communicate(given, timeout=left if meanwhile is None else min(left, _TICK_S))
+                return subprocess.CompletedProcess(program.args, program.returncode, out, err)
+            except subprocess.TimeoutExpired:
+                if meanwhile is None or time.monotonic() >= end:
+                    raise
+                given = None
+                meanwhile()
+    except BaseException:
+        if meanwhile is None:
+            program.kill()
+        elif program.returncode is None:
+            os.killpg(program.pid, signal.SIGKILL)  # it leads a session of its own
+        raise
 
 
 def _appending(stack: ExitStack, path: Path) -> int:

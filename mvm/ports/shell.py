@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,8 +33,12 @@ class Shell(Protocol):
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         timeout_s: float = 60.0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Completed:
-        """Run to the end and return its output, decoded as UTF-8 with replacement."""
+        """Run to the end and return its output, decoded as UTF-8 with replacement.
+
+        `meanwhile` is called about once a second; what it raises ends the program and all that it started.
+        """
         ...
 
     def spawn(

@@ -203,9 +203,7 @@ class Snapshots:
         except Unreachable:
             return 0
 
-    def sleep(
-        self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec, *, force: bool
-    ) -> Slept:
+    def sleep(self, context: JobContext, instance: Instance, pool: WorkerPool, spec: BootSpec, *, force: bool) -> Slept:
         """Its memory is on disk and its process has ended; on failure it is as it was.
 
         The guest is asked first to make itself small; unless with `force`, one that does not answer is not put to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cache
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,16 @@ import pytest
 from mvm.domain.ids import Revision
 from mvm.domain.layout import StateLayout
 from mvm.domain.pool import ImageSource
+from mvm.drivers import processes
 from mvm.drivers.builtin import debs, recipe
 from mvm.drivers.builtin.debs import Package, Packages
 from mvm.drivers.images_builtin import BuiltinImages
+from mvm.drivers.revisions import BUILD_LOCK
 from mvm.drivers.shell import LocalShell
-from mvm.errors import Failed
+from mvm.errors import Cancelled, Failed
 from mvm.ports.images import ProgressReport
 from tests.support.microvm import fresh_layout
+from tests.support.waiting import until
 
 FILES = {"vmlinux", "initramfs.cpio", "rootfs.ext4", "manifest.json"}
 MINIMAL = ImageSource("builtin:", "minimal")
@@ -36,7 +41,8 @@ KEPT_MIB = 60  # of the 150 that a build of the smallest image takes
 
 def build(layout: StateLayout, profile: str = "minimal") -> tuple[Revision, list[str]]:
     steps: list[str] = []
-    return BuiltinImages(layout, LocalShell()).build(ImageSource("builtin:", profile), steps.append), steps
+    revision = BuiltinImages(layout, LocalShell()).build(ImageSource("builtin:", profile), steps.append)
+    return revision, [step for step, _ in groupby(steps)]  # told again each second
 
 
 def rootfs(layout: StateLayout, revision: Revision, command: str) -> str:
@@ -195,6 +201,36 @@ def test_the_python_profile_has_python(layout: StateLayout, python: Revision) ->
     assert "python3" in rootfs(layout, python, "stat /usr/bin/python3")
 
 
+def test_a_build_that_waits_for_apt_is_cancelled(tmp_path: Path) -> None:
+    """And apt ends with it, and all that it has started."""
+    shell, asked = Apt(f"sleep 100 & echo $! >{tmp_path}/pid; wait"), 0
+
+    def report(step: str) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            raise Cancelled("job.cancelled", "cancelled on request")
+
+    with pytest.raises(Cancelled):
+        BuiltinImages(fresh_layout(tmp_path / "state"), shell).build(MINIMAL, report)
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: processes.identify(pid) is None, 10, "what apt has started is gone")
+
+
+def test_a_build_that_waits_for_another_is_cancelled(tmp_path: Path) -> None:
+    layout = fresh_layout(tmp_path / "state")
+    layout.images.mkdir(parents=True)
+
+    def report(step: str) -> None:
+        assert step == "wait for another build"
+        raise Cancelled("job.cancelled", "cancelled on request")
+
+    with (layout.images / BUILD_LOCK).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(Cancelled):
+            BuiltinImages(layout, LocalShell()).build(MINIMAL, report)
+
+
 # --- bad luck
 class Apt(LocalShell):
     """A shell in which apt does something else."""
@@ -275,7 +311,7 @@ def test_those_who_share_a_cache_take_turns(tmp_path: Path) -> None:
     package = Package("p", "p_1_all.deb", 1, sha256(b"x").hexdigest())
     shell = Apt(f'echo "$@" >>{tmp_path}/asked; printf x >p_1_all.deb')
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: Packages(shell, tmp_path).fetch([package]), range(3)))
+        list(pool.map(lambda _: Packages(shell, tmp_path).fetch([package], lambda: None), range(3)))
     assert (tmp_path / "asked").read_text() == "download -q p\n"
     assert {path.name for path in tmp_path.iterdir()} == {"asked", f"{package.sha256}.deb"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import gzip
 import io
 import lzma
@@ -13,20 +12,24 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from mvm.drivers.builtin.tree import Tree
-from mvm.drivers.files import closing_fd
-from mvm.errors import Failed, MvmError
+from mvm.drivers.files import closing_fd, take_turn
+from mvm.errors import Cancelled, Failed, Fenced, MvmError, Overdue
 from mvm.ports.shell import Shell
 
 _URI = re.compile(r"'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<sha256>[0-9a-f]{64})")
 _MERGED = re.compile(r"(?:bin|sbin|lib|lib64)(?=/|$)")  # what Debian 12 keeps below /usr
 _ENV = {"LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
 _HINT = "run apt-get update and see that the node reaches its Debian mirror"
+
+
+Meanwhile = Callable[[], None]
+"""Called about once a second while something is waited for; what it raises ends that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +49,18 @@ class Packages:
         self._shell = shell
         self._cache = cache
 
-    def dependency(self, name: str, pattern: re.Pattern[str]) -> str:
+    def dependency(self, name: str, pattern: re.Pattern[str], meanwhile: Meanwhile) -> str:
         """The package that the metapackage `name` stands for."""
-        output = self._apt(["apt-cache", "depends", "--important", name])
+        output = self._apt(["apt-cache", "depends", "--important", name], meanwhile)
         for line in output.splitlines():
             kind, _, dependency = line.strip().partition(" ")
             if kind == "Depends:" and pattern.fullmatch(dependency):
                 return dependency
         raise Failed("image.fetch_failed", f"the archive has no {name}", hint=_HINT, package=name)
 
-    def resolve(self, names: Sequence[str]) -> Mapping[str, Package]:
+    def resolve(self, names: Sequence[str], meanwhile: Meanwhile) -> Mapping[str, Package]:
         """The candidates of `names`; raises `Failed` (``image.fetch_failed``) naming what is missing."""
-        output = self._apt(["apt-get", "download", "--print-uris", *names])
+        output = self._apt(["apt-get", "download", "--print-uris", *names], meanwhile)
         found = {}
         for match in _URI.finditer(output):
             name = match["file"].partition("_")[0]
@@ -71,23 +74,23 @@ class Packages:
         """Those not in the cache."""
         return [package for package in packages if not self._path(package).exists()]
 
-    def fetch(self, packages: Sequence[Package]) -> None:
+    def fetch(self, packages: Sequence[Package], meanwhile: Meanwhile) -> None:
         """Bring `packages` into the cache; each appears there complete and verified, or not at all.
 
         State directories may share a cache: they take turns, and what a killed one left behind is removed.
         """
         self._cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with closing_fd(os.open(self._cache, os.O_RDONLY | os.O_CLOEXEC)) as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+            take_turn(turn, meanwhile)
             for left in self._cache.glob(".fetch-*"):
                 shutil.rmtree(left)
             if missing := self.missing(packages):
-                self._fetch(missing)
+                self._fetch(missing, meanwhile)
 
-    def _fetch(self, packages: Sequence[Package]) -> None:
+    def _fetch(self, packages: Sequence[Package], meanwhile: Meanwhile) -> None:
         with tempfile.TemporaryDirectory(dir=self._cache, prefix=".fetch-") as directory:
             names = [package.name for package in packages]
-            self._apt(["apt-get", "download", "-q", *names], cwd=Path(directory), timeout_s=600)
+            self._apt(["apt-get", "download", "-q", *names], meanwhile, cwd=Path(directory), timeout_s=600)
             for package in packages:
                 path = Path(directory, package.file)
                 if not path.exists() or sha256(path.read_bytes()).hexdigest() != package.sha256:
@@ -108,9 +111,11 @@ class Packages:
     def _path(self, package: Package) -> Path:
         return self._cache / f"{package.sha256}.deb"
 
-    def _apt(self, argv: Sequence[str], *, cwd: Path | None = None, timeout_s: float = 60) -> str:
+    def _apt(self, argv: Sequence[str], meanwhile: Meanwhile, *, cwd: Path | None = None, timeout_s: float = 60) -> str:
         try:
-            return self._shell.run(argv, env=_ENV, cwd=cwd, timeout_s=timeout_s).stdout
+            return self._shell.run(argv, env=_ENV, cwd=cwd, timeout_s=timeout_s, meanwhile=meanwhile).stdout
+        except (Cancelled, Fenced, Overdue):  # of whom it is done for
+            raise
         except MvmError as error:
             words = f"{error.message} {error.fields.get('stderr', '')}"
             if "No space left" in words:
