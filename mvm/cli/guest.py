@@ -186,8 +186,14 @@ def _exit_code(ended: ExecEnd, timeout: float) -> int:
     """What to exit with after saying, if so, why it is not the command's own."""
     errors: list[MvmError] = []
     if ended.timed_out:
-        errors.append(TimedOut("guest.timed_out", f"the command did not end within {timeout:g} s, and its guest ends it",
-                               hint="--timeout SECONDS gives it longer", timeout_s=timeout))  # fmt: skip
+        errors.append(
+            TimedOut(
+                "guest.timed_out",
+                f"the command did not end within {timeout:g} s, and its guest ends it",
+                hint="--timeout SECONDS gives it longer",
+                timeout_s=timeout,
+            )
+        )
     if ended.truncated:
         errors.append(Failed("guest.output_cut", "the output is not complete: only its beginning was kept",
                              hint="let the command write to a file and fetch that, or print less"))  # fmt: skip

@@ -174,7 +174,7 @@ def test_a_reader_that_has_enough_ends_the_command(stack: Stack, loud: str) -> N
 def test_a_timeout_is_told(stack: Stack, loud: str) -> None:
     done = stack.run("instance", "exec", loud, "--timeout", "1.5", "--", "sh", "-c", "echo before; sleep 300")
     assert (done.returncode, done.stdout) == (124, "before\n")
-    assert "error[guest.timed_out]: the command was ended after 1.5 s" in done.stderr
+    assert "error[guest.timed_out]: the command did not end within 1.5 s" in done.stderr
     told = stack.run("instance", "exec", loud, "--timeout", "1", "-o", "json", "--", "sleep", "300")
     assert (told.returncode, json.loads(told.stdout)["timed_out"]) == (124, True)
 
