@@ -276,7 +276,8 @@ def test_the_command_shows_and_keeps_a_report(mvm: CommandLine, node: Node, tmp_
     assert "not clean: rules: not ours: inet mvm to_host: accept" in result.stdout
     assert "hint: " in result.stdout
     assert "error[net.not_clean]" in result.stderr
-    mvm.fails(2, "net.report_unwritable", "net", "verify", "--report", str(tmp_path / "none" / "x"))
+    mvm.fails(2, "usage", "net", "verify", "--report", str(tmp_path / "none" / "x"))
+    mvm.fails(2, "net.report_unwritable", "net", "verify", "--report", "/dev/full")
     mvm.fails(4, "net.no_probes", "net", "verify", "--active")
 
 
