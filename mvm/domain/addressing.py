@@ -88,6 +88,12 @@ def bridge_mac(name: str) -> str | None:
     return _mac(int(match[1]), _GATEWAY_OFFSET) if match else None
 
 
+def bridge_net_id(name: str) -> int | None:
+    """The net id of the tenant that a bridge of this name is for; None: it is no tenant's."""
+    match = _BRIDGE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def parse_net_id(value: int) -> int:
     """`value` if it is 0 to 4095; raises `InvalidInput`."""
     if value not in NET_IDS:

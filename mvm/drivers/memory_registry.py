@@ -120,6 +120,7 @@ class MemoryRegistry:
         """See ports/registry.py."""
         with self._changed:
             self._tenants[tenant.id] = tenant
+            self._net_ids.add(tenant.network.net_id)
 
     def remove_tenant(self, tenant: TenantId, node: NodeId) -> None:
         """See ports/registry.py."""

@@ -126,7 +126,12 @@ class RedisRegistry:
 
     def put_tenant(self, tenant: Tenant) -> None:
         """See ports/registry.py."""
-        self._link.command("HSET", "mvm:tenants", tenant.id, json.dumps(tenant.to_dict()))
+        self._link.pipeline(
+            [
+                ("HSET", "mvm:tenants", tenant.id, json.dumps(tenant.to_dict())),
+                ("SADD", "mvm:net_ids", tenant.network.net_id),
+            ]
+        )
 
     def remove_tenant(self, tenant: TenantId, node: NodeId) -> None:
         """See ports/registry.py."""

@@ -12,7 +12,7 @@ from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.registry import NodeRecord, Registry
 from mvm.ports.store import NodeStore
-from mvm.services.membership import known_to_all
+from mvm.services.membership import known_to_all, remind
 
 _RESTORE_EVERY = 10
 
@@ -43,7 +43,6 @@ class Heartbeat:
     def _remind(self) -> None:
         """An emptied registry is rebuilt from its nodes. While something is being destroyed the next beat does it."""
         with suppress(TimedOut), known_to_all(self._locks, deadline_s=0):
-            pools = {pool.ref: pool.node_id for pool in self._store.pools()}
-            self._registry.restore(self._store.tenants(), pools, self._store.given_net_ids())
+            remind(self._registry, self._store)
             return
         self._beats -= 1

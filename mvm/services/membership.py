@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 
 from mvm.domain import lock_names
 from mvm.ports.locks import Locks
+from mvm.ports.registry import Registry
+from mvm.ports.store import NodeStore
 
 _LOCK_S = 60.0
 
@@ -17,3 +19,12 @@ def known_to_all(locks: Locks, *, deadline_s: float = _LOCK_S) -> AbstractContex
     the registry would know what nobody has. Raises `TimedOut` (``lock.busy``).
     """
     return locks.hold(lock_names.MEMBERSHIP, deadline_s=deadline_s)
+
+
+def remind(registry: Registry, store: NodeStore, net_ids: frozenset[int] = frozenset()) -> None:
+    """The registry knows again what this node's store knows, and that `net_ids` are given, for whoever holds the lock.
+
+    Whoever is about to choose among what is free does so first: a registry that was emptied says that all is.
+    """
+    pools = {pool.ref: pool.node_id for pool in store.pools()}
+    registry.restore(store.tenants(), pools, store.given_net_ids() | net_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from mvm.domain.addressing import METADATA
@@ -93,7 +94,7 @@ class NetworkCheck:
         states, taps = self._network.states(), self._network.taps()
         tenants, instances = self._store.tenants(), self._store.instances()
         reports = [self._bridge(tenant, states.get(tenant.network.bridge), instances) for tenant in tenants]
-        findings = list(self._uplink(tenants))
+        findings = [*shared(tenants), *self._uplink(tenants)]
         known = {tenant.network.bridge for tenant in tenants}
         findings += [
             Finding(f"bridge {name} belongs to no tenant", "the orphan sweep removes it after its grace time")
@@ -172,6 +173,19 @@ class NetworkCheck:
             else:
                 rest.append(Finding(f"rules: {line}", hint))
         return rest[:_SHOWN]
+
+
+def shared(tenants: Sequence[Tenant]) -> list[Finding]:
+    """Tenants that have a network in common: nothing separates their guests."""
+    return [
+        Finding(
+            f"tenants {one.id} and {other.id} share a network: {one.network.bridge} {one.network.subnet}, "
+            f"{other.network.bridge} {other.network.subnet}",
+            f"stop one's instances at once, destroy and make it anew: mvm instance stop {other.id}/POOL --all",
+        )
+        for one, other in combinations(sorted(tenants, key=lambda tenant: (tenant.created_at, tenant.id)), 2)
+        if one.network.net_id == other.network.net_id or one.network.subnet.overlaps(other.network.subnet)
+    ]
 
 
 def _may_be_up(instance: Instance) -> bool:

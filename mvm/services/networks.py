@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
 from mvm.domain import lock_names
-from mvm.domain.addressing import TenantNetwork
+from mvm.domain.addressing import TenantNetwork, bridge_net_id
 from mvm.domain.egress import NO_EGRESS, Egress, EgressPolicy
 from mvm.domain.firewall import (
     Change,
@@ -22,6 +22,7 @@ from mvm.domain.firewall import (
 from mvm.domain.ids import PoolId
 from mvm.domain.instance import Instance
 from mvm.domain.pool import WorkerPool
+from mvm.domain.tenant import Tenant
 from mvm.errors import Failed, NotAllowed, NotFound, TimedOut
 from mvm.ports.firewall import PacketFilter
 from mvm.ports.locks import Locks
@@ -50,11 +51,20 @@ class Networks:
             self._change(Change(bridge_elements(network)))
         self._network.ensure_bridge(network)
 
-    def close(self, network: TenantNetwork) -> None:
-        """Neither bridge nor rules of the tenant are left."""
+    def close(self, tenant: Tenant) -> None:
+        """Neither bridge nor rules of the tenant are left, unless another one of the store has the same net id."""
+        network = tenant.network
+        others = {other.network.net_id for other in self._store.tenants() if other.id != tenant.id}
+        if network.net_id in others:
+            return
         self._network.remove_bridges(frozenset({network.bridge}))
         with self.locked():
             self._change(Change(removed=bridge_elements(network)))
+
+    def used_net_ids(self) -> frozenset[int]:
+        """The net ids of bridges that something is plugged into, whatever the store says."""
+        used = {bridge_net_id(name) for name, state in self._network.states().items() if state.ports}
+        return frozenset(net_id for net_id in used if net_id is not None)
 
     def connect(self, instance: Instance, network: TenantNetwork) -> None:
         """The instance's TAP is up. Its rules are there before, and no other pool's way out is left at its address."""

@@ -7,16 +7,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mvm.domain.addressing import parse_net_id, parse_subnet
+from mvm.domain.addressing import allocate, parse_net_id, parse_subnet
 from mvm.domain.audit import told
 from mvm.domain.ids import TenantId
 from mvm.domain.job import Job, JobState, JobVerb
+from mvm.domain.refusals import tenant_exists
 from mvm.domain.tenant import Quota, Tenant
 from mvm.errors import InvalidInput, NotAllowed, NotFound
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
-from mvm.services.membership import known_to_all
+from mvm.services.membership import known_to_all, remind
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
 from mvm.services.secrets import TenantSecrets
@@ -41,24 +42,52 @@ class Tenants:
         tenant_id, params = TenantId(job.subject), job.params
         net_id, subnet = params.get("net_id"), params.get("subnet")
         context.step("reserve network", 0, 2)
-        known = self._registry.tenant(tenant_id)
+        here = self._here(tenant_id)
         # A tenant made at the very moment this job was asked for is this job's, left by a crash.
         # And one that another node has too is adopted, for a desired state that gives it the same network.
-        if known is None or not _is_of(job, known):
-            known = self._registry.reserve_tenant(
-                tenant_id,
-                parse_net_id(net_id) if net_id is not None else None,
-                parse_subnet(subnet) if subnet is not None else None,
-                _quota(Quota(), params.get("quota") or {}),
-                job.submitted_at,
-            )
+        if here is not None and not _is_of(job, here):
+            raise tenant_exists(tenant_id)
+        with known_to_all(self._locks):
+            remind(self._registry, self._store, self._networks.used_net_ids() if here is None else frozenset())
+            known = self._registry.tenant(tenant_id) or here
+            if known is None or not _is_of(job, known):
+                known = self._registry.reserve_tenant(
+                    tenant_id,
+                    parse_net_id(net_id) if net_id is not None else None,
+                    parse_subnet(subnet) if subnet is not None else None,
+                    _quota(Quota(), params.get("quota") or {}),
+                    job.submitted_at,
+                )
         with context.undoing(partial(self._undo_create, known, job)):
+            self._check_free(known, job)
             self._forget_namesake(tenant_id)
             context.step("create bridge", 1, 2)
             self._networks.open(known.network)
             with context.ending(**tenant_view(self._store, known)):
+                self._check_free(known, job)
                 self._store.put_tenant(known)
         return {}
+
+    def _here(self, tenant_id: TenantId) -> Tenant | None:
+        try:
+            return self._store.tenant(tenant_id)
+        except NotFound:
+            return None
+
+    def _check_free(self, new: Tenant, job: Job) -> None:
+        """The node's own word, whatever the registry gave: no tenant of its store has this id or network.
+
+        Raises `NotAllowed`: ``tenant.exists``, ``tenant.net_id_used``, ``tenant.subnet_overlap``.
+        """
+        here = self._here(new.id)
+        if here is not None and (not _is_of(job, here) or here.network != new.network):
+            raise tenant_exists(new.id)
+        others = [tenant.network for tenant in self._store.tenants() if tenant.id != new.id]
+        used = {network.net_id for network in others}
+        if here is None and new.created_at == job.submitted_at:  # an adopted one may have been here before
+            used |= self._store.given_net_ids()
+        network = new.network
+        allocate(network.net_id, network.subnet, used_ids=used, taken=[other.subnet for other in others])
 
     def undo_create(self, context: JobContext) -> None:
         """What a create has reserved that will not be done to its end is given back, unless the tenant is there."""
@@ -71,12 +100,12 @@ class Tenants:
 
         The bridge goes first: once the net id is given back, it may be another tenant's.
         """
-        try:
-            self._store.tenant(known.id)
-        except NotFound:
-            self._networks.close(known.network)
-            if known.created_at == job.submitted_at:
-                self._registry.withdraw_tenant(known)
+        if self._here(known.id) is not None:
+            return
+        self._networks.close(known)
+        if known.created_at == job.submitted_at:
+            self._registry.withdraw_tenant(known)
+            self._registry.restore([], {}, self._store.given_net_ids())  # it may have got one that was never free
 
     def withdraw_ghosts(self) -> list[TenantId]:
         """Tenants that a job of this node has reserved and could neither make nor give back are given back now."""
@@ -110,13 +139,13 @@ class Tenants:
             if ghost is None:
                 raise
             # A heartbeat reminded the registry of it in the very moment it was destroyed.
-            self._networks.close(ghost.network)
+            self._networks.close(ghost)
             self._registry.remove_tenant(tenant_id, context.job.node_id)
             return {"tenant_id": str(tenant_id)}
         self._check_empty(tenant)
         context.step("remove bridge", 0, 1)
         with context.undoing(partial(self._undo_destroy, tenant)):
-            self._networks.close(tenant.network)
+            self._networks.close(tenant)
             with known_to_all(self._locks):
                 self._registry.remove_tenant(tenant.id, context.job.node_id)
                 with context.ending(tenant_id=str(tenant.id)):
@@ -132,9 +161,7 @@ class Tenants:
 
     def _forget_namesake(self, tenant_id: TenantId) -> None:
         """A new tenant begins without secrets, whatever a former one of its name left behind."""
-        try:
-            self._store.tenant(tenant_id)
-        except NotFound:
+        if self._here(tenant_id) is None:
             self._secrets.forget(tenant_id)
 
     def _check_empty(self, tenant: Tenant) -> None:
