@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -12,6 +13,7 @@ from mvm.domain.ids import NodeId
 from mvm.errors import NotAllowed
 
 _ID_DIGITS = 12
+_CLAIM = re.compile(r"(mvm-[0-9a-f]{12}) (.+)", re.DOTALL)
 
 
 class Place(NamedTuple):
@@ -64,6 +66,47 @@ class Identity:
     def from_dict(cls, data: Mapping[str, Any]) -> Identity:
         """Inverse of `to_dict`."""
         return cls(str(data["id"]), NodeId(data["node_id"]), str(data["netns"]), Place(*map(int, data["place"])))
+
+
+class Claim(NamedTuple):
+    """A state directory's claim on a network namespace: its mark, and where it lies, for people."""
+
+    mark: str
+    where: str
+
+    @property
+    def text(self) -> str:
+        """As it stands in the namespace."""
+        return f"{self.mark} {self.where}"
+
+    @classmethod
+    def parse(cls, text: str) -> Claim | None:
+        """Inverse of `text`; None for what is no claim."""
+        found = _CLAIM.fullmatch(text)
+        return cls(*found.groups()) if found else None
+
+    def check(self, other: Claim, namespace: str | None) -> None:
+        """Raises `NotAllowed` (``stack.netns_claimed``) unless `other` is the same state directory's.
+
+        `namespace` is what both want: its name, None for the host's own.
+        """
+        if self.mark == other.mark:
+            return
+        inside = f"ip -n {namespace}" if namespace else "ip"
+        raise NotAllowed(
+            "stack.netns_claimed",
+            f"{namespace_words(namespace)} is claimed by the state directory {self.where} ({self.mark}), "
+            f"whose guests may use it also while its stack is down",
+            hint=f"use another namespace, or leave --netns away for one of your own; to give it up: "
+            f"mvm --state-dir {self.where} down --instances; where that directory is no more: "
+            f"{inside} link set dev lo alias ''",
+            netns=namespace, claimed_by=self.mark, state_dir=self.where,
+        )  # fmt: skip
+
+
+def namespace_words(namespace: str | None) -> str:
+    """A network namespace, for people; None is the host's own."""
+    return f"network namespace {namespace}" if namespace else "the host's network namespace"
 
 
 def mark_of(identity: str) -> str:

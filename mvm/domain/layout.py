@@ -169,6 +169,11 @@ class StateLayout:
         return self.root / "uplink-forwards"
 
     @property
+    def made_netns(self) -> Path:
+        """Names the network namespace that the directory's stack made."""
+        return self.run / "netns"
+
+    @property
     def default_netns(self) -> str:
         """``mvm`` for the default state directory, else ``mvm-`` and 8 hex digits of its path's hash.
 

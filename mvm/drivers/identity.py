@@ -35,6 +35,8 @@ def settle(settings: Settings) -> Identity:
     known = remembered(layout) or _first(settings)
     if settings.node_id:  # else it is the node's that it was
         known.check_node(settings.node)
+    if is_copy(layout):
+        layout.made_netns.unlink(missing_ok=True)  # the original has made it
     text = json.dumps(known.to_dict())
     if not layout.identity.exists() or layout.identity.read_text() != text:
         write_private(layout.identity, text.encode())
@@ -46,6 +48,14 @@ def check_node(settings: Settings) -> None:
     known = remembered(settings.layout)
     if known:
         known.check_node(settings.node)
+
+
+def is_copy(layout: StateLayout) -> bool:
+    """Whether it is another's copy that has not become a directory of its own yet. Raises as `remembered` does."""
+    if remembered(layout) is None:
+        return layout.settings.exists() and _former_path(layout) is None
+    kept = Identity.from_dict(json.loads(layout.identity.read_text()))
+    return kept.place != place_of(layout)
 
 
 def default_netns(layout: StateLayout) -> str:

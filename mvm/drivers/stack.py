@@ -15,9 +15,10 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
+from mvm.domain.identity import Claim, namespace_words
 from mvm.domain.layout import STATE_VERSION, StateLayout
 from mvm.domain.migration import settings_of
-from mvm.drivers import identity, isolation, netns, redis_files, remains, state_dir, supervisor, uplink
+from mvm.drivers import claims, identity, isolation, netns, redis_files, remains, state_dir, supervisor, uplink
 from mvm.drivers.cgroups import LinuxCgroups
 from mvm.drivers.files import write_private
 from mvm.drivers.probes import WORKERS, Probes, agent_address
@@ -109,8 +110,18 @@ def running_settings(settings: Settings) -> Settings:
     except PermissionError:
         raise state_dir.denied(settings.layout.root) from None
     known = settings_of(saved, found or STATE_VERSION, tuple(Settings.model_fields))
+    if _is_anothers(saved, settings.layout):
+        known["netns"] = ""  # the original's
     known["netns"] = known.get("netns") or identity.default_netns(settings.layout)
     return Settings(**known | {"state_dir": settings.state_dir})
+
+
+def _is_anothers(saved: Mapping[str, Any], layout: StateLayout) -> bool:
+    """Whether the settings were kept for another directory that is still there, of which this one is a copy."""
+    try:
+        return not Path(saved["state_dir"]).samefile(layout.root)
+    except (KeyError, OSError):
+        return False
 
 
 class Stack:
@@ -193,6 +204,7 @@ class Stack:
             if self._supervisor.running():
                 raise supervisor.already_up(self._layout)
             self._check_reach()
+            self._check_claim()
             self._supervisor.stop()  # what is left of one that was killed
             self._registry.check_unserved()
             self._check_ports()
@@ -254,6 +266,10 @@ class Stack:
         self._layout.connection.unlink(missing_ok=True)
         if namespace:
             self._own_namespace(namespace, report)
+        self._give_up_former()
+        if self._claims:
+            claims.take(namespace, self._claim)
+        self._tell_of_lost_networks(report)
         self._check_external()
         for stale in (self._layout.metrics, self._layout.redis_socket):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
@@ -280,17 +296,46 @@ class Stack:
                 "stack.other_driver", f"instances of this state directory run on, by driver {former.driver}: {left[0]}",
                 hint=f"use --driver {former.driver}, or stop them first", driver=former.driver,
             )  # fmt: skip
-        where = f"network namespace {home}" if home else "the host's network namespace"
         raise NotAllowed(
-            "stack.other_netns", f"instances of this state directory run on in {where}: {left[0]}",
+            "stack.other_netns", f"instances of this state directory run on in {namespace_words(home)}: {left[0]}",
             hint=f"use --netns {home or 'host'}, or stop them first", netns=home,
         )  # fmt: skip
 
+    @property
+    def _claims(self) -> bool:
+        """Whether its network namespace has anything of ours in it; the fake driver makes nothing in the host's."""
+        return self._settings.driver != "fake" or self._settings.namespace is not None
+
+    @property
+    def _claim(self) -> Claim:
+        return Claim(identity.mark(self._layout), str(self._layout.root))
+
+    def _check_claim(self) -> None:
+        """A network namespace is one state directory's: what another has claimed, or uses unclaimed, is let be."""
+        name = self._settings.namespace
+        if not self._claims or (name and not netns.exists(name)):
+            return
+        if there := claims.holder(name):
+            there.check(self._claim, name)
+            return
+        taps = claims.held_taps(name)
+        if taps and self._made_namespace() != name and not remains.vmms(self._layout):
+            raise NotAllowed(
+                "stack.netns_claimed",
+                f"{namespace_words(name)} has microVMs that are not this state directory's: TAP {taps[0]}",
+                hint="use another namespace, or leave --netns away for one of your own", netns=name,
+            )  # fmt: skip
+
+    def _give_up_former(self) -> None:
+        former = running_settings(self._settings).namespace
+        if os.geteuid() == 0 and former != self._settings.namespace:
+            claims.release(former, self._claim.mark)
+
     def _made_namespace(self) -> str | None:
         """The network namespace that a stack of this state directory made and that is still there."""
-        mark = _namespace_mark(self._layout)
+        mark = self._layout.made_netns
         name = mark.read_text().strip() if mark.exists() else ""
-        return name if name and netns.exists(name) else None
+        return name if name and netns.exists(name) and remains.owns(self._layout, name) else None
 
     def _own_namespace(self, name: str, report: Report) -> None:
         """Write down that the namespace will be ours before it is made, so that a crash leaves none unowned."""
@@ -299,7 +344,7 @@ class Stack:
             netns.delete(self._shell, former)
         if not netns.exists(name):
             report(f"creating network namespace {name}")
-            write_private(_namespace_mark(self._layout), name.encode())
+            write_private(self._layout.made_netns, name.encode())
         netns.create(self._shell, name)
         if self._made_namespace() == name:  # also one that an older mvm made
             with netns.entered(netns.path_of(name)):
@@ -369,6 +414,19 @@ class Stack:
         if lacking:
             report(f"WARNING: {lacking}")
 
+    def _tell_of_lost_networks(self, report: Report) -> None:
+        """Told of guests whose namespace went while their VMMs ran on: a VMM has its TAP once and for all."""
+        if self._settings.driver == "fake":
+            return
+        try:
+            lost = remains.cut_off(self._layout, self._settings.namespace)
+        except MvmError as error:
+            report(f"WARNING: it cannot be told whether guests have lost their network: {error.message}")
+            return
+        for ref in lost:
+            restart = f"mvm instance stop {ref} && mvm instance start {ref}"
+            report(f"WARNING: {ref} runs on and has lost its network, until it is started anew: {restart}")
+
     def _check_external(self) -> None:
         hint = "see MVM_REDIS_URL"
         if self._settings.namespace and not self._settings.redis_url.startswith("unix:"):
@@ -390,7 +448,9 @@ class Stack:
             return
         if name:
             netns.delete(self._shell, name)
-        _namespace_mark(self._layout).unlink(missing_ok=True)
+        elif self._claims and os.geteuid() == 0:
+            claims.release(self._settings.namespace, self._claim.mark)
+        self._layout.made_netns.unlink(missing_ok=True)
         LinuxCgroups(identity.mark(self._layout)).close()
 
     def _why_it_stays(self) -> str | None:
@@ -403,7 +463,3 @@ class Stack:
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
     write_private(path, json.dumps(value, indent=2).encode())
-
-
-def _namespace_mark(layout: StateLayout) -> Path:
-    return layout.run / "netns"

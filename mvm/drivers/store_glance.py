@@ -18,6 +18,7 @@ from urllib.parse import quote
 from mvm.domain.ids import NodeId
 from mvm.domain.instance import Instance
 from mvm.domain.pool import WorkerPool
+from mvm.domain.tenant import Tenant
 from mvm.drivers import sqlite_errors, store_migrations
 
 _BUSY_S = 5.0
@@ -27,6 +28,11 @@ def instances(database: Path) -> Sequence[Instance]:
     """Every instance."""
     rows = _rows(database, "SELECT doc, generation FROM instances ORDER BY ref")
     return [Instance.from_dict(json.loads(doc), generation) for doc, generation in rows]
+
+
+def tenants(database: Path) -> Sequence[Tenant]:
+    """Every tenant."""
+    return [Tenant.from_dict(json.loads(doc)) for (doc,) in _rows(database, "SELECT doc FROM tenants ORDER BY id")]
 
 
 def nodes(database: Path) -> frozenset[NodeId]:

@@ -21,7 +21,8 @@ from mvm.domain.instance import Instance
 from mvm.domain.layout import StateLayout
 from mvm.domain.lifecycle import Status
 from mvm.domain.pool import ImageSource, InstanceResources, WorkerPool
-from mvm.drivers import identity, netns, processes, sqlite_store, state_dir, store_glance, tap
+from mvm.domain.tenant import Quota, Tenant
+from mvm.drivers import claims, identity, netns, processes, sqlite_store, state_dir, store_glance, tap
 from mvm.drivers.files import closing_fd
 from mvm.drivers.linux_network import LinuxNetwork
 from mvm.drivers.qemu.argv import BINARY
@@ -32,7 +33,8 @@ from mvm.errors import Failed, MvmError, NotAllowed
 from mvm.settings import Settings, load_settings, remembered
 from tests.support import old_state
 from tests.support.local import free_port, running
-from tests.support.make import START, WEB, instance_ref
+from tests.support.make import ACME, START, WEB, instance_ref
+from tests.support.namespace import unique_name
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.redis]
@@ -386,3 +388,129 @@ def test_a_store_that_was_only_begun_is_an_empty_one(settings: Settings) -> None
     state_dir.prepare(settings.layout)
     settings.layout.database.touch()
     assert not store_glance.instances(settings.layout.database)
+
+
+# --- whose a network namespace is
+@pytest.fixture
+def shared() -> Iterator[str]:
+    """A namespace that no stack has made."""
+    name = unique_name()
+    netns.create(LocalShell(), name)
+    yield name
+    netns.delete(LocalShell(), name)
+
+
+def fresh(root: Path, name: str) -> Settings:
+    return load_settings(state_dir=root, netns=name, flower_port=free_port(), metrics_port=free_port())
+
+
+def refused(stack: Stack) -> NotAllowed:
+    with pytest.raises(NotAllowed) as caught:
+        stack.up(quiet)
+    return caught.value
+
+
+def test_a_namespace_is_one_state_directorys(root: Path, shared: str) -> None:
+    """Also while its stack is down and its guests run on; then it is whoever's comes next."""
+    first = redis_only(fresh(root / "one", shared))
+    second = redis_only(fresh(root / "two", shared))
+    first.up(quiet)
+    try:
+        error = refused(second)
+        assert (error.code, error.exit_code) == ("stack.netns_claimed", 4)
+        assert error.fields["state_dir"] == str(root / "one")
+        with marked(first):
+            first.down(quiet)
+            assert refused(second).code == "stack.netns_claimed"
+            first.up(quiet)
+        first.down(quiet)
+        second.up(quiet)
+        assert refused(first).fields["state_dir"] == str(root / "two")
+        second.down(quiet)
+        with netns.entered(netns.path_of(shared)):  # and so for a stack without a namespace of its own
+            host = fresh(root / "two", "host")
+            redis_only(host).up(quiet)
+            claim = claims.holder(shared)
+            assert claim is not None
+            assert claims.holder(None) == claim
+            assert refused(first).code == "stack.netns_claimed"
+            redis_only(host).down(quiet)
+            assert claims.holder(None) is None
+    finally:
+        second.down(quiet)
+        first.down(quiet)
+
+
+def test_guests_of_an_older_mvm_that_claims_nothing_are_let_be(root: Path, shared: str) -> None:
+    first = redis_only(fresh(root / "one", shared))
+    first.prepare()
+    with held_tap(first):
+        error = refused(redis_only(fresh(root / "two", shared)))
+        assert error.code == "stack.netns_claimed"
+        assert NETWORK.tap(3) in error.message
+        with marked(first):  # they are its own
+            first.up(quiet)
+            first.down(quiet)
+            assert claims.holder(shared) is not None
+    first.down(quiet)
+    assert claims.holder(shared) is None
+
+
+@pytest.mark.parametrize("claimed", [True, False], ids=["claimed", "of an older mvm"])
+def test_a_copy_has_nothing_of_its_originals(settings: Settings, root: Path, claimed: bool) -> None:
+    """With a guest that runs, is recorded, and has its TAP. The copy comes up and goes, and all of that stays."""
+    stack = redis_only(settings)
+    stack.up(quiet)
+    name = stack.settings.namespace
+    assert name is not None
+    if not claimed:
+        claims.release(name, identity.mark(settings.layout))
+    try:
+        with held_tap(stack), pretended(identity.mark(settings.layout)) as pid:
+            with closing(SqliteStore(settings.layout.database)) as store:
+                store.insert_instance(
+                    Instance(
+                        instance_ref(1), stack.settings.node, 3, Status.RUNNING, START, process=processes.identify(pid)
+                    )
+                )
+            LocalShell().run(["cp", "-a", str(root / "s"), str(root / "copy")])
+            redis_only(running_settings(load_settings(state_dir=root / "copy"))).down(quiet)
+            assert netns.exists(name), "before it has ever come up, too"
+            copy = redis_only(load_settings(state_dir=root / "copy", flower_port=free_port(), metrics_port=free_port()))
+            copy.up(quiet)
+            assert copy.settings.namespace != name
+            assert not copy.remaining()
+            assert refused(redis_only(copy.settings, netns=name)).code in {"stack.netns_claimed", "stack.already_up"}
+            copy.down(quiet)
+            assert not netns.exists(str(copy.settings.namespace))
+            assert refused(redis_only(copy.settings, netns=name)).code == "stack.netns_claimed"
+            assert netns.exists(name)
+            assert stack.status()[0].answers
+            assert stack.remaining()
+            with closing(SqliteStore(settings.layout.database)) as store:
+                store.delete_instance(instance_ref(1))
+    finally:
+        stack.down(quiet)
+    assert not netns.exists(name)
+
+
+def test_who_has_lost_the_network_is_told_by_up(settings: Settings) -> None:
+    stack = redis_only(settings)
+    stack.up(quiet)
+    name = str(stack.settings.namespace)
+    with closing(SqliteStore(settings.layout.database)) as store, pretended(identity.mark(settings.layout)) as pid:
+        store.put_tenant(Tenant(ACME, NETWORK, Quota(), START))
+        made = Instance(instance_ref(1), stack.settings.node, 3, Status.RUNNING, START, process=processes.identify(pid))
+        store.insert_instance(made)
+        with held_tap(stack):
+            stack.down(quiet)
+            said: list[str] = []
+            stack.up(said.append)
+            assert not [line for line in said if "lost its network" in line]
+        stack.down(quiet)
+        netns.delete(LocalShell(), name)
+        stack.up(said.append)
+        [told] = [line for line in said if "lost its network" in line]
+        assert told.endswith(f"mvm instance stop {instance_ref(1)} && mvm instance start {instance_ref(1)}")
+        store.delete_instance(instance_ref(1))
+    stack.down(quiet)

@@ -46,15 +46,24 @@ class Descriptors:
 
 def started_for(words: Sequence[str], mark: str) -> InstanceRef | None:
     """The instance that a command line from `command` with `mark` was made for."""
-    if not words or Path(words[0]).name != BINARY or "-name" not in words[:-1]:
-        return None
-    kind, _, ref = words[words.index("-name") + 1].removeprefix("guest=").partition(":")
-    if kind != mark:
+    kind, _, ref = _named(words)
+    if not kind or kind != mark:
         return None
     try:
         return InstanceRef.parse(ref)
     except InvalidInput:
         return None
+
+
+def mark_in(words: Sequence[str]) -> str | None:
+    """The mark that a command line from `command` bears; None when it is none."""
+    return _named(words)[0] or None
+
+
+def _named(words: Sequence[str]) -> tuple[str, str, str]:
+    if not words or Path(words[0]).name != BINARY or "-name" not in words[:-1]:
+        return "", "", ""
+    return words[words.index("-name") + 1].removeprefix("guest=").partition(":")
 
 
 def kernel_line(tsc_khz: int, *extra: str) -> str:
