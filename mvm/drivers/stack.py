@@ -446,10 +446,10 @@ class Stack:
         if why := self._why_it_stays():
             report(f"{why}; network namespace {name} stays" if name else why)
             return
-        if name:
-            netns.delete(self._shell, name)
-        elif self._claims and os.geteuid() == 0:
+        if self._claims and os.geteuid() == 0:
             claims.release(self._settings.namespace, self._claim.mark)
+        if name:  # not the same where it was started elsewhere since
+            netns.delete(self._shell, name)
         self._layout.made_netns.unlink(missing_ok=True)
         LinuxCgroups(identity.mark(self._layout)).close()
 

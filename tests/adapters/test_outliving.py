@@ -152,6 +152,7 @@ def test_what_runs_on_stays_within_reach(settings: Settings, change: dict[str, s
         other = redis_only(settings, **change)
         other.up(quiet)  # now that nothing runs on
         other.down(quiet)
+        assert claims.holder(None) is None, "a stack that has gone claims nothing"
     finally:
         stack.down(quiet)
 
