@@ -43,6 +43,9 @@ _REFUSED: Mapping[str, str] = {
 }
 """Options of Celery's that a job cannot have, and why."""
 
+_IN_ONE_TASK = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
+"""Tasks of Celery's own that call others within themselves."""
+
 _CANVAS = {
     "group_id": "group",
     "group_index": "group_index",
@@ -80,10 +83,12 @@ class JobsApp(Celery):  # type: ignore[misc]
     ) -> AsyncResult:
         """Celery's own, for other tasks. A job is recorded first.
 
-        Raises `InvalidInput` (``job.invalid_arguments``, ``job.option_refused``, ``job.invalid_id``), `NotFound` for a
-        pool that does not exist, and `Unreachable`.
+        Raises `InvalidInput` (``job.invalid_arguments``, ``job.option_refused``, ``job.invalid_id``), `NotAllowed`
+        (``job.id_used``), `NotFound` for a pool that does not exist, and `Unreachable`.
         """
         verb = _verb(name)
+        if name in _IN_ONE_TASK:
+            raise _option(name, f"a worker takes no {name}: each job has a message of its own; ask for a group")
         if verb is None:
             return super().send_task(name, args, kwargs, **options)
         _check_options(name, options)

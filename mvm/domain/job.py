@@ -153,6 +153,11 @@ class Job:
         """Grows whenever the job is begun: who began it before has no say any more."""
         return self.attempt + self.deaths
 
+    def asks_as(self, other: Job) -> bool:
+        """Whether both ask for the same: whoever asks again by the same id is given the same job."""
+        mine, theirs = (json.dumps(dict(job.params), sort_keys=True) for job in (self, other))
+        return (self.verb, self.subject, mine) == (other.verb, other.subject, theirs)
+
     def with_(self, **changes: Any) -> Job:
         """A copy with `changes`."""
         return replace(self, **changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mvm.domain.ids import InstanceRef, TenantId
+from mvm.domain.job import Job
 from mvm.errors import Failed, GuestGone, GuestRefused, GuestSilent, NotAllowed, NotFound, Unreachable
 
 _LISTS = {"tenant": "mvm tenant list", "pool": "mvm pool list", "instance": "mvm instance list"}
@@ -20,6 +21,15 @@ def not_found(what: str, name: object) -> NotFound:
 def job_not_found(job_id: str) -> NotFound:
     """A job nobody knows."""
     return NotFound("job.not_found", f"there is no job {job_id}", hint="see: mvm job list", field="job", value=job_id)
+
+
+def id_used(known: Job) -> NotAllowed:
+    """A job's id with other words than that job's."""
+    return NotAllowed(
+        "job.id_used", f"{known.job_id} is the id of a job that asks for something else: {known.verb} {known.subject}",
+        hint=f"leave task_id out, or choose another one; see: mvm job show {known.job_id}", field="task_id",
+        value=str(known.job_id),
+    )  # fmt: skip
 
 
 def out_of_memory(ref: InstanceRef) -> Failed:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mvm.domain.canvas import names
 from mvm.domain.ids import JobId, NodeId, PoolRef
 from mvm.domain.job import Job, JobState, JobVerb, Lane, Progress, Reason, lane_of
-from mvm.domain.refusals import job_not_found
+from mvm.domain.refusals import id_used, job_not_found
 from mvm.domain.tries import expired
 from mvm.errors import InvalidInput, MvmError, NotAllowed
 from mvm.ports.clock import Clock
@@ -70,10 +70,15 @@ class Jobs:
         return job
 
     def accept(self, job: Job) -> Job:
-        """Record `job`, which others send, unless it is known; returns what is known of it."""
+        """Record `job`, which others send, unless it is known; returns what is known of it.
+
+        Raises `NotAllowed` (``job.id_used``) when its id is that of a job which asks for something else.
+        """
         known = self._registry.job(job.job_id)
         if known is None:
             self._registry.record([job])
+        elif not known.asks_as(job):
+            raise id_used(known)
         return known or job
 
     def not_sent(self, job: Job, error: MvmError) -> None:

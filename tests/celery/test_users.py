@@ -67,7 +67,8 @@ for name, ask in dict(
     eager=lambda: start.apply((ref,)).get(), forget=lambda: app.AsyncResult(36 * "0").forget(),
     sweep=lambda: orphans.delay("n1"), subject=lambda: start.delay("acme"), none=lambda: start.delay(),
     word=lambda: start.delay(ref, colour="red"), kind=lambda: start.delay(ref, force="yes"),
-    pool=lambda: create.delay("acme/ghost"),
+    pool=lambda: create.delay("acme/ghost"), map=lambda: start.map([ref]).apply_async(),
+    starmap=lambda: start.starmap([(ref,)]).apply_async(), chunks=lambda: start.chunks([(ref,)], 1).apply_async(),
 ).items():
     try:
         ask()
@@ -77,7 +78,20 @@ for name, ask in dict(
 print(json.dumps(told))
 """)
     option = dict.fromkeys(
-        ("countdown", "eta", "link_error", "time_limit", "soft", "priority", "queue", "serializer", "compression"),
+        (
+            "countdown",
+            "eta",
+            "link_error",
+            "time_limit",
+            "soft",
+            "priority",
+            "queue",
+            "serializer",
+            "compression",
+            "map",
+            "starmap",
+            "chunks",
+        ),
         "job.option_refused",
     )
     arguments = dict.fromkeys(("sweep", "none", "word", "kind"), "job.invalid_arguments")
@@ -90,6 +104,25 @@ print(json.dumps(told))
         "pool": "pool.not_found",
     }
     assert [job.verb for job in node.jobs.list(subject=ref)] == [], "nothing was recorded"
+
+
+def test_an_id_is_one_jobs_whatever_is_asked_by_it_later(node: OneNode) -> None:
+    node.instance()
+    told = node.python("""
+import json, uuid
+from mvm.errors import NotAllowed
+from workers.tenants import destroy, update
+used, told = str(uuid.uuid4()), []
+for task, most in ((update, 31), (update, 32), (destroy, 0), (update, 31)):
+    words = {"quota": {"max_running": most}} if most else {}
+    try:
+        done = task.apply_async(("acme",), words, task_id=used).get(timeout=60)
+        told.append(done["quota"]["max_running"])
+    except NotAllowed as error:
+        told.append(error.code)
+print(json.dumps(told))
+""")
+    assert told == [31, "job.id_used", "job.id_used", 31], "the same is asked for again, and told again"
 
 
 def test_a_called_task_is_a_job_with_celerys_id(node: OneNode) -> None:
