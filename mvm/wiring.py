@@ -327,8 +327,9 @@ def build_node(
         health=health, room=room, memory=p.memory, uplink=bool(settings.plan.uplink),
         period_s=settings.reconcile_sweep_s,
     )  # fmt: skip
-    tenants = Tenants(p.store, p.registry, p.locks, networks, secrets)
-    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks, room)
+    shared = bool(settings.redis_url)
+    tenants = Tenants(p.store, p.registry, p.locks, networks, secrets, shared=shared)
+    pools = Pools(p.store, p.registry, p.images, p.storage, p.locks, reconcile, networks, room, shared=shared)
     disk = Disk(
         store=p.store, storage=p.storage, locks=p.locks, room=room, node_id=node, keep=settings.keep_revisions
     )  # fmt: skip

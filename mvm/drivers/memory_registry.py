@@ -47,6 +47,7 @@ class MemoryRegistry:
         self._nodes: dict[NodeId, NodeRecord] = {}
         self._tenants: dict[TenantId, Tenant] = {}
         self._net_ids: set[int] = set()
+        self._rebuilt_at: float | None = None
         self._pools: dict[PoolRef, NodeId] = {}
         self._jobs: dict[JobId, Job] = {}
         self._bulks: dict[JobId, _Bulk] = {}
@@ -98,6 +99,14 @@ class MemoryRegistry:
             for ref, node in pools.items():
                 self._pools.setdefault(ref, node)
             self._net_ids |= net_ids
+
+    def rebuilding_s(self, *, used: bool, within_s: float) -> float:
+        """See ports/registry.py."""
+        with self._changed:
+            now = self._clock.monotonic()
+            if self._rebuilt_at is None:
+                self._rebuilt_at = now + within_s if used else now
+            return max(0.0, self._rebuilt_at - now)
 
     def tenant(self, tenant: TenantId) -> Tenant | None:
         """See ports/registry.py."""

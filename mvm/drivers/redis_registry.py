@@ -20,6 +20,7 @@ from mvm.drivers.redis_link import RedisLink
 from mvm.drivers.redis_scripts import (
     CLAIM_SWEEP,
     NEXT_CHILDREN,
+    REBUILDING,
     RELEASE,
     REMOVE_TENANT,
     RESERVE_TENANT,
@@ -107,6 +108,11 @@ class RedisRegistry:
         commands += [("SADD", "mvm:net_ids", *sorted(given))] if given else []
         commands.append(("SET", VERSION_KEY, STATE_VERSION, "NX"))  # one that was emptied has lost that, too
         self._link.pipeline(commands)
+
+    def rebuilding_s(self, *, used: bool, within_s: float) -> float:
+        """See ports/registry.py."""
+        left_ms: int = self._link.command("EVAL", REBUILDING, 0, int(within_s * 1000) if used else 0)
+        return left_ms / 1000
 
     def tenant(self, tenant: TenantId) -> Tenant | None:
         """See ports/registry.py."""

@@ -5,6 +5,8 @@
 ``mvm:nodes``               hash: node id -> record
 ``mvm:tenants``             hash: tenant id -> record
 ``mvm:net_ids``             set of every net id ever given; shrinks only when a tenant could not be made
+``mvm:kept``                it has not lost its data since somebody first asked
+``mvm:rebuilding``          it has, and this long its nodes still have to put theirs back
 ``mvm:pools``               hash: pool ref -> node id
 ``mvm:job:<id>``            a job's record
 ``mvm:jobs``                sorted set of job ids by submission, milliseconds; sweeps in ``mvm:sweeps``
@@ -27,6 +29,14 @@ if redis.call('HLEN', 'mvm:tenants') ~= tonumber(ARGV[4]) then return 'moved' en
 redis.call('SADD', 'mvm:net_ids', ARGV[3])
 redis.call('HSET', 'mvm:tenants', ARGV[1], ARGV[2])
 return 'ok'
+"""
+
+# ARGV: milliseconds that its nodes have if it has lost its data. Returns those that they still have.
+REBUILDING = """
+if redis.call('SETNX', 'mvm:kept', 1) == 1 and tonumber(ARGV[1]) > 0 then
+  redis.call('SET', 'mvm:rebuilding', 1, 'PX', ARGV[1])
+end
+return math.max(0, redis.call('PTTL', 'mvm:rebuilding'))
 """
 
 # ARGV: tenant id, record as it was reserved, net id

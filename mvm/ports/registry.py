@@ -65,6 +65,14 @@ class Registry(Protocol):
         """What a node knows is known here again (an emptied registry is rebuilt from its nodes)."""
         ...
 
+    def rebuilding_s(self, *, used: bool, within_s: float) -> float:
+        """How many seconds its nodes still have to put back what they know, since it has lost its data; 0: it has not.
+
+        One that nobody has asked yet is new, or has lost all if the asker's store says that it was `used`: then the
+        nodes have `within_s` from now on.
+        """
+        ...
+
     def tenant(self, tenant: TenantId) -> Tenant | None:
         """One tenant, if it exists."""
         ...

@@ -12,7 +12,7 @@ from mvm.ports.clock import Clock
 from mvm.ports.locks import Locks
 from mvm.ports.registry import NodeRecord, Registry
 from mvm.ports.store import NodeStore
-from mvm.services.membership import known_to_all, remind
+from mvm.services.membership import known_to_all, rebuilding_s, remind
 
 _RESTORE_EVERY = 10
 
@@ -35,7 +35,8 @@ class Heartbeat:
 
     def beat(self) -> None:
         """Raises `Unreachable` when the registry does not answer; the next beat tries again."""
-        if self._beats % _RESTORE_EVERY == 0:
+        lost = rebuilding_s(self._registry, self._store) > 0
+        if lost or self._beats % _RESTORE_EVERY == 0:
             self._remind()
         self._registry.heartbeat(NodeRecord(self._node_id, self._address, self._clock.now(), self._facts))
         self._beats += 1

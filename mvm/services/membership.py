@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 
 from mvm.domain import lock_names
+from mvm.errors import Unreachable
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
 
 _LOCK_S = 60.0
+_REBUILD_S = 15.0  # the heartbeats of every node that lives have noticed it by then
 
 
 def known_to_all(locks: Locks, *, deadline_s: float = _LOCK_S) -> AbstractContextManager[None]:
@@ -19,6 +22,22 @@ def known_to_all(locks: Locks, *, deadline_s: float = _LOCK_S) -> AbstractContex
     the registry would know what nobody has. Raises `TimedOut` (``lock.busy``).
     """
     return locks.hold(lock_names.MEMBERSHIP, deadline_s=deadline_s)
+
+
+def rebuilding_s(registry: Registry, store: NodeStore) -> float:
+    """`Registry.rebuilding_s`, as this node's store sees it: 0 as long as the registry has not lost its data."""
+    used = bool(store.given_net_ids() or store.tenants())
+    return registry.rebuilding_s(used=used, within_s=_REBUILD_S)
+
+
+def check_whole(registry: Registry, store: NodeStore) -> None:
+    """For whoever asks the registry what other nodes have. Raises `Unreachable` (``registry.rebuilding``)."""
+    left_s = rebuilding_s(registry, store)
+    if left_s:
+        raise Unreachable(
+            "registry.rebuilding", "the registry has lost its data, and the nodes are putting back what they know",
+            hint=f"try again in {math.ceil(left_s)} s", field="registry", left_s=math.ceil(left_s),
+        )  # fmt: skip
 
 
 def remind(registry: Registry, store: NodeStore, net_ids: frozenset[int] = frozenset()) -> None:

@@ -30,7 +30,7 @@ from mvm.ports.storage import NodeStorage
 from mvm.ports.store import NodeStore
 from mvm.services.disk import LOCK_S
 from mvm.services.disk_room import DiskRoom
-from mvm.services.membership import known_to_all
+from mvm.services.membership import check_whole, known_to_all
 from mvm.services.networks import Networks
 from mvm.services.quotas import admit_counts, admit_pool
 from mvm.services.reconcile import Reconcile
@@ -73,7 +73,7 @@ class Pools:
 
     def __init__(
         self, store: NodeStore, registry: Registry, images: ImageBuilder, storage: NodeStorage, locks: Locks,
-        reconcile: Reconcile, networks: Networks, room: DiskRoom,
+        reconcile: Reconcile, networks: Networks, room: DiskRoom, *, shared: bool = False,
     ) -> None:  # fmt: skip
         self._store = store
         self._registry = registry
@@ -83,6 +83,7 @@ class Pools:
         self._reconcile = reconcile
         self._networks = networks
         self._room = room
+        self._shared = shared  # the registry, with other nodes
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
         """Create the subject pool from ``params.flake_ref``, ``profile``, ``resources`` and what `update` takes."""
@@ -98,6 +99,8 @@ class Pools:
             params,
         )
         self._networks.check(pool.egress)
+        if self._shared:
+            check_whole(self._registry, self._store)
         other = self._registry.pool_node(pool.ref)
         if other not in (None, pool.node_id):
             raise NotAllowed(

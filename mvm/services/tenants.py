@@ -17,7 +17,7 @@ from mvm.errors import InvalidInput, NotAllowed, NotFound
 from mvm.ports.locks import Locks
 from mvm.ports.registry import Registry
 from mvm.ports.store import NodeStore
-from mvm.services.membership import known_to_all, remind
+from mvm.services.membership import check_whole, known_to_all, remind
 from mvm.services.networks import Networks
 from mvm.services.runner import JobContext
 from mvm.services.secrets import TenantSecrets
@@ -28,13 +28,15 @@ class Tenants:
     """The registry gives a tenant its network; the node keeps a copy."""
 
     def __init__(
-        self, store: NodeStore, registry: Registry, locks: Locks, networks: Networks, secrets: TenantSecrets
-    ) -> None:
+        self, store: NodeStore, registry: Registry, locks: Locks, networks: Networks, secrets: TenantSecrets,
+        *, shared: bool = False,
+    ) -> None:  # fmt: skip
         self._store = store
         self._locks = locks
         self._registry = registry
         self._networks = networks
         self._secrets = secrets
+        self._shared = shared  # the registry, with other nodes
 
     def create(self, context: JobContext) -> Mapping[str, Any]:
         """Create the subject tenant with ``params.net_id``, ``subnet`` and ``quota``, each optional."""
@@ -47,6 +49,8 @@ class Tenants:
         # And one that another node has too is adopted, for a desired state that gives it the same network.
         if here is not None and not _is_of(job, here):
             raise tenant_exists(tenant_id)
+        if self._shared:
+            check_whole(self._registry, self._store)
         with known_to_all(self._locks):
             remind(self._registry, self._store, self._networks.used_net_ids() if here is None else frozenset())
             known = self._registry.tenant(tenant_id) or here
@@ -143,6 +147,8 @@ class Tenants:
             self._registry.remove_tenant(tenant_id, context.job.node_id)
             return {"tenant_id": str(tenant_id)}
         self._check_empty(tenant)
+        if self._shared:
+            check_whole(self._registry, self._store)
         context.step("remove bridge", 0, 1)
         with context.undoing(partial(self._undo_destroy, tenant)):
             self._networks.close(tenant)

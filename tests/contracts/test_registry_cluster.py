@@ -276,3 +276,13 @@ def test_one_of_many_claims_a_sweep(registry: Registry) -> None:
             lambda job: registry.claim_sweep("sweep.orphans", NODE, job, tick=tick, every_s=86400.0, ttl_s=60), claims
         ))  # fmt: skip
     assert sum(won) == 1
+
+
+def test_one_that_was_used_and_knows_nothing_is_being_rebuilt(registry: Registry) -> None:
+    assert 4 < registry.rebuilding_s(used=True, within_s=5) <= 5
+    assert 0 < registry.rebuilding_s(used=False, within_s=60) <= 5, "for all, and no longer"
+
+
+def test_one_that_is_new_is_not_rebuilt(registry: Registry) -> None:
+    assert registry.rebuilding_s(used=False, within_s=5) == 0
+    assert registry.rebuilding_s(used=True, within_s=5) == 0, "the second node that asks has used it since"

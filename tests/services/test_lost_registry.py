@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mvm.domain.ids import TenantId
-from mvm.domain.job import JobVerb
+from mvm.domain.ids import NodeId, TenantId
+from mvm.domain.job import JobState, JobVerb
+from mvm.drivers.fake import FakeHost, ManualClock
 from mvm.drivers.memory_registry import MemoryRegistry
+from mvm.drivers.sqlite_store import SqliteStore
+from mvm.settings import Settings
+from mvm.wiring import NodePorts, NodeServices, build_node
 from tests.services.conftest import Node
 
 V = JobVerb
+OTHER = NodeId("n2")
 
 
 @pytest.fixture
@@ -29,6 +35,7 @@ def forget(node: Node) -> None:
     registry: Any = node.registry
     for kept in (registry._nodes, registry._tenants, registry._net_ids, registry._pools):
         kept.clear()
+    registry._rebuilt_at = None
 
 
 def networks(node: Node) -> dict[str, int]:
@@ -96,3 +103,52 @@ def test_two_tenants_on_one_network_are_told_and_one_goes_without_the_others_bri
     lost.ok(V.TENANT_DESTROY, "twin")
     after = lost.services.view.verify_network(active=False)
     assert after["bridges"][0]["ports"]
+
+
+@dataclass
+class Cluster:
+    """Two nodes over one registry; `here` has tenant acme, which the other has never heard of."""
+
+    here: Node
+    there: NodeServices
+    registry: MemoryRegistry
+    clock: ManualClock
+
+    def do(self, verb: JobVerb, subject: str, **params: Any) -> tuple[JobState, str | None]:
+        """What became of the job on the other node."""
+        job = self.there.jobs.new(verb, subject, OTHER, params=params, actor="test")
+        self.registry.record([job])
+        done = self.there.runner.run(job)
+        return done.state, (done.error or {}).get("code") or next((s["code"] for s in done.setbacks), None)
+
+
+@pytest.fixture
+def cluster(node: Node, tmp_path: Path) -> Cluster:
+    settings = Settings(state_dir=tmp_path / "n2", node_id=OTHER, netns="host", redis_url="redis://127.0.0.1:1/0")
+    host = FakeHost(node.clock)
+    ports = NodePorts(
+        SqliteStore(tmp_path / "n2.db"), node.registry, node.queue, host.locks, host.clock, host.vmm, host.guest,
+        host.network, host.packets, None, host.storage, host.images, host.memory, host.audit, host.cgroups,
+        host.secrets,
+    )  # fmt: skip
+    there = build_node(ports, settings, authorized_key="")
+    node.services.heartbeat.beat()
+    there.heartbeat.beat()
+    node.pool()
+    both = Cluster(node, there, node.registry, node.clock)
+    assert both.do(V.TENANT_CREATE, "beta") == (JobState.SUCCEEDED, None)
+    return both
+
+
+def test_what_other_nodes_have_is_waited_for(cluster: Cluster) -> None:
+    forget(cluster.here)
+    kept = {each.network.net_id for each in cluster.there.store.tenants()}
+    for verb, subject in ((V.TENANT_CREATE, "gamma"), (V.TENANT_DESTROY, "beta"), (V.POOL_CREATE, "beta/web")):
+        params = {"flake_ref": "builtin:", "profile": "minimal"} if verb is V.POOL_CREATE else {}
+        assert cluster.do(verb, subject, **params) == (JobState.QUEUED, "registry.rebuilding")
+    assert kept == {each.network.net_id for each in cluster.there.store.tenants()}
+    cluster.here.services.heartbeat.beat()
+    assert cluster.registry.tenant(TenantId("acme")) is not None, "the next beat puts it back, not only the tenth"
+    cluster.clock.advance(16)
+    assert cluster.do(V.TENANT_CREATE, "gamma") == (JobState.SUCCEEDED, None)
+    assert cluster.there.store.tenant(TenantId("gamma")).network.net_id == 2

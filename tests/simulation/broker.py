@@ -15,11 +15,11 @@ from mvm.drivers.memory_registry import MemoryRegistry
 from mvm.errors import Unreachable
 from mvm.ports.clock import Clock
 
-_STATE = ("_nodes", "_tenants", "_net_ids", "_pools", "_jobs", "_bulks", "_cancels", "_sweeps")
+_STATE = ("_nodes", "_tenants", "_net_ids", "_rebuilt_at", "_pools", "_jobs", "_bulks", "_cancels", "_sweeps")
 _CALLS = (
-    "heartbeat", "nodes", "live_nodes", "reserve_tenant", "restore", "tenant", "put_tenant", "remove_tenant",
-    "place_pool", "unplace_pool", "pool_node", "record", "job", "jobs", "children", "open_jobs", "update",
-    "next_children", "held_children", "request_cancel", "cancel_requested", "expired_jobs", "expire",
+    "heartbeat", "nodes", "live_nodes", "reserve_tenant", "restore", "rebuilding_s", "tenant", "put_tenant",
+    "remove_tenant", "place_pool", "unplace_pool", "pool_node", "record", "job", "jobs", "children", "open_jobs",
+    "update", "next_children", "held_children", "request_cancel", "cancel_requested", "expired_jobs", "expire",
     "claim_sweep", "release_sweep", "networks", "withdraw_tenant",
 )  # fmt: skip
 
