@@ -46,7 +46,7 @@ COLUMNS: Columns = {
     "pid": "pid",
     "node": "node_id",
     "age": lambda row: age(row["created_at"]),
-    "error": lambda row: (row["last_error"] or "").partition("\n")[0][:60],
+    "error": lambda row: (row["last_error"] or row.get("unwell") or "").partition("\n")[0][:60],
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +58,10 @@ class Insight:
         for remark in self._reconcile.outlook(tenant).remarks:
             found[str(remark.subject)].append(remark.to_dict())
         return found
+
+    def unwell(self, instances: Collection[Instance]) -> Mapping[InstanceRef, str]:
+        """Those of `instances` whose guests are not well, as one that has lost its network, and why."""
+        return self._health.ill(instances)
 
     def explain(self, ref: InstanceRef) -> dict[str, Any]:
         """Its last job and error, what the sleep policy last decided and on what grounds, and what comes next."""

@@ -185,18 +185,25 @@ class NodeView:
         return [{**row, "obstacles": obstacles.get(row["ref"], [])} for row in rows]
 
     def instances(self, tenant: TenantId | None, pool: PoolRef | None, status: Status | None) -> list[dict[str, Any]]:
-        """Instances, filtered; an unknown tenant or pool is an error, not an empty list."""
+        """Instances, filtered; an unknown tenant or pool is an error, not an empty list.
+
+        With why its guest is not well (``unwell``), None of one that is, or that does not run.
+        """
         if tenant is not None:
             self._store.tenant(tenant)
         if pool is not None:
             self._store.pool(pool)
         found = self._store.instances(tenant=tenant, pool=pool)
         networks = {t.id: t.network for t in self._store.tenants()}
-        return [instance_view(networks[i.ref.tenant], i) for i in found if status in (None, i.status)]
+        wanted = [i for i in found if status in (None, i.status)]
+        unwell = self._insight.unwell(wanted)
+        return [{**instance_view(networks[i.ref.tenant], i), "unwell": unwell.get(i.ref)} for i in wanted]
 
     def instance(self, ref: InstanceRef) -> dict[str, Any]:
         """One instance."""
-        return instance_view(self._store.tenant(ref.tenant).network, self._store.instance(ref))
+        instance = self._store.instance(ref)
+        unwell = self._insight.unwell([instance]).get(ref)
+        return {**instance_view(self._store.tenant(ref.tenant).network, instance), "unwell": unwell}
 
     def explain(self, ref: InstanceRef) -> dict[str, Any]:
         """Why an instance is as it is, and what comes next."""

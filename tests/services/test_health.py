@@ -121,6 +121,12 @@ def test_a_guest_without_its_interface_is_not_well(node: Node) -> None:
     running(node)
     del node.host.taps["tn0i3"]
     assert check(node)[0]["reason"] == "its network interface tn0i3 is gone"
+    check(node, CHECKS - 1)
+    lost, well = sorted(node.services.view.instances(None, None, None), key=lambda row: str(row["tap"]))
+    assert lost["status"] == "running"
+    assert lost["unwell"].startswith("its network interface tn0i3 is gone"), "whoever lists them sees it"
+    assert well["unwell"] is None
+    assert node.services.view.instance(InstanceRef.parse(lost["ref"]))["unwell"] == lost["unwell"]
 
 
 def test_those_that_are_not_running_and_those_that_are_gone_are_not_asked(node: Node) -> None:
