@@ -141,7 +141,8 @@ def at_counts(counts: DesiredCounts, observed: Collection[Instance]) -> bool:
     places = [(each.status, each.lands_on) for each in observed]
     if not counts.exact:
         return sum(now.is_up and then.is_up for now, then in places) == counts.running
-    return all(places.count((place, place)) == count for place, count in _places(counts).items())
+    between = any(now is not then for now, then in places if now.is_up or then.is_up)
+    return not between and all(places.count((place, place)) == count for place, count in _places(counts).items())
 
 
 def _first_fill(need: PoolNeed, alive: Sequence[Instance], room: Room, now: datetime) -> Scaled:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mvm.domain.actions import Action, Create, Request, Why
 from mvm.domain.addressing import TenantNetwork, parse_subnet
-from mvm.domain.ids import InstanceRef, Revision
+from mvm.domain.ids import InstanceRef, JobId, Revision
 from mvm.domain.instance import InFlight, Instance
 from mvm.domain.lifecycle import Status, Verb, landing
 from mvm.domain.passes import coming
@@ -422,6 +422,14 @@ def test_too_many_in_a_critical_pool_are_no_stopped_ones() -> None:
     )
     assert Remark(WEB, Cause.CRITICAL_SURPLUS, 1).text == "1 too many are up, and stay: the pool is critical"
     assert Remark(WEB, Cause.CRITICAL, 1).text == "1 are stopped, and stay: the pool is critical"
+
+
+def test_one_too_many_that_is_on_its_way_between_two_states_is_under_way() -> None:
+    held = replace(instance(1, S.SLEEPING), manual_override_until=START + timedelta(1))
+    going = instance(2, S.RUNNING, InFlight(JobId("j-000000000000-3030303030"), Verb.WARM))
+    exact = replace(need(0), counts=DesiredCounts(running=0, warm=0, sleeping=1))
+    scaled = scale(exact, [held, going], Room.of(Quota(), NETWORK, {WEB: SHAPE}, [held, going]), now=START)
+    assert scaled == Scaled((), (Remark(WEB, Cause.UNDER_WAY, 1, (going.ref,)),))
 
 
 def test_a_critical_pool_whose_instances_are_in_other_states_says_so() -> None:
