@@ -13,6 +13,7 @@ from mvm.domain.ids import NodeId
 from mvm.errors import NotAllowed
 
 _ID_DIGITS = 12
+_LONGEST_ALIAS = 255  # include/uapi/linux/if.h: IFALIASZ, with its NUL
 _CLAIM = re.compile(r"(mvm-[0-9a-f]{12}) (.+)", re.DOTALL)
 
 
@@ -76,8 +77,8 @@ class Claim(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As it stands in the namespace."""
-        return f"{self.mark} {self.where}"
+        """As it stands in the namespace, which has room for `_LONGEST_ALIAS` bytes: the mark is what counts."""
+        return f"{self.mark} {self.where}".encode()[:_LONGEST_ALIAS].decode(errors="ignore")
 
     @classmethod
     def parse(cls, text: str) -> Claim | None:

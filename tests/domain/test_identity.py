@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mvm.domain.identity import Identity, Place, id_of_path
+from mvm.domain.identity import Claim, Identity, Place, id_of_path, mark_of
 from mvm.domain.ids import NodeId
 from mvm.errors import NotAllowed
 
@@ -41,3 +41,16 @@ def test_a_node_keeps_its_name() -> None:
 def test_former_versions_marked_by_the_path() -> None:
     """As 6e69ba5 has it: what that started must be found."""
     assert id_of_path(Path("/var/lib/mvm")) == "2772e464b10d"
+
+
+def test_a_claim_fits_into_an_alias_and_is_read_again() -> None:
+    mark = mark_of("0123456789ab")
+    for where in ("/var/lib/mvm", "/" + "é" * 300):
+        claim = Claim(mark, where)
+        assert len(claim.text.encode()) <= 255
+        found = Claim.parse(claim.text)
+        assert found is not None
+        assert found.mark == mark
+        assert where.startswith(found.where)
+        claim.check(found, None)
+    assert Claim.parse("uplink") is None
