@@ -103,10 +103,14 @@ def status(ctx: click.Context) -> None:
     """Show every part of the stack; exit 0 when all of them answer, else 6."""
     from mvm.drivers.stack import running_settings
 
-    parts = _stack(running_settings(_settings(ctx))).status()
+    stack = _stack(running_settings(_settings(ctx)))
+    parts = stack.status()
     show_list([part.to_dict() for part in parts], _PARTS, output_of(ctx), empty="")
     if all(part.state == "stopped" for part in parts):
         _say("not running; start it with: mvm up --detach")
+    elif not stack.is_published():
+        _say("no command can use it yet: mvm up is at work, or was killed before it was done; then: mvm up --detach")
+        ctx.exit(_UNREACHABLE)
     if not all(part.answers for part in parts):
         ctx.exit(_UNREACHABLE)
 

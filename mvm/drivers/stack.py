@@ -180,6 +180,10 @@ class Stack:
         """Write down for commands how to reach the stack."""
         _write(self._layout.connection, connection(self._settings))
 
+    def is_published(self) -> bool:
+        """Whether commands can reach it: else whoever started it was killed before it was done."""
+        return self._layout.connection.exists()
+
     def remaining(self) -> Sequence[str]:
         """What shows that an instance has a VMM, a line each; empty when none has."""
         return self._left_by(self._settings)
@@ -202,7 +206,9 @@ class Stack:
         self.prepare(report)
         with state_dir.held(self._layout):
             if self._supervisor.running():
-                raise supervisor.already_up(self._layout)
+                if self.is_published():
+                    raise supervisor.already_up(self._layout)
+                report("an mvm up was killed before it was done: what it has started is taken down and started anew")
             self._check_reach()
             self._check_claim()
             self._supervisor.stop()  # what is left of one that was killed

@@ -122,6 +122,20 @@ def test_a_second_up_is_refused(stack: Stack, settings: Settings) -> None:
     assert stack.status()[0].answers
 
 
+def test_what_a_killed_up_has_started_is_started_anew(stack: Stack, settings: Settings) -> None:
+    """It was killed before commands could use it, and no command found a way out."""
+    stack.up(quiet)
+    before = stack.status()[0].pid
+    settings.layout.connection.unlink()
+    said: list[str] = []
+    redis_only(settings).up(said.append)
+    assert any("was killed before it was done" in line for line in said)
+    part = stack.status()[0]
+    assert part.answers
+    assert part.pid != before
+    assert settings.layout.connection.exists()
+
+
 def test_two_at_once_are_refused(stack: Stack, settings: Settings) -> None:
     state_dir.prepare(settings.layout)
     with state_dir.held(settings.layout), pytest.raises(NotAllowed) as caught:
