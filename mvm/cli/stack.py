@@ -109,7 +109,7 @@ def status(ctx: click.Context) -> None:
     if all(part.state == "stopped" for part in parts):
         _say("not running; start it with: mvm up --detach")
     elif not stack.is_published():
-        _say("no command can use it yet: mvm up is at work, or was killed before it was done; then: mvm up --detach")
+        _say("no command can use it yet: it is being started, or who did that was killed; then: mvm up --detach")
         ctx.exit(_UNREACHABLE)
     if not all(part.answers for part in parts):
         ctx.exit(_UNREACHABLE)

@@ -208,7 +208,7 @@ class Stack:
             if self._supervisor.running():
                 if self.is_published():
                     raise supervisor.already_up(self._layout)
-                report("an mvm up was killed before it was done: what it has started is taken down and started anew")
+                report("who started it was killed before it was done: what runs of it is taken down and started anew")
             self._check_reach()
             self._check_claim()
             self._supervisor.stop()  # what is left of one that was killed
@@ -430,7 +430,7 @@ class Stack:
             report(f"WARNING: it cannot be told whether guests have lost their network: {error.message}")
             return
         for ref in lost:
-            restart = f"mvm instance stop {ref} && mvm instance start {ref}"
+            restart = f"mvm instance stop {ref}; then: mvm instance start {ref}"
             report(f"WARNING: {ref} runs on and has lost its network, until it is started anew: {restart}")
 
     def _check_external(self) -> None:

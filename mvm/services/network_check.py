@@ -181,7 +181,7 @@ def shared(tenants: Sequence[Tenant]) -> list[Finding]:
         Finding(
             f"tenants {one.id} and {other.id} share a network: {one.network.bridge} {one.network.subnet}, "
             f"{other.network.bridge} {other.network.subnet}",
-            f"stop one's instances at once, destroy and make it anew: mvm instance stop {other.id}/POOL --all",
+            f"destroy {other.id} and make it anew; before all else, for each of its pools: mvm instance stop T/P --all",
         )
         for one, other in combinations(sorted(tenants, key=lambda tenant: (tenant.created_at, tenant.id)), 2)
         if one.network.net_id == other.network.net_id or one.network.subnet.overlaps(other.network.subnet)

@@ -88,7 +88,7 @@ class Tenants:
             raise tenant_exists(new.id)
         others = [tenant.network for tenant in self._store.tenants() if tenant.id != new.id]
         used = {network.net_id for network in others}
-        if here is None and new.created_at == job.submitted_at:  # an adopted one may have been here before
+        if here is None and not _adopts(job.params, new):  # an adopted one may have been here before
             used |= self._store.given_net_ids()
         network = new.network
         allocate(network.net_id, network.subnet, used_ids=used, taken=[other.subnet for other in others])

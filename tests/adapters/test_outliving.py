@@ -512,6 +512,6 @@ def test_who_has_lost_the_network_is_told_by_up(settings: Settings) -> None:
         netns.delete(LocalShell(), name)
         stack.up(said.append)
         [told] = [line for line in said if "lost its network" in line]
-        assert told.endswith(f"mvm instance stop {instance_ref(1)} && mvm instance start {instance_ref(1)}")
+        assert told.endswith(f"mvm instance stop {instance_ref(1)}; then: mvm instance start {instance_ref(1)}")
         store.delete_instance(instance_ref(1))
     stack.down(quiet)

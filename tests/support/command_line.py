@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -109,7 +110,11 @@ class CommandLine:
         self.fleet = ManyNodes(str(state_dir), client)  # type: ignore[arg-type]
 
     def __call__(self, *words: str, stdin: str | None = None) -> Result:
-        result = CliRunner().invoke(cli, list(words), obj=self.fleet, prog_name="mvm", input=stdin)
+        umask = os.umask(0o022)  # some commands narrow theirs, as processes of their own may
+        try:
+            result = CliRunner().invoke(cli, list(words), obj=self.fleet, prog_name="mvm", input=stdin)
+        finally:
+            os.umask(umask)
         assert "Traceback" not in result.output, result.output
         return result
 
